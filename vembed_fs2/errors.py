@@ -1,0 +1,27 @@
+"""Errors that a user can cause and can fix. The command line prints them without a stack trace."""
+
+from __future__ import annotations
+
+
+class VembedError(Exception):
+    """Base of all errors that say what was wrong, where, and what to do."""
+
+
+class ConfigError(VembedError):
+    """A configuration that is not valid; holds every error found, not only the first.
+
+    :param errors: one sentence each.
+    """
+
+    def __init__(self, errors: list[str] | str, *, where: str = "The configuration") -> None:
+        self.errors = [errors] if isinstance(errors, str) else list(errors)
+        lines = "\n".join(f"  - {e}" for e in self.errors)
+        super().__init__(f"{where} is not valid:\n{lines}")
+
+
+class DataError(VembedError):
+    """A row, a file or an image that cannot be used. The message names file and row."""
+
+
+class ModelLoadError(VembedError):
+    """A model folder, card or checkpoint that cannot be loaded."""
