@@ -1,0 +1,184 @@
+"""Reads the weights and the configuration of a Hugging Face or sentence-transformers folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Final, final
+
+import torch
+from fairseq2.model_checkpoint import ModelCheckpointLoader, ModelCheckpointLoadOptions
+from fairseq2.model_checkpoint.common import reshard_tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from typing_extensions import override
+
+from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.interop.sentence_transformers import SentenceModules, read_modules
+
+_WEIGHT_FILES: Final = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether ``path`` is a Hugging Face or sentence-transformers folder."""
+    return any(path.joinpath(name).is_file() for name in ("config.json", "modules.json"))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    :raises ModelLoadError: the file does not exist or is not a JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as ex:
+        raise ModelLoadError(f"{file} cannot be read: {ex.strerror or ex}.") from None
+    except ValueError as ex:
+        raise ModelLoadError(f"{file} is not valid JSON: {ex}.") from None
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{file} must hold a JSON object.")
+    return content
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder with a model in the layout of transformers or sentence-transformers."""
+
+    root: Path
+    modules: SentenceModules | None = field(default=None)
+    """What ``modules.json`` says, in a sentence-transformers folder."""
+
+    @staticmethod
+    def open(path: Path) -> ModelFolder:
+        """Open a folder.
+
+        :raises ModelLoadError: ``path`` is not a folder with a model.
+        """
+        if not path.is_dir():
+            raise ModelLoadError(f"{path} is not a folder.")
+        if not is_model_folder(path):
+            raise ModelLoadError(f"{path} has no config.json: it is not a Hugging Face model folder.")
+        has_modules = path.joinpath("modules.json").is_file()
+        return ModelFolder(path, read_modules(path) if has_modules else None)
+
+    @property
+    def backbone(self) -> Path:
+        """The folder of the Transformer itself."""
+        return self.root if self.modules is None else self.modules.backbone
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of ``config.json``."""
+        return read_json(self.backbone / "config.json")
+
+    @property
+    def model_type(self) -> str:
+        model_type = self.config.get("model_type")
+        if not isinstance(model_type, str):
+            raise ModelLoadError(f"{self.backbone / 'config.json'} does not say its `model_type`.")
+        return model_type
+
+    def keys(self) -> frozenset[str]:
+        """The names of the tensors, where they can be told without loading them; else all of them."""
+        file = self._weight_file()
+        if file.name.endswith(".index.json"):
+            return frozenset(read_json(file).get("weight_map", {}))
+        if file.suffix == ".safetensors":
+            with _open_errors(file), safe_open(file, framework="pt") as f:
+                return frozenset(f.keys())
+        return frozenset(_load_weights(file))
+
+    def state_dict(self) -> dict[str, object]:
+        """Load all tensors: those of the backbone, and ``head.dense.N.weight|bias`` of dense modules."""
+        file = self._weight_file()
+        state: dict[str, object] = {}
+        if file.name.endswith(".index.json"):
+            weight_map = read_json(file).get("weight_map", {})
+            for name in sorted(set(weight_map.values())):
+                state.update(_load_weights(file.with_name(name)))
+        else:
+            state.update(_load_weights(file))
+        for idx, folder in enumerate(self.modules.dense_folders if self.modules else ()):
+            for key, value in _load_weights(_find_weights(folder)).items():
+                state[f"head.dense.{idx}.{key.removeprefix('linear.')}"] = value
+        return state
+
+    def _weight_file(self) -> Path:
+        return _find_weights(self.backbone)
+
+
+def _find_weights(folder: Path) -> Path:
+    for name in _WEIGHT_FILES:
+        if folder.joinpath(name).is_file():
+            return folder / name
+    raise ModelLoadError(f"{folder} has no weights: none of {', '.join(_WEIGHT_FILES)} is there.")
+
+
+class _open_errors:
+    """Turns the errors of a broken weight file into one that names the file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, FileNotFoundError):
+            raise ModelLoadError(f"{self._file} does not exist.") from None
+        if isinstance(error, (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError)):
+            raise ModelLoadError(f"{self._file} is broken or truncated: {error}.") from None
+
+
+def _load_weights(file: Path) -> dict[str, Tensor]:
+    with _open_errors(file):
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # Pickled tensors only: arbitrary objects in a checkpoint are refused.
+        state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+        return state
+    raise AssertionError("unreachable")
+
+
+@final
+class FolderCheckpointLoader(ModelCheckpointLoader):
+    """Loads Hugging Face folders; leaves every other checkpoint to fairseq2's own loader.
+
+    fairseq2 reads ``*.safetensors`` only and knows no sentence-transformers
+    layout; this also reads index files, ``.bin`` files and dense modules.
+    """
+
+    def __init__(self, fallback: ModelCheckpointLoader) -> None:
+        self._fallback = fallback
+
+    @override
+    def lazy_load(
+        self, path: Path, shard_dims: Mapping[str, int], options: ModelCheckpointLoadOptions | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        if not is_model_folder(path):
+            yield from self._fallback.lazy_load(path, shard_dims, options)
+            return
+        options = options or ModelCheckpointLoadOptions()
+        assert options.gangs is not None
+        gangs = options.gangs
+        state = ModelFolder.open(path).state_dict()
+        if options.state_dict_converter is not None:
+            state = options.state_dict_converter(state)
+        sizes, ranks = (gangs.tp.size, gangs.sdp.size), (gangs.tp.rank, gangs.sdp.rank)
+        for key, tensor in state.items():
+            assert isinstance(tensor, Tensor)
+            yield key, reshard_tensor(key, [[tensor]], (1, 1), sizes, ranks, shard_dims)
+
+    @override
+    def supports_path(self, path: Path) -> bool:
+        return is_model_folder(path) or self._fallback.supports_path(path)
