@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.files import read_json
 from vembed_fs2.interop.sentence_transformers import SentenceModules, read_modules
 
 _WEIGHT_FILES: Final = (
@@ -32,22 +32,6 @@ _WEIGHT_FILES: Final = (
 def is_model_folder(path: Path) -> bool:
     """Whether ``path`` is a Hugging Face or sentence-transformers folder."""
     return any(path.joinpath(name).is_file() for name in ("config.json", "modules.json"))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    :raises ModelLoadError: the file does not exist or is not a JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as ex:
-        raise ModelLoadError(f"{file} cannot be read: {ex.strerror or ex}.") from None
-    except ValueError as ex:
-        raise ModelLoadError(f"{file} is not valid JSON: {ex}.") from None
-    if not isinstance(content, dict):
-        raise ModelLoadError(f"{file} must hold a JSON object.")
-    return content
 
 
 @dataclass(frozen=True)

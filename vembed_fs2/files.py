@@ -1,0 +1,64 @@
+"""Files that appear complete or not at all, and JSON with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vembed_fs2.errors import ModelLoadError, VembedError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    :raises ModelLoadError: the file cannot be read or is not a JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as ex:
+        raise ModelLoadError(f"{file} cannot be read: {ex.strerror or ex}.") from None
+    except ValueError as ex:
+        raise ModelLoadError(f"{file} is not valid JSON: {ex}.") from None
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{file} must hold a JSON object.")
+    return content
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file that appears complete or not at all."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(file: Path, content: object) -> None:
+    """Write JSON that appears complete or not at all."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to fill; it becomes ``path`` when the block ends without an error, and is deleted otherwise.
+
+    :raises VembedError: ``path`` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise VembedError(f"{path} exists and is not empty. Give another folder, or delete it.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            path.rmdir()
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
