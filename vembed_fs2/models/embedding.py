@@ -265,6 +265,14 @@ class HeadConfig:
     """If ``True``, the model's own embeddings are of unit length (applied by ``Embedder``, not by the model)."""
 
 
+@dataclass(kw_only=True)
+class EmbeddingModelConfig:
+    """Base of the configurations of families whose models can learn a temperature."""
+
+    logit_scale_init: float | None = None
+    """The log inverse temperature to start from; the model has none if ``None``."""
+
+
 class EmbeddingModel(Module, ABC):
     """Base of all embedding models.
 
@@ -287,6 +295,9 @@ class EmbeddingModel(Module, ABC):
 
     max_text_length: int | None = None
     """The longest text in tokens, special tokens included."""
+
+    tokens_per_image: int = 1
+    """What an image costs to encode, in tokens."""
 
     logit_scale: Parameter | None
     logit_bias: Parameter | None
@@ -334,7 +345,10 @@ class EmbeddingModel(Module, ABC):
     def forward(self, batch: EncoderBatch) -> Embeddings:
         """Encode ``batch``. Everything that training needs passes through here, the temperature too."""
         values, mask = self.encode_rows(batch)
-        return Embeddings(values, mask, self.logit_scale, self.logit_bias)
+        # Copies, because FSDP2 frees the parameter itself after the forward pass.
+        scale = None if self.logit_scale is None else self.logit_scale.clone()
+        bias = None if self.logit_bias is None else self.logit_bias.clone()
+        return Embeddings(values, mask, scale, bias)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -343,6 +357,7 @@ class EmbeddingModel(Module, ABC):
         """Give the model a learnable log inverse temperature, if it has none."""
         if self.logit_scale is None:
             like = next(self.parameters())
+            # Shape [1], not a scalar: FSDP2 cannot shard scalars.
             self.logit_scale = Parameter(torch.full((1,), init, device=like.device, dtype=like.dtype))
 
     @abstractmethod

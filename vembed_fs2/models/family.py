@@ -5,8 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, final
 
+import torch
+from fairseq2.assets import AssetCard, AssetConfigLoader
 from fairseq2.error import NotSupportedError
 from fairseq2.model_checkpoint import ModelCheckpointLoader
 from fairseq2.models import ModelFamily, StandardModelFamily
@@ -25,8 +28,8 @@ from torch.nn import Module
 from typing_extensions import override
 
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.models.embedding import EmbeddingModel, HeadConfig
-from vembed_fs2.models.folder import FolderCheckpointLoader
+from vembed_fs2.models.embedding import EmbeddingModel, EmbeddingModelConfig, HeadConfig
+from vembed_fs2.models.folder import FolderCheckpointLoader, ModelFolder, is_model_folder
 
 ConfigT = TypeVar("ConfigT")
 
@@ -89,8 +92,18 @@ def register_family(
     """
 
     def convert(state_dict: dict[str, object], config: ConfigT) -> dict[str, object]:
-        assert checkpoint_format is not None
-        return checkpoint_format.from_hf_state_dict(state_dict, config)
+        if checkpoint_format is not None:
+            state_dict = checkpoint_format.from_hf_state_dict(state_dict, config)
+        # A temperature that is to be learned, but that the checkpoint does not have yet.
+        if (init := logit_scale_init_of(config)) is not None:
+            state_dict.setdefault("logit_scale", torch.tensor([init]))
+        return state_dict
+
+    def create(config: ConfigT) -> EmbeddingModel:
+        model = factory(config)
+        if (init := logit_scale_init_of(config)) is not None:
+            model.add_logit_scale(init)
+        return model
 
     def create_family(resolver: DependencyResolver) -> ModelFamily:
         return wire_object(
@@ -99,11 +112,12 @@ def register_family(
             name=name,
             kls=kls,
             configs=DependencyLookup(resolver, config_kls),
-            factory=factory,
+            factory=create,
+            asset_config_loader=_FolderConfigLoader(resolver.resolve(AssetConfigLoader), checkpoint_format),
             checkpoint_loader=FolderCheckpointLoader(resolver.resolve(ModelCheckpointLoader)),
             supports_meta=supports_meta,
             restrict=True,
-            state_dict_converter=convert if checkpoint_format is not None else None,
+            state_dict_converter=convert,
             shard_specs=None,
             compiler=_compile,
             fsdp_applier=_apply_fsdp,
@@ -113,6 +127,36 @@ def register_family(
     container.register(ModelFamily, create_family, key=name)
     if checkpoint_format is not None:
         container.register_instance(HuggingFaceConverter, checkpoint_format, key=name)
+
+
+@final
+class _FolderConfigLoader(AssetConfigLoader):
+    """Takes the configuration of a card from its local folder's ``config.json``, if it names no architecture."""
+
+    def __init__(self, loader: AssetConfigLoader, checkpoint_format: CheckpointFormat | None) -> None:
+        self._loader = loader
+        self._format = checkpoint_format
+
+    @override
+    def load(self, card: AssetCard, base_config: object, config_key: str) -> object:
+        field = card.maybe_get_field("checkpoint")
+        if self._format is not None and field is not None and not card.has_field("model_arch"):
+            uri = field.as_uri()
+            if uri.scheme == "file" and is_model_folder(uri.to_path()):
+                base_config = read_folder_config(uri.to_path(), self._format)
+        return self._loader.load(card, base_config, config_key)
+
+
+def read_folder_config(path: Path, checkpoint_format: CheckpointFormat) -> Any:
+    """Read the model configuration of a Hugging Face or sentence-transformers folder."""
+    folder = ModelFolder.open(path)
+    head = folder.modules.head if folder.modules is not None else None
+    return checkpoint_format.from_hf_config(folder.config, head=head, keys=folder.keys())
+
+
+def logit_scale_init_of(config: object) -> float | None:
+    """The log inverse temperature that a model of ``config`` starts from, if it learns one."""
+    return config.logit_scale_init if isinstance(config, EmbeddingModelConfig) else None
 
 
 def _apply_fsdp(model: EmbeddingModel, granularity: str, wrapper: FSDPWrapper) -> Module:

@@ -1,0 +1,202 @@
+"""Finds and loads a model by what a user types: a card, a folder or a training run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from fairseq2 import init_fairseq2
+from fairseq2.assets import AssetCard, AssetCardError, AssetDownloadError, AssetStore
+from fairseq2.error import InvalidOperationError
+from fairseq2.gang import Gangs, create_fake_gangs
+from fairseq2.model_checkpoint import CorruptModelCheckpointError
+from fairseq2.models import ModelFamily, ModelGatedError
+from fairseq2.runtime.dependency import DependencyResolver, get_dependency_resolver
+from fairseq2.utils.structured import StructureError, ValueConverter
+from fairseq2.utils.yaml import YamlError, YamlLoader
+
+from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.models.embedding import EmbeddingModel
+from vembed_fs2.models.family import find_family, get_checkpoint_format, read_folder_config
+from vembed_fs2.models.folder import ModelFolder, is_model_folder
+
+# What a processor may need of a hub repository; weights are fetched by fairseq2.
+_PROCESSOR_FILES: Final = ["*.json", "*.txt", "*.model", "*/config.json"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, and what it is."""
+
+    name: str
+    """What the user typed."""
+
+    family: str
+    config: Any
+    """The configuration of the model, complete."""
+
+    weights: Path | AssetCard
+    folder: Path | None
+    """The folder with the processor's files; ``None`` if they are on a hub."""
+
+    def processor_folder(self) -> Path:
+        """The folder with the processor's files, downloaded if need be.
+
+        :raises ModelLoadError: the card does not say where they are, or they cannot be fetched.
+        """
+        if self.folder is not None:
+            return self.folder
+        assert isinstance(self.weights, AssetCard)
+        uri = str(self.weights.field("checkpoint").as_uri())
+        match = re.fullmatch(r"hg:/*([^/]+/[^/@]+)(?:@(.+))?", uri)
+        if match is None:
+            raise ModelLoadError(f"Card {self.name}: {uri} is not a place to look for a tokenizer or image processor.")
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(match[1], revision=match[2], allow_patterns=_PROCESSOR_FILES))
+        except Exception as ex:
+            raise ModelLoadError(f"Card {self.name}: the processor files of {match[1]} cannot be fetched: {ex}") from ex
+
+
+def get_resolver() -> DependencyResolver:
+    """Return fairseq2's resolver; initialize fairseq2 if nobody has."""
+    try:
+        return get_dependency_resolver()
+    except InvalidOperationError:
+        return init_fairseq2(no_progress=True)
+
+
+def find_model(name_or_path: str | Path, resolver: DependencyResolver | None = None) -> ModelSource:
+    """Find a model by card name, Hugging Face folder, run folder or checkpoint folder.
+
+    :raises ModelLoadError: there is none, or it is not supported.
+    """
+    resolver = resolver or get_resolver()
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        if run := _find_run(path):
+            return _open_run(str(name_or_path), *run, resolver)
+        return _open_folder(str(name_or_path), path.resolve(), resolver)
+    if isinstance(name_or_path, Path) or "/" in name_or_path:
+        raise ModelLoadError(f"{name_or_path} does not exist.")
+    return _open_card(name_or_path, resolver)
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    gangs: Gangs | None = None,
+) -> EmbeddingModel:
+    """Load the bare model, in evaluation mode.
+
+    :param name_or_path: a card, a Hugging Face folder, a run folder or a checkpoint folder.
+    :raises ModelLoadError: there is no such model, or its checkpoint does not fit.
+    """
+    return load_source(find_model(name_or_path), device=device, dtype=dtype, gangs=gangs)
+
+
+def load_source(
+    source: ModelSource,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    gangs: Gangs | None = None,
+) -> EmbeddingModel:
+    """Load the model of ``source``, in evaluation mode."""
+    family = get_resolver().resolve(ModelFamily, key=source.family)
+    gangs = gangs or create_fake_gangs(torch.device(device or "cpu"))
+    try:
+        if isinstance(source.weights, Path):
+            model = family.load_custom_model(source.weights, source.config, gangs, dtype, False, False, None)
+        else:
+            model = family.load_model(source.weights, gangs, dtype, source.config, False, False)
+    except CorruptModelCheckpointError as ex:
+        reason = ex.__cause__ or ex
+        raise ModelLoadError(f"{source.name}: the checkpoint does not fit the model. {reason}") from ex
+    except (AssetCardError, AssetDownloadError, ModelGatedError) as ex:
+        raise ModelLoadError(f"{source.name} cannot be loaded: {ex} {ex.__cause__ or ''}".rstrip()) from ex
+    if not isinstance(model, EmbeddingModel):
+        raise ModelLoadError(f"{source.name} is of family {source.family}, which is no embedding model.")
+    return model.eval()
+
+
+def _open_card(name: str, resolver: DependencyResolver) -> ModelSource:
+    store = resolver.resolve(AssetStore)
+    card = store.maybe_retrieve_card(name)
+    if card is None:
+        nearest = get_close_matches(name, store.asset_names, 3, 0.5)
+        hint = f" Did you mean {' or '.join(n.removesuffix('@') for n in nearest)}?" if nearest else ""
+        raise ModelLoadError(f"{name} is neither a folder nor the name of a card.{hint}")
+    field = card.maybe_get_field("model_family")
+    if field is None:
+        raise ModelLoadError(f"Card {name} is not that of a model: it has no `model_family`.")
+    family_name = field.as_(str)
+    family = resolver.maybe_resolve(ModelFamily, key=family_name)
+    if family is None:
+        raise ModelLoadError(f"Card {name} names the model family {family_name}, which is not known.")
+    try:
+        config = family.get_model_config(card)
+    except AssetCardError as ex:
+        raise ModelLoadError(f"Card {name} cannot be read: {ex} {ex.__cause__ or ''}".rstrip()) from ex
+    return ModelSource(name, family_name, config, card, local_folder(card))
+
+
+def local_folder(card: AssetCard) -> Path | None:
+    """The local folder that a card's checkpoint is in, if it is local."""
+    field = card.maybe_get_field("checkpoint")
+    if field is None or (uri := field.as_uri()).scheme != "file":
+        return None
+    path = uri.to_path()
+    return path if path.is_dir() else path.parent
+
+
+def _open_folder(name: str, path: Path, resolver: DependencyResolver) -> ModelSource:
+    folder = ModelFolder.open(path)
+    family = find_family(folder.model_type, resolver)
+    checkpoint_format = get_checkpoint_format(family, resolver)
+    assert checkpoint_format is not None
+    return ModelSource(name, family, read_folder_config(path, checkpoint_format), path, path)
+
+
+def _find_run(path: Path) -> tuple[Path, Path | None] | None:
+    """The checkpoint folder that ``path`` means, and the step folder if it names one."""
+    for checkpoints, step in ((path, None), (path / "checkpoints", None), (path.parent, path)):
+        if checkpoints.joinpath("model.yaml").is_file() and not is_model_folder(path):
+            return checkpoints, step
+    return None
+
+
+def _open_run(name: str, checkpoints: Path, step: Path | None, resolver: DependencyResolver) -> ModelSource:
+    file = checkpoints / "model.yaml"
+    try:
+        metadata = resolver.resolve(YamlLoader).load(file)[0]
+        family_name = metadata["model_family"]
+        family = resolver.maybe_resolve(ModelFamily, key=family_name)
+        if family is None:
+            raise ModelLoadError(f"{file} names the model family {family_name}, which is not known.")
+        config = resolver.resolve(ValueConverter).structure(metadata["model_config"], family.config_kls)
+    except (YamlError, LookupError, TypeError, StructureError, OSError) as ex:
+        raise ModelLoadError(f"{file} is broken: {ex}") from ex
+    step = step or _best_step(checkpoints)
+    return ModelSource(name, family_name, config, (step / "model").resolve(), checkpoints.parent / "processor")
+
+
+def _best_step(checkpoints: Path) -> Path:
+    """The step with the best score; the last one, if none was scored."""
+    steps = {int(p.name[5:]): p for p in checkpoints.glob("step_*") if p.name[5:].isdigit()}
+    if not steps:
+        raise ModelLoadError(f"{checkpoints} has no checkpoint.")
+    scores = {}
+    for number in steps:
+        file = checkpoints / "scores" / f"step_{number}.txt"
+        if file.is_file():
+            scores[number] = float(file.read_text())
+    # Of equal scores the earlier step wins: less trained, and the same.
+    return steps[max(sorted(scores), key=scores.__getitem__) if scores else max(steps)]

@@ -1,0 +1,215 @@
+"""Inputs of all kinds -> :class:`EncoderBatch`, as one model wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Final
+
+import torch
+from PIL import Image
+
+from vembed_fs2.data.example import ImageSource, Item
+from vembed_fs2.errors import DataError, ModelLoadError
+from vembed_fs2.files import read_json, write_json
+from vembed_fs2.models.embedding import EncoderBatch, HeadConfig
+from vembed_fs2.models.folder import ModelFolder
+from vembed_fs2.processing.image import ImageProcessor, decode_image
+from vembed_fs2.processing.text import TextProcessor
+
+_SETTINGS_FILE: Final = "vembed_processor.json"
+
+
+@dataclass(kw_only=True)
+class ProcessorSettings:
+    """What a tokenizer and an image processor do not say themselves."""
+
+    max_length: int | None = None
+    """The longest text in tokens; longer ones are cut."""
+
+    prompts: dict[str, str] = field(default_factory=dict)
+    """Texts put before an input, by name; ``query`` and ``document`` are used for these roles."""
+
+    default_prompt_name: str | None = None
+    """The prompt that is used when none is asked for."""
+
+    instruction_template: str = "{instruction} "
+    """How an instruction is put before a text."""
+
+    include_prompt: bool = True
+    """If ``False``, the tokens of prompts take no part in mean pooling."""
+
+    do_lower_case: bool = False
+    """If ``True``, texts are lowercased before tokenization."""
+
+
+class Processor:
+    """Tokenizes texts, decodes and transforms images. Safe to call from several threads."""
+
+    def __init__(
+        self,
+        text: TextProcessor | None,
+        image: ImageProcessor | None,
+        settings: ProcessorSettings | None = None,
+        *,
+        tokens_per_image: int = 1,
+    ) -> None:
+        self.text = text
+        self.image = image
+        self.settings = settings or ProcessorSettings()
+        self.tokens_per_image = tokens_per_image
+        self.image_root: Path | None = None
+        """Where images must lie; anywhere if ``None``."""
+        self.allow_urls = False
+        """If ``True``, images may be fetched from URLs."""
+
+    def __call__(self, items: Sequence[Item], *, prompt: str | None = None) -> EncoderBatch:
+        """Prepare ``items``, one row each.
+
+        :param prompt: put before each text that has no instruction of its own.
+        :raises DataError: an image cannot be read, or the model cannot take a kind of input.
+        """
+        batch = EncoderBatch(len(items), tokens_per_image=self.tokens_per_image)
+        texts = [(row, item) for row, item in enumerate(items) if item.text is not None]
+        if texts:
+            self._add_texts(batch, texts, prompt or "")
+        images = [(row, image) for row, item in enumerate(items) for image in item.images]
+        if images:
+            self._add_images(batch, images)
+        return batch
+
+    def _add_texts(self, batch: EncoderBatch, texts: Sequence[tuple[int, Item]], prompt: str) -> None:
+        if self.text is None:
+            raise DataError("The model has no text encoder, but an input has a text.")
+        prefixes = [self._prefix(item, prompt) for _, item in texts]
+        has_prefix = any(prefixes)
+        batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.pooling_mask = self.text(
+            [item.text or "" for _, item in texts],
+            prefixes=prefixes if has_prefix else None,
+            mask_prefixes=has_prefix and not self.settings.include_prompt,
+        )
+        batch.text_rows = torch.tensor([row for row, _ in texts])
+
+    def _prefix(self, item: Item, prompt: str) -> str:
+        if item.instruction:
+            return self.settings.instruction_template.replace("{instruction}", item.instruction)
+        return prompt
+
+    def _add_images(self, batch: EncoderBatch, images: Sequence[tuple[int, ImageSource]]) -> None:
+        if self.image is None:
+            raise DataError("The model has no image encoder, but an input has an image.")
+        batch.pixel_values = self.image([self.decode(image) for _, image in images])
+        batch.image_rows = torch.tensor([row for row, _ in images])
+
+    def decode(self, image: ImageSource) -> Image.Image:
+        """Decode one image.
+
+        :raises DataError: the image cannot be read; the message names it.
+        """
+        return decode_image(image, root=self.image_root, allow_urls=self.allow_urls)
+
+    def prompt_for(self, role: str | None) -> str | None:
+        """The prompt of a role (``query`` or ``document``), else the default prompt."""
+        prompts = self.settings.prompts
+        if role is not None and role in prompts:
+            return prompts[role]
+        default = self.settings.default_prompt_name
+        return prompts.get(default) if default is not None else None
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer, image processor and settings to ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.text is not None:
+            self.text.save(folder)
+        if self.image is not None:
+            self.image.save(folder)
+        write_json(folder / _SETTINGS_FILE, asdict(self.settings))
+
+    @staticmethod
+    def load(
+        folder: Path,
+        modalities: frozenset[str],
+        *,
+        max_length: int | None = None,
+        model_max_length: int | None = None,
+        head: HeadConfig | None = None,
+        tokens_per_image: int = 1,
+    ) -> Processor:
+        """Load what a Hugging Face, sentence-transformers or run folder says.
+
+        :param modalities: what the model takes: ``text``, ``image`` or both.
+        :param max_length: overrides the folder's longest text.
+        :param model_max_length: the longest text that the model can take at all.
+        :raises ModelLoadError: a file is missing or broken.
+        """
+        settings, text_folder = _read_settings(folder)
+        if head is not None:
+            settings.include_prompt = head.include_prompt
+        lengths = [n for n in (max_length or settings.max_length, model_max_length) if n is not None]
+        text = image = None
+        if "text" in modalities:
+            limit = min(lengths) if lengths else None
+            text = TextProcessor.load(text_folder, max_length=limit, do_lower_case=settings.do_lower_case)
+            settings.max_length = text.max_length
+        if "image" in modalities:
+            image = ImageProcessor.load(folder)
+        return Processor(text, image, settings, tokens_per_image=tokens_per_image)
+
+
+def _read_settings(folder: Path) -> tuple[ProcessorSettings, Path]:
+    file = folder / _SETTINGS_FILE
+    if file.is_file():
+        values = read_json(file)
+        known = {f.name for f in fields(ProcessorSettings)}
+        if unknown := sorted(set(values) - known):
+            raise ModelLoadError(f"{file} has unknown keys: {', '.join(unknown)}.")
+        return ProcessorSettings(**values), folder
+    if not folder.joinpath("modules.json").is_file():
+        return ProcessorSettings(), folder
+    modules = ModelFolder.open(folder).modules
+    assert modules is not None
+    settings = ProcessorSettings(
+        max_length=modules.max_length,
+        prompts=dict(modules.prompts),
+        default_prompt_name=modules.default_prompt_name,
+        do_lower_case=modules.do_lower_case,
+        include_prompt=modules.head.include_prompt,
+    )
+    return settings, modules.backbone
+
+
+def as_item(value: object) -> Item:
+    """Convert one input of ``Embedder.encode`` to an :class:`Item`.
+
+    A ``str`` is a text, a ``Path``, bytes or PIL image is an image; a dict may
+    have ``text``, ``image`` (one or a list) and ``instruction``.
+
+    :raises DataError: ``value`` is none of these, or is empty.
+    """
+    if isinstance(value, Item):
+        item = value
+    elif isinstance(value, str):
+        item = Item(text=value)
+    elif isinstance(value, (Path, bytes, Image.Image)):
+        item = Item(images=(value,))
+    elif isinstance(value, dict):
+        item = _item_of_dict(value)
+    else:
+        raise DataError(
+            f"An input must be a str, a PIL image, a path, bytes or a dict, but is of type `{type(value).__name__}`."
+        )
+    if item.text is None and not item.images:
+        raise DataError("An input has neither a text nor an image.")
+    return item
+
+
+def _item_of_dict(value: dict[str, object]) -> Item:
+    if unknown := sorted(set(value) - {"text", "image", "instruction"}):
+        raise DataError(f"An input has unknown keys: {', '.join(map(str, unknown))}. Known: text, image, instruction.")
+    text, image, instruction = value.get("text"), value.get("image"), value.get("instruction")
+    if not isinstance(text, (str, type(None))) or not isinstance(instruction, (str, type(None))):
+        raise DataError("`text` and `instruction` of an input must be of type `str`.")
+    images = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
+    sources = [Path(i) if isinstance(i, str) and "://" not in i else i for i in images]
+    return Item(text=text, images=tuple(sources), instruction=instruction)
