@@ -5,7 +5,14 @@ from __future__ import annotations
 from fairseq2.composition import register_package_assets
 from fairseq2.runtime.dependency import DependencyContainer
 
+from vembed_fs2.models.clip import register_clip
+
+from vembed_fs2.models.bert import register_bert
+
 
 def setup_vembed(container: DependencyContainer) -> None:
     """Register the model families, the asset cards and the recipe components."""
     register_package_assets(container, "vembed_fs2.assets.cards")
+
+    register_clip(container)
+    register_bert(container)

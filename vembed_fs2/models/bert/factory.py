@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from fairseq2.models.transformer import (
+    StandardFeedForwardNetwork,
+    StandardMultiheadAttention,
+    StandardTransformerEncoder,
+    StandardTransformerEncoderLayer,
+    TransformerNormOrder,
+)
+from fairseq2.nn import LayerNorm, Linear, StandardEmbedding, StandardLayerNorm
+from fairseq2.utils.validation import ValidationResult
+from torch.nn import Module
+
+from vembed_fs2.errors import ConfigError, ModelLoadError
+from vembed_fs2.models.activations import create_activation
+from vembed_fs2.models.attention import create_bidirectional_sdpa
+from vembed_fs2.models.bert.model import BertFrontend, BertModel, UnusedPooler
+from vembed_fs2.models.embedding import HeadConfig
+from vembed_fs2.models.head import TextHead, head_output_dim, validate_head
+
+BERT_FAMILY: Final = "vembed_bert"
+
+
+@dataclass(kw_only=True)
+class BertConfig:
+    """Holds the configuration of a BERT model. The default values are those of BERT base."""
+
+    model_dim: int = 768
+    """The dimensionality of the model."""
+
+    max_seq_len: int = 512
+    """The maximum sequence length: the size of the position table."""
+
+    vocab_size: int = 30_522
+    """The size of the vocabulary."""
+
+    pad_idx: int | None = 0
+    """The index of the padding token, whose embedding is not trained."""
+
+    type_vocab_size: int = 2
+    """The number of segments (token types)."""
+
+    num_layers: int = 12
+    """The number of encoder layers."""
+
+    num_attn_heads: int = 12
+    """The number of attention heads in encoder layers."""
+
+    ffn_inner_dim: int = 3072
+    """The dimensionality of inner projection layers in feed-forward networks."""
+
+    activation: str = "gelu"
+    """The activation function of feed-forward networks, by the name that transformers has for it."""
+
+    dropout_p: float = 0.1
+    """The dropout probability on embeddings and on outputs of attention and feed-forward networks."""
+
+    attn_dropout_p: float = 0.1
+    """The dropout probability on attention weights."""
+
+    layer_norm_eps: float = 1e-12
+    """The value to add to the denominator of Layer Normalization."""
+
+    init_std: float = 0.02
+    """The standard deviation of the initial weights."""
+
+    pooler: bool = True
+    """If ``True``, the checkpoint has the pooler of next sentence prediction."""
+
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """What follows the encoder."""
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        for error in (*self._dim_errors(), *self._value_errors(), *validate_head(self.head, self.model_dim)):
+            result.add_error(error)
+        return result
+
+    def _dim_errors(self) -> list[str]:
+        errors = []
+        sizes = ("model_dim", "max_seq_len", "vocab_size", "type_vocab_size", "num_attn_heads", "ffn_inner_dim")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                errors.append(f"`{name}` must be positive, but is {getattr(self, name)} instead.")
+        if self.num_layers < 0:
+            errors.append(f"`num_layers` must not be negative, but is {self.num_layers} instead.")
+        if self.num_attn_heads >= 1 and self.model_dim % self.num_attn_heads != 0:
+            errors.append(
+                f"`model_dim` must be a multiple of `num_attn_heads` ({self.num_attn_heads}), "
+                f"but is {self.model_dim} instead."
+            )
+        if self.pad_idx is not None and not -self.vocab_size <= self.pad_idx < self.vocab_size:
+            errors.append(
+                f"`pad_idx` must be less than `vocab_size` ({self.vocab_size}), but is {self.pad_idx} instead."
+            )
+        return errors
+
+    def _value_errors(self) -> list[str]:
+        errors = []
+        for name in ("dropout_p", "attn_dropout_p"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                errors.append(f"`{name}` must be between 0 and 1, but is {getattr(self, name)} instead.")
+        if self.layer_norm_eps < 0.0:
+            errors.append(f"`layer_norm_eps` must not be negative, but is {self.layer_norm_eps} instead.")
+        if self.init_std < 0.0:
+            errors.append(f"`init_std` must not be negative, but is {self.init_std} instead.")
+        try:
+            create_activation(self.activation, field="activation")
+        except ModelLoadError as ex:
+            errors.append(str(ex))
+        if self.head.pooling == "pooler" and not self.pooler:
+            errors.append("`head.pooling` is 'pooler', but `pooler` is not set: the model has none.")
+        return errors
+
+
+def create_bert_model(config: BertConfig) -> BertModel:
+    """Create a BERT model.
+
+    :raises ConfigError: ``config`` is not valid.
+    """
+    result = config.validate()
+    if result.has_error():
+        raise ConfigError(list(result.errors), where="The BERT configuration")
+    return BertFactory(config).create_model()
+
+
+class BertFactory:
+    """Creates the modules of a BERT model."""
+
+    def __init__(self, config: BertConfig) -> None:
+        self._config = config
+
+    def create_model(self) -> BertModel:
+        config = self._config
+        model = BertModel(self.create_frontend(), self.create_encoder(), self.create_pooler(), TextHead(config.head))
+        model.embedding_dim = head_output_dim(config.head, config.model_dim)
+        model.modalities = frozenset({"text"})
+        model.normalize = config.head.normalize
+        model.max_text_length = config.max_seq_len
+        return model
+
+    def create_frontend(self) -> BertFrontend:
+        config = self._config
+        return BertFrontend(
+            self.create_embedding(config.vocab_size, config.pad_idx),
+            self.create_embedding(config.type_vocab_size),
+            self.create_embedding(config.max_seq_len),
+            self.create_layer_norm(),
+            config.dropout_p,
+        )
+
+    def create_embedding(self, num_embeddings: int, pad_idx: int | None = None) -> StandardEmbedding:
+        return StandardEmbedding(num_embeddings, self._config.model_dim, pad_idx, init_fn=self.init_embedding)
+
+    def create_encoder(self) -> StandardTransformerEncoder:
+        return StandardTransformerEncoder([self.create_encoder_layer() for _ in range(self._config.num_layers)])
+
+    def create_encoder_layer(self) -> StandardTransformerEncoderLayer:
+        return StandardTransformerEncoderLayer(
+            self.create_self_attention(),
+            self.create_layer_norm(),
+            self.create_ffn(),
+            self.create_layer_norm(),
+            norm_order=TransformerNormOrder.POST,
+            dropout_p=self._config.dropout_p,
+        )
+
+    def create_self_attention(self) -> StandardMultiheadAttention:
+        config = self._config
+        return StandardMultiheadAttention(
+            config.model_dim,
+            config.num_attn_heads,
+            create_bidirectional_sdpa(dropout_p=config.attn_dropout_p),
+            qkv_proj_init_fn=self.init_projection,
+            output_proj_init_fn=self.init_projection,
+        )
+
+    def create_ffn(self) -> StandardFeedForwardNetwork:
+        config = self._config
+        return StandardFeedForwardNetwork(
+            config.model_dim,
+            config.ffn_inner_dim,
+            bias=True,
+            inner_activation=create_activation(config.activation, field="activation"),
+            proj_init_fn=self.init_projection,
+        )
+
+    def create_layer_norm(self) -> LayerNorm:
+        return StandardLayerNorm(self._config.model_dim, bias=True, eps=self._config.layer_norm_eps)
+
+    def create_pooler(self) -> Module | None:
+        config = self._config
+        if not config.pooler:
+            return None
+        if config.head.pooling != "pooler":
+            return UnusedPooler(config.model_dim)
+        return Linear(config.model_dim, config.model_dim, bias=True, init_fn=self.init_projection)
+
+    def init_embedding(self, embed: StandardEmbedding) -> None:
+        torch.nn.init.normal_(embed.weight, std=self._config.init_std)
+
+    def init_projection(self, proj: Linear) -> None:
+        torch.nn.init.normal_(proj.weight, std=self._config.init_std)
+        if proj.bias is not None:
+            torch.nn.init.zeros_(proj.bias)
