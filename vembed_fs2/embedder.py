@@ -1,0 +1,284 @@
+"""Inference: texts and images in, embeddings out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any, ContextManager, Final, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vembed_fs2.data.example import Item
+from vembed_fs2.errors import DataError, VembedError
+from vembed_fs2.gradcache import plan_chunks
+from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
+from vembed_fs2.models.family import head_of
+from vembed_fs2.models.hub import ModelSource, find_model, load_source
+from vembed_fs2.processing.processor import Processor, as_item
+
+Precision: TypeAlias = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+
+Array: TypeAlias = NDArray[Any]
+
+# Inputs are prepared this many at a time: sorted by length among themselves,
+# and prepared while the window before them is encoded.
+_WINDOW: Final = 2048
+
+# Tokens in a batch; small enough for caches of CPUs, larger for GPUs.
+_BATCH_TOKENS: Final = {"cpu": 2048, "cuda": 65536}
+
+
+class Embedder:
+    """A model with its processor.
+
+    .. code:: python
+
+        embedder = Embedder.load("sentence_transformers_all_minilm_l6_v2")
+        vectors = embedder.encode(["a text", "another"])
+    """
+
+    def __init__(self, model: EmbeddingModel, processor: Processor, source: ModelSource) -> None:
+        self.model = model
+        self.processor = processor
+        self.source = source
+        self._device = next(model.parameters()).device
+        self.autocast_dtype: torch.dtype | None = None
+        """If set, the model computes in this type (``torch.bfloat16``); embeddings stay float32."""
+
+    @staticmethod
+    def load(
+        name_or_path: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        max_length: int | None = None,
+    ) -> Embedder:
+        """Load a card, a Hugging Face or sentence-transformers folder, a run folder or a checkpoint folder.
+
+        :param device: where to compute; a GPU if there is one.
+        :param max_length: overrides the model's longest text, in tokens.
+        :raises ModelLoadError: there is no such model, or it is broken.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        source = find_model(name_or_path)
+        model = load_source(source, device=device, dtype=dtype)
+        processor = load_processor(source, model, source.processor_folder(), max_length=max_length)
+        return Embedder(model, processor, source)
+
+    @property
+    def embedding_dim(self) -> int:
+        """The size of an embedding."""
+        return self.model.embedding_dim
+
+    def encode(
+        self,
+        inputs: object,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        truncate_dim: int | None = None,
+        precision: Precision = "float32",
+        normalize_embeddings: bool | None = None,
+        convert_to_tensor: bool = False,
+    ) -> Any:
+        """Encode inputs.
+
+        :param inputs: one or a list of: str (text), PIL image, ``Path`` or bytes
+            (image), dict with ``text``, ``image`` (one or a list), ``instruction``.
+        :param prompt_name: the name of one of the model's prompts.
+        :param prompt: a text put before each text; overrides ``prompt_name``.
+        :param batch_size: the most inputs per forward pass; chosen by length if ``None``.
+        :param truncate_dim: keep this many leading dimensions (Matryoshka).
+        :param normalize_embeddings: scale to unit length; ``None`` does what the model says.
+        :returns: float32 ``[N, D]`` in input order (``[D]`` for one input);
+            other types for other values of ``precision``.
+        :raises DataError: an input is empty, or cannot be read.
+        """
+        prefix = prompt if prompt is not None else self._prompt(prompt_name)
+        is_single = _is_single(inputs)
+        items = [as_item(i) for i in ([inputs] if is_single else inputs)]  # type: ignore[attr-defined]
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.embedding_dim:
+            raise VembedError(f"`truncate_dim` must be between 1 and {self.embedding_dim}, but is {truncate_dim}.")
+        values = self._encode(items, prefix, batch_size, show_progress_bar)
+        values = values[:, :truncate_dim]
+        if self.model.normalize if normalize_embeddings is None else normalize_embeddings:
+            values = normalize(values, dim=-1)
+        if is_single:
+            values = values[0]
+        if precision != "float32":
+            quantized = quantize(values.cpu().numpy(), precision)
+            return torch.from_numpy(quantized) if convert_to_tensor else quantized
+        return values if convert_to_tensor else values.cpu().numpy()
+
+    def encode_query(self, inputs: object, prompt_name: str | None = None, **kwargs: Any) -> Any:
+        """:meth:`encode` with the model's ``query`` prompt, if it has one."""
+        return self.encode(inputs, self._role_prompt("query", prompt_name, kwargs), **kwargs)
+
+    def encode_document(self, inputs: object, prompt_name: str | None = None, **kwargs: Any) -> Any:
+        """:meth:`encode` with the model's ``document`` prompt, if it has one."""
+        return self.encode(inputs, self._role_prompt("document", prompt_name, kwargs), **kwargs)
+
+    def encode_stream(self, inputs: Iterable[object], **kwargs: Any) -> Iterator[Array]:
+        """Encode inputs as they come; yields one embedding ``[D]`` per input, in order, in constant memory."""
+        iterator = iter(inputs)
+        while window := list(islice(iterator, _WINDOW)):
+            yield from self.encode(window, **kwargs)
+
+    def similarity(self, a: Array | Tensor, b: Array | Tensor) -> Any:
+        """Compare all of ``a`` with all of ``b``, as the model's embeddings are compared. *Returns:* ``[N, M]``."""
+        x, y = self._comparable(a), self._comparable(b)
+        return _like(x @ y.T, a)
+
+    def similarity_pairwise(self, a: Array | Tensor, b: Array | Tensor) -> Any:
+        """Compare row by row. *Returns:* ``[N]``."""
+        return _like((self._comparable(a) * self._comparable(b)).sum(-1), a)
+
+    def save_hf(self, folder: str | Path) -> None:
+        """Write a folder that transformers' ``AutoModel`` loads.
+
+        :raises VembedError: ``folder`` exists and is not empty.
+        """
+        from vembed_fs2.interop.export import save_hf
+
+        save_hf(self, Path(folder))
+
+    def save_sentence_transformers(self, folder: str | Path) -> None:
+        """Write a folder that sentence-transformers loads.
+
+        :raises VembedError: ``folder`` exists and is not empty, or the model cannot be expressed.
+        """
+        from vembed_fs2.interop.export import save_sentence_transformers
+
+        save_sentence_transformers(self, Path(folder))
+
+    def _prompt(self, name: str | None) -> str | None:
+        if name is None:
+            return self.processor.prompt_for(None)
+        prompts = self.processor.settings.prompts
+        if name not in prompts:
+            known = ", ".join(prompts) or "none"
+            raise VembedError(f"The model has no prompt named '{name}'. Its prompts: {known}.")
+        return prompts[name]
+
+    def _role_prompt(self, role: str, prompt_name: str | None, kwargs: dict[str, Any]) -> str | None:
+        if prompt_name is not None or kwargs.get("prompt") is not None:
+            return prompt_name
+        return role if role in self.processor.settings.prompts else None
+
+    def _comparable(self, x: Array | Tensor) -> Tensor:
+        x = torch.as_tensor(x).float()
+        return normalize(x, dim=-1) if self.model.similarity == "cosine" else x
+
+    def _encode(self, items: Sequence[Item], prompt: str | None, batch_size: int | None, progress: bool | None) -> Tensor:
+        output = torch.empty(len(items), self.embedding_dim, device=self._device)
+        windows = range(0, len(items), _WINDOW)
+        with ThreadPoolExecutor(1, "vembed-prepare") as pool, _Progress(len(items), bool(progress)) as bar:
+            pending: Future[EncoderBatch] | None = None
+            for start in windows:
+                window = items[start : start + _WINDOW]
+                batch = pending.result() if pending is not None else self._prepare(window, prompt)
+                following = items[start + _WINDOW : start + 2 * _WINDOW]
+                pending = pool.submit(self._prepare, following, prompt) if following else None
+                self._encode_window(batch, output[start : start + _WINDOW], batch_size)
+                bar.advance(len(window))
+        return output
+
+    def _prepare(self, items: Sequence[Item], prompt: str | None) -> EncoderBatch:
+        return self.processor(items, prompt=prompt)
+
+    @torch.inference_mode()
+    def _encode_window(self, batch: EncoderBatch, output: Tensor, batch_size: int | None) -> None:
+        budget = _BATCH_TOKENS.get(self._device.type, _BATCH_TOKENS["cpu"])
+        for chunk in plan_chunks(batch.costs(), batch.kinds(), budget):
+            step = batch_size or len(chunk.rows)
+            for start in range(0, len(chunk.rows), step):
+                rows = chunk.rows[start : start + step]
+                part = batch.select(rows)
+                part.to(self._device)
+                with self._autocast():
+                    values = self.model(part).values
+                output[torch.tensor(rows, device=output.device)] = values.float()
+
+    def _autocast(self) -> ContextManager[Any]:
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self._device.type, self.autocast_dtype)
+
+
+def load_processor(
+    source: ModelSource, model: EmbeddingModel, folder: Path, *, max_length: int | None = None
+) -> Processor:
+    """Load the processor that belongs to ``model`` from ``folder``."""
+    return Processor.load(
+        folder,
+        frozenset(model.modalities),
+        max_length=max_length,
+        model_max_length=model.max_text_length,
+        head=head_of(source.config),
+        tokens_per_image=model.tokens_per_image,
+    )
+
+
+def quantize(values: Array, precision: Precision) -> Array:
+    """Quantize float embeddings ``[N, D]`` as sentence-transformers' ``quantize_embeddings`` does.
+
+    ``int8`` and ``uint8`` divide the range of each dimension in ``values`` into
+    255 steps; ``binary`` and ``ubinary`` keep signs, eight to a byte.
+    """
+    if precision in ("binary", "ubinary"):
+        packed = np.packbits(values > 0, axis=-1)
+        return (packed - np.uint8(128)).view(np.int8) if precision == "binary" else packed
+    if precision not in ("int8", "uint8"):
+        raise VembedError(f"`precision` must be float32, int8, uint8, binary or ubinary, but is {precision!r}.")
+    low, high = values.min(axis=0, keepdims=True), values.max(axis=0, keepdims=True)
+    steps = np.where(high > low, (high - low) / 255, 1.0)
+    scaled = (values - low) / steps
+    return scaled.astype(np.uint8) if precision == "uint8" else (scaled - 128).astype(np.int8)
+
+
+def _is_single(inputs: object) -> bool:
+    if isinstance(inputs, (str, bytes, dict, Item, Path)):
+        return True
+    if isinstance(inputs, Sequence):
+        return False
+    if isinstance(inputs, Iterable):
+        raise DataError("`inputs` must be one input or a list. For an iterator, use `encode_stream`.")
+    return True
+
+
+def _like(result: Tensor, example: Array | Tensor) -> Any:
+    return result if isinstance(example, Tensor) else result.numpy()
+
+
+class _Progress:
+    """A progress bar, or nothing."""
+
+    def __init__(self, total: int, enabled: bool) -> None:
+        self._bar: Any = None
+        if enabled:
+            from rich.progress import Progress
+
+            self._bar = Progress()
+            self._task = self._bar.add_task("encode", total=total)
+
+    def __enter__(self) -> _Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, n: int) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task, n)
