@@ -5,9 +5,8 @@ from __future__ import annotations
 from fairseq2.composition import register_package_assets
 from fairseq2.runtime.dependency import DependencyContainer
 
-from vembed_fs2.models.clip import register_clip
-
 from vembed_fs2.models.bert import register_bert
+from vembed_fs2.models.clip import register_clip
 
 
 def setup_vembed(container: DependencyContainer) -> None:

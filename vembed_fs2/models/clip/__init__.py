@@ -1,0 +1,41 @@
+"""The CLIP family."""
+
+from __future__ import annotations
+
+from fairseq2.runtime.dependency import DependencyContainer
+
+from vembed_fs2.models.clip.archs import register_clip_archs
+from vembed_fs2.models.clip.factory import (
+    CLIP_FAMILY,
+    ClipConfig,
+    ClipTextConfig,
+    ClipVisionConfig,
+    create_clip_model,
+)
+from vembed_fs2.models.clip.loader import ClipCheckpointFormat
+from vembed_fs2.models.clip.model import ClipModel
+from vembed_fs2.models.family import register_family
+
+__all__ = [
+    "CLIP_FAMILY",
+    "ClipCheckpointFormat",
+    "ClipConfig",
+    "ClipModel",
+    "ClipTextConfig",
+    "ClipVisionConfig",
+    "create_clip_model",
+    "register_clip",
+]
+
+
+def register_clip(container: DependencyContainer) -> None:
+    """Register the family, its architectures and its Hugging Face format."""
+    register_family(
+        container,
+        CLIP_FAMILY,
+        kls=ClipModel,
+        config_kls=ClipConfig,
+        factory=create_clip_model,
+        checkpoint_format=ClipCheckpointFormat(),
+    )
+    register_clip_archs(container)

@@ -1,0 +1,319 @@
+"""CLIP: its configuration, and how its modules are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch.nn as nn
+from fairseq2.models.transformer import (
+    SDPA,
+    CausalAttentionBias,
+    StandardFeedForwardNetwork,
+    StandardMultiheadAttention,
+    StandardTransformerEncoder,
+    StandardTransformerEncoderLayer,
+    TransformerNormOrder,
+    create_default_sdpa,
+)
+from fairseq2.nn import Linear, StandardEmbedding, StandardLayerNorm
+from fairseq2.utils.validation import ValidationResult
+from torch.nn import Conv2d
+
+from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.models.activations import create_activation
+from vembed_fs2.models.attention import create_bidirectional_sdpa
+from vembed_fs2.models.clip.model import (
+    ClipModel,
+    ClipTextFrontend,
+    ClipTextTower,
+    ClipVisionFrontend,
+    ClipVisionTower,
+)
+
+CLIP_FAMILY: Final = "vembed_clip"
+
+
+@dataclass(kw_only=True)
+class ClipTowerConfig:
+    """What the text and the image Transformer have in common."""
+
+    model_dim: int = 512
+    """The dimensionality of the Transformer."""
+
+    num_layers: int = 12
+    """The number of Transformer layers."""
+
+    num_attn_heads: int = 8
+    """The number of attention heads in Transformer layers."""
+
+    ffn_inner_dim: int = 2048
+    """The dimensionality of inner projection layers in feed-forward networks."""
+
+    activation: str = "quick_gelu"
+    """The activation function of feed-forward networks, by transformers' name."""
+
+    layer_norm_eps: float = 1e-5
+    """The value added to the denominator of Layer Normalization."""
+
+    attn_dropout_p: float = 0.0
+    """The dropout probability on attention weights."""
+
+    init_range: float = 0.02
+    """The standard deviation of the initial patch projection and image positions."""
+
+    init_factor: float = 1.0
+    """The factor of all initial standard deviations of this Transformer."""
+
+    single_tower_dim: int = 512
+    """
+    The embedding size of the model that transformers makes of this Transformer
+    alone. CLIP itself uses ``projection_dim`` of :class:`ClipConfig`.
+    """
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        for name in self._positive_fields():
+            if getattr(self, name) < 1:
+                result.add_error(f"`{name}` must be at least 1, but is {getattr(self, name)} instead.")
+        if self.num_attn_heads > 0 and self.model_dim % self.num_attn_heads:
+            result.add_error(
+                f"`model_dim` must be a multiple of `num_attn_heads` ({self.num_attn_heads}), "
+                f"but is {self.model_dim} instead."
+            )
+        if not 0.0 <= self.attn_dropout_p < 1.0:
+            result.add_error(f"`attn_dropout_p` must be in [0, 1), but is {self.attn_dropout_p} instead.")
+        for name in ("layer_norm_eps", "init_range", "init_factor"):
+            if getattr(self, name) < 0.0:
+                result.add_error(f"`{name}` must not be negative, but is {getattr(self, name)} instead.")
+        try:
+            create_activation(self.activation, field="activation")
+        except ModelLoadError as ex:
+            result.add_error(str(ex))
+        return result
+
+    def _positive_fields(self) -> tuple[str, ...]:
+        return ("model_dim", "num_layers", "num_attn_heads", "ffn_inner_dim")
+
+
+@dataclass(kw_only=True)
+class ClipTextConfig(ClipTowerConfig):
+    """The text Transformer."""
+
+    vocab_size: int = 49_408
+    """The size of the vocabulary."""
+
+    max_seq_len: int = 77
+    """The maximum number of tokens of a text, special tokens included."""
+
+    pad_idx: int | None = 1
+    """The index of the padding token. The model does not use it; kept for export."""
+
+    bos_idx: int | None = 49_406
+    """The index of the token that starts a text. The model does not use it; kept for export."""
+
+    eos_idx: int = 49_407
+    """
+    The index of the token that ends a text, whose state becomes the embedding.
+    2 stands for the highest index in the text, as in old configurations.
+    """
+
+    def _positive_fields(self) -> tuple[str, ...]:
+        return (*super()._positive_fields(), "vocab_size", "max_seq_len")
+
+
+@dataclass(kw_only=True)
+class ClipVisionConfig(ClipTowerConfig):
+    """The image Transformer."""
+
+    model_dim: int = 768
+    """The dimensionality of the Transformer."""
+
+    num_attn_heads: int = 12
+    """The number of attention heads in Transformer layers."""
+
+    ffn_inner_dim: int = 3072
+    """The dimensionality of inner projection layers in feed-forward networks."""
+
+    num_channels: int = 3
+    """The number of image channels."""
+
+    image_size: int = 224
+    """The height and width of images in pixels; other sizes interpolate the positions."""
+
+    patch_size: int = 32
+    """The height and width of patches in pixels."""
+
+    def validate(self) -> ValidationResult:
+        result = super().validate()
+        if self.image_size < self.patch_size:
+            result.add_error(
+                f"`image_size` must be at least `patch_size` ({self.patch_size}), but is {self.image_size} instead."
+            )
+        return result
+
+    def _positive_fields(self) -> tuple[str, ...]:
+        return (*super()._positive_fields(), "num_channels", "image_size", "patch_size")
+
+    @property
+    def num_patches(self) -> int:
+        """The number of patches of an image of ``image_size``."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(kw_only=True)
+class ClipConfig:
+    """The configuration of a CLIP model. The defaults are those of ViT-B/32."""
+
+    text: ClipTextConfig = field(default_factory=ClipTextConfig)
+    """The text Transformer."""
+
+    vision: ClipVisionConfig = field(default_factory=ClipVisionConfig)
+    """The image Transformer."""
+
+    projection_dim: int = 512
+    """The dimensionality of embeddings."""
+
+    logit_scale_init: float = 2.6592
+    """The initial log inverse temperature."""
+
+    train_logit_scale: bool = True
+    """If ``False``, the temperature keeps its value in training."""
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        if self.projection_dim < 1:
+            result.add_error(f"`projection_dim` must be at least 1, but is {self.projection_dim} instead.")
+        return result
+
+
+def create_clip_model(config: ClipConfig) -> ClipModel:
+    """Create a CLIP model with initial weights as transformers draws them."""
+    return ClipFactory(config).create_model()
+
+
+class ClipFactory:
+    """Creates the modules of a CLIP model."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        self._config = config
+
+    def create_model(self) -> ClipModel:
+        config = self._config
+        return ClipModel(
+            self.create_text_tower(), self.create_vision_tower(), config.logit_scale_init, config.train_logit_scale
+        )
+
+    def create_text_tower(self) -> ClipTextTower:
+        config = self._config.text
+        std = 0.02 * config.init_factor
+        frontend = ClipTextFrontend(
+            self.create_embedding(config.vocab_size, config.model_dim, std),
+            self.create_embedding(config.max_seq_len, config.model_dim, std),
+        )
+        encoder = self.create_encoder(config, self.create_layer_norm(config), causal=True)
+        return ClipTextTower(frontend, encoder, self.create_projection(config.model_dim), config.eos_idx)
+
+    def create_vision_tower(self) -> ClipVisionTower:
+        config = self._config.vision
+        encoder = self.create_encoder(config, None, causal=False)
+        return ClipVisionTower(
+            self.create_vision_frontend(),
+            encoder,
+            self.create_layer_norm(config),
+            self.create_projection(config.model_dim),
+        )
+
+    def create_vision_frontend(self) -> ClipVisionFrontend:
+        config = self._config.vision
+        std = config.init_range * config.init_factor
+        # fairseq2's patch extractor always has a bias, and CLIP's has none.
+        patch_proj = _PatchProjection(config.num_channels, config.model_dim, config.patch_size, std)
+        pos_embed = self.create_embedding(config.num_patches + 1, config.model_dim, std)
+        class_std = config.model_dim**-0.5 * config.init_factor
+        return ClipVisionFrontend(patch_proj, pos_embed, self.create_layer_norm(config), class_std)
+
+    def create_encoder(
+        self, config: ClipTowerConfig, layer_norm: StandardLayerNorm | None, *, causal: bool
+    ) -> StandardTransformerEncoder:
+        layers = [self.create_layer(config, causal) for _ in range(config.num_layers)]
+        return StandardTransformerEncoder(layers, layer_norm)
+
+    def create_layer(self, config: ClipTowerConfig, causal: bool) -> StandardTransformerEncoderLayer:
+        return StandardTransformerEncoderLayer(
+            self.create_self_attention(config, causal),
+            self.create_layer_norm(config),
+            self.create_ffn(config),
+            self.create_layer_norm(config),
+            norm_order=TransformerNormOrder.PRE,
+        )
+
+    def create_self_attention(self, config: ClipTowerConfig, causal: bool) -> StandardMultiheadAttention:
+        std = config.model_dim**-0.5 * config.init_factor
+        return StandardMultiheadAttention(
+            config.model_dim,
+            config.num_attn_heads,
+            self.create_sdpa(config, causal),
+            qkv_proj_init_fn=_normal(std * _depth_scale(config)),
+            output_proj_init_fn=_normal(std),
+        )
+
+    def create_sdpa(self, config: ClipTowerConfig, causal: bool) -> SDPA:
+        if causal:
+            return create_default_sdpa(CausalAttentionBias(), dropout_p=config.attn_dropout_p)
+        return create_bidirectional_sdpa(dropout_p=config.attn_dropout_p)
+
+    def create_ffn(self, config: ClipTowerConfig) -> StandardFeedForwardNetwork:
+        inner_std = (2 * config.model_dim) ** -0.5 * config.init_factor
+        output_std = config.model_dim**-0.5 * config.init_factor * _depth_scale(config)
+
+        def init_projection(proj: Linear) -> None:
+            # One function initialises both; the input size tells them apart.
+            _normal(inner_std if proj.input_dim == config.model_dim else output_std)(proj)
+
+        activation = create_activation(config.activation, field="activation")
+        return StandardFeedForwardNetwork(
+            config.model_dim,
+            config.ffn_inner_dim,
+            bias=True,
+            inner_activation=activation,
+            proj_init_fn=init_projection,
+        )
+
+    def create_projection(self, model_dim: int) -> Linear:
+        return Linear(model_dim, self._config.projection_dim, bias=False, init_fn=_normal(model_dim**-0.5))
+
+    def create_layer_norm(self, config: ClipTowerConfig) -> StandardLayerNorm:
+        return StandardLayerNorm(config.model_dim, bias=True, eps=config.layer_norm_eps)
+
+    def create_embedding(self, num_embeddings: int, embed_dim: int, std: float) -> StandardEmbedding:
+        def init_embed(embed: StandardEmbedding) -> None:
+            nn.init.normal_(embed.weight, std=std)
+
+        return StandardEmbedding(num_embeddings, embed_dim, init_fn=init_embed)
+
+
+class _PatchProjection(Conv2d):
+    """A convolution without bias, initialised from a normal distribution."""
+
+    def __init__(self, num_channels: int, model_dim: int, patch_size: int, std: float) -> None:
+        self._std = std
+        super().__init__(num_channels, model_dim, patch_size, stride=patch_size, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self._std)
+
+
+def _depth_scale(config: ClipTowerConfig) -> float:
+    scale: float = (2 * config.num_layers) ** -0.5
+    return scale
+
+
+def _normal(std: float) -> Callable[[Linear], None]:
+    def init_projection(proj: Linear) -> None:
+        nn.init.normal_(proj.weight, std=std)
+        if proj.bias is not None:
+            nn.init.zeros_(proj.bias)
+
+    return init_projection

@@ -1,0 +1,194 @@
+"""CLIP checkpoints of Hugging Face transformers, read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any, Final, final
+
+from fairseq2.models.hg import HuggingFaceConfig
+from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_key_map
+from fairseq2.utils.config import cast_config_type
+from fairseq2.utils.validation import StandardObjectValidator, ValidationError
+from torch import Tensor
+from typing_extensions import override
+
+from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.models.activations import create_activation
+from vembed_fs2.models.clip.factory import ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig
+from vembed_fs2.models.embedding import HeadConfig
+from vembed_fs2.models.family import CheckpointFormat
+
+_TOWER_FIELDS: Final = {
+    "hidden_size": "model_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attn_heads",
+    "intermediate_size": "ffn_inner_dim",
+    "hidden_act": "activation",
+    "layer_norm_eps": "layer_norm_eps",
+    "attention_dropout": "attn_dropout_p",
+    "initializer_range": "init_range",
+    "initializer_factor": "init_factor",
+    "projection_dim": "single_tower_dim",
+}
+
+_TEXT_FIELDS: Final = _TOWER_FIELDS | {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_seq_len",
+    "pad_token_id": "pad_idx",
+    "bos_token_id": "bos_idx",
+    "eos_token_id": "eos_idx",
+}
+
+_VISION_FIELDS: Final = _TOWER_FIELDS | {
+    "num_channels": "num_channels",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+}
+
+_FIELDS: Final = {"projection_dim": "projection_dim", "logit_scale_init_value": "logit_scale_init"}
+
+_REFUSED: Final = ("pruned_heads", "quantization_config")
+"""Fields that transformers would obey and that have no counterpart here."""
+
+_LAYER_KEYS: Final = {
+    "self_attn.q_proj": "self_attn.q_proj",
+    "self_attn.k_proj": "self_attn.k_proj",
+    "self_attn.v_proj": "self_attn.v_proj",
+    "self_attn.out_proj": "self_attn.output_proj",
+    "layer_norm1": "self_attn_layer_norm",
+    "mlp.fc1": "ffn.inner_proj",
+    "mlp.fc2": "ffn.output_proj",
+    "layer_norm2": "ffn_layer_norm",
+}
+
+_KEYS: Final = {
+    "text_model.embeddings.token_embedding.": "text.frontend.embed.",
+    "text_model.embeddings.position_embedding.": "text.frontend.pos_embed.",
+    "text_model.final_layer_norm.": "text.encoder.layer_norm.",
+    "text_projection.": "text.proj.",
+    "vision_model.embeddings.class_embedding": "vision.frontend.class_embed",
+    "vision_model.embeddings.patch_embedding.": "vision.frontend.patch_proj.",
+    "vision_model.embeddings.position_embedding.": "vision.frontend.pos_embed.",
+    # The misspelling is that of transformers.
+    "vision_model.pre_layrnorm.": "vision.frontend.layer_norm.",
+    "vision_model.post_layernorm.": "vision.layer_norm.",
+    "visual_projection.": "vision.proj.",
+}
+
+
+def _create_key_map() -> dict[str, str]:
+    key_map = {"^" + key.replace(".", r"\."): name for key, name in _KEYS.items()}
+    for tower in ("text", "vision"):
+        for key, name in _LAYER_KEYS.items():
+            escaped = key.replace(".", r"\.")
+            pattern = rf"^{tower}_model\.encoder\.layers\.([0-9]+)\.{escaped}\."
+            key_map[pattern] = rf"{tower}.encoder.layers.\1.{name}."
+    return key_map
+
+
+_KEY_MAP: Final = _create_key_map()
+
+_STALE_KEYS: Final = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+"""Buffers that old versions of transformers saved: 0, 1, 2, ..."""
+
+
+@final
+class ClipCheckpointFormat(CheckpointFormat):
+    """Reads and writes ``CLIPModel``."""
+
+    model_types = ("clip",)
+
+    @override
+    def from_hf_config(
+        self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
+    ) -> ClipConfig:
+        # transformers knows the defaults of absent fields, and how the older `*_config_dict` fields override.
+        from transformers import CLIPConfig
+
+        if head is not None and head.dense:
+            raise ModelLoadError("Dense modules after a CLIP model are not supported.")
+        try:
+            resolved = CLIPConfig(**deepcopy(dict(hf_config))).to_dict()
+        except (TypeError, ValueError, AttributeError) as ex:
+            raise ModelLoadError(f"config.json is not a valid CLIP configuration: {ex}.") from None
+        text, vision = resolved["text_config"], resolved["vision_config"]
+        for where, values in (("", resolved), ("text_config.", text), ("vision_config.", vision)):
+            _refuse_unsupported(where, values)
+        config = ClipConfig(
+            text=ClipTextConfig(**_read_fields(text, _TEXT_FIELDS, ClipTextConfig(), "text_config.")),
+            vision=ClipVisionConfig(**_read_fields(vision, _VISION_FIELDS, ClipVisionConfig(), "vision_config.")),
+            **_read_fields(resolved, _FIELDS, ClipConfig(), ""),
+        )
+        _validate(config)
+        return config
+
+    @override
+    def from_hf_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
+        if not any(key.startswith(("text_model.", "vision_model.")) for key in state_dict):
+            return state_dict
+        state_dict = {key: value for key, value in state_dict.items() if key not in _STALE_KEYS}
+        return _reshape_logit_scale(convert_state_dict(state_dict, _KEY_MAP), (1,))
+
+    @override
+    def to_hg_config(self, config: object) -> HuggingFaceConfig:
+        config = cast_config_type(config, ClipConfig)
+        data: dict[str, object] = {
+            **_write_fields(config, _FIELDS),
+            "text_config": {"model_type": "clip_text_model", **_write_fields(config.text, _TEXT_FIELDS)},
+            "vision_config": {"model_type": "clip_vision_model", **_write_fields(config.vision, _VISION_FIELDS)},
+        }
+        return HuggingFaceConfig(data, kls_name="CLIPConfig", arch="CLIPModel")
+
+    @override
+    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
+        return _reshape_logit_scale(convert_state_dict(state_dict, create_reverse_key_map(_KEY_MAP)), ())
+
+
+def _refuse_unsupported(where: str, values: Mapping[str, Any]) -> None:
+    for name in _REFUSED:
+        if values.get(name):
+            raise ModelLoadError(f"`{where}{name}` is not supported for CLIP models.")
+
+
+def _read_fields(values: Mapping[str, Any], names: Mapping[str, str], default: object, where: str) -> dict[str, Any]:
+    """Rename fields; refuse values of another type than our own default's."""
+    fields: dict[str, Any] = {}
+    for hf_name, name in names.items():
+        value = values[hf_name]
+        kind = type(getattr(default, name))
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        optional = name in ("pad_idx", "bos_idx")
+        if type(value) is not kind and not (optional and value is None):
+            raise ModelLoadError(
+                f"`{where}{hf_name}` must be of type `{kind.__name__}`, but is {value!r}, which is not supported."
+            )
+        if hf_name == "hidden_act":
+            create_activation(value, field=where + hf_name)
+        fields[name] = value
+    return fields
+
+
+def _write_fields(config: ClipConfig | ClipTowerConfig, names: Mapping[str, str]) -> dict[str, object]:
+    return {hf_name: getattr(config, name) for hf_name, name in names.items()}
+
+
+def _validate(config: ClipConfig) -> None:
+    try:
+        StandardObjectValidator().validate(config)
+    except ValidationError as ex:
+        message = str(ex)
+        for hf_name, name in (
+            _TEXT_FIELDS | _VISION_FIELDS | {"text_config": "text", "vision_config": "vision"}
+        ).items():
+            message = message.replace(f"`{name}`", f"`{hf_name}`")
+        raise ModelLoadError(f"config.json is not a valid CLIP configuration: {message}") from None
+
+
+def _reshape_logit_scale(state_dict: dict[str, object], shape: tuple[int, ...]) -> dict[str, object]:
+    # FSDP2 refuses scalar parameters, so ours has one dimension.
+    scale = state_dict.get("logit_scale")
+    if isinstance(scale, Tensor):
+        state_dict["logit_scale"] = scale.reshape(shape)
+    return state_dict

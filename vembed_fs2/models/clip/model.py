@@ -1,0 +1,208 @@
+"""CLIP: a text and an image Transformer that share an embedding space.
+
+Radford et al., "Learning Transferable Visual Models From Natural Language
+Supervision", 2021, https://arxiv.org/abs/2103.00020.
+
+Shapes: T texts, P images, L tokens, S patches and class token, M model size,
+D embedding size, C x H x W pixels.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import TYPE_CHECKING, Final, final
+
+import torch
+import torch.nn as nn
+from fairseq2.models.transformer import StandardTransformerEncoder, TransformerFrontend
+from fairseq2.nn import BatchLayout, IncrementalStateBag, LayerNorm, Projection, StandardEmbedding
+from torch import Tensor
+from torch.nn import Conv2d, Module, ModuleList, Parameter
+from torch.nn.functional import interpolate
+from typing_extensions import override
+
+from vembed_fs2.models.attention import PaddedLayout
+from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
+
+_LEGACY_EOS_ID: Final = 2
+"""The end token that old configurations name, whatever the tokenizer's is."""
+
+
+@final
+class ClipTextFrontend(TransformerFrontend):
+    """Adds learned positions to token embeddings."""
+
+    def __init__(self, embed: StandardEmbedding, pos_embed: StandardEmbedding) -> None:
+        super().__init__()
+        self.embed = embed
+        self.pos_embed = pos_embed
+
+    @override
+    def forward(
+        self, seqs: Tensor, seqs_layout: BatchLayout, *, state_bag: IncrementalStateBag | None = None
+    ) -> tuple[Tensor, BatchLayout]:
+        positions = torch.arange(seqs.size(1), device=seqs.device, dtype=torch.int64)
+        return self.embed(seqs) + self.pos_embed(positions), seqs_layout
+
+
+@final
+class ClipTextTower(Module):
+    """A causal Transformer; the state of the end token is the text."""
+
+    def __init__(
+        self, frontend: ClipTextFrontend, encoder: StandardTransformerEncoder, proj: Projection, eos_id: int
+    ) -> None:
+        super().__init__()
+        self.frontend = frontend
+        self.encoder = encoder
+        self.proj = proj
+        self.eos_id = eos_id
+
+    @override
+    def forward(self, ids_TL: Tensor, mask_TL: Tensor | None) -> Tensor:
+        """Encode texts; return ``[T, D]``.
+
+        :param mask_TL: True for tokens, which come before the padding. It only
+            keeps padding from being taken for the end token: causal attention
+            never looks at what follows.
+        """
+        max_length = self.frontend.pos_embed.num_embeddings
+        if ids_TL.size(1) > max_length:
+            raise ValueError(f"Texts must have at most {max_length} tokens, but one has {ids_TL.size(1)} instead.")
+        seqs_TLM, layout = self.frontend(ids_TL, BatchLayout.of(ids_TL))
+        seqs_TLM = self.encoder(seqs_TLM, layout)
+        rows = torch.arange(ids_TL.size(0), device=ids_TL.device, dtype=torch.int64)
+        return self.proj(seqs_TLM[rows, self._end_positions(ids_TL, mask_TL)])
+
+    def _end_positions(self, ids_TL: Tensor, mask_TL: Tensor | None) -> Tensor:
+        # The padding token may be the end token or may sit above it, so padding does not take part.
+        if self.eos_id == _LEGACY_EOS_ID:
+            score_TL = ids_TL if mask_TL is None else ids_TL.masked_fill(~mask_TL, -1)
+        else:
+            is_end_TL = ids_TL == self.eos_id
+            score_TL = (is_end_TL if mask_TL is None else is_end_TL & mask_TL).int()
+        return score_TL.argmax(1)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+@final
+class ClipVisionFrontend(Module):
+    """Cuts images into patches, puts the class token before them, adds positions and normalises."""
+
+    def __init__(self, patch_proj: Conv2d, pos_embed: StandardEmbedding, layer_norm: LayerNorm, std: float) -> None:
+        """
+        :param std: The standard deviation of the initial class token.
+        """
+        super().__init__()
+        self.class_embed = Parameter(torch.empty(pos_embed.embed_dim))
+        self.patch_proj = patch_proj
+        self.pos_embed = pos_embed
+        self.layer_norm = layer_norm
+        self._std = std
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.class_embed, std=self._std)
+
+    @override
+    def forward(self, x_PCHW: Tensor) -> Tensor:
+        """Return the inputs of the Transformer, ``[P, S, M]``."""
+        x_PMhw = self.patch_proj(x_PCHW.to(self.patch_proj.weight.dtype))
+        positions_SM = self._positions(x_PMhw.size(2), x_PMhw.size(3))
+        class_P1M = self.class_embed.expand(x_PMhw.size(0), 1, -1)
+        seqs_PSM = torch.cat([class_P1M, x_PMhw.flatten(2).transpose(1, 2)], dim=1)
+        return self.layer_norm(seqs_PSM + positions_SM)
+
+    def _positions(self, height: int, width: int) -> Tensor:
+        """Positions of a grid of ``height`` x ``width`` patches, resized from the trained grid where it differs."""
+        table_SM = self.pos_embed.weight
+        side = isqrt(table_SM.size(0) - 1)
+        if (height, width) == (side, side):
+            return table_SM
+        grid_1Mhw = table_SM[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        grid_1Mhw = interpolate(grid_1Mhw, size=(height, width), mode="bicubic", align_corners=False)
+        return torch.cat([table_SM[:1], grid_1Mhw.flatten(2).transpose(1, 2).squeeze(0)])
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+@final
+class ClipVisionTower(Module):
+    """A Vision Transformer; the state of the class token is the image."""
+
+    def __init__(
+        self,
+        frontend: ClipVisionFrontend,
+        encoder: StandardTransformerEncoder,
+        layer_norm: LayerNorm,
+        proj: Projection,
+    ) -> None:
+        super().__init__()
+        self.frontend = frontend
+        self.encoder = encoder
+        self.layer_norm = layer_norm
+        self.proj = proj
+
+    @override
+    def forward(self, x_PCHW: Tensor) -> Tensor:
+        """Encode images of any size; return ``[P, D]``."""
+        seqs_PSM = self.frontend(x_PCHW)
+        seqs_PSM = self.encoder(seqs_PSM, PaddedLayout(seqs_PSM, None))
+        return self.proj(self.layer_norm(seqs_PSM[:, 0]))
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+@final
+class ClipModel(EmbeddingModel):
+    """A CLIP model: unnormalised, projected embeddings of texts and images."""
+
+    modalities = frozenset({"text", "image"})
+
+    def __init__(
+        self, text: ClipTextTower, vision: ClipVisionTower, logit_scale_init: float, train_logit_scale: bool
+    ) -> None:
+        """
+        :param logit_scale_init: The initial log inverse temperature.
+        :param train_logit_scale: If ``False``, it is a buffer, which no recipe can train by accident.
+        """
+        super().__init__()
+        self.text = text
+        self.vision = vision
+        self.embedding_dim = text.proj.output_dim
+        self.max_text_length = text.frontend.pos_embed.num_embeddings
+        self._logit_scale_init = logit_scale_init
+        if train_logit_scale:
+            self.logit_scale = Parameter(torch.empty(1))
+        else:
+            del self.logit_scale
+            self.register_buffer("logit_scale", torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        assert self.logit_scale is not None
+        nn.init.constant_(self.logit_scale, self._logit_scale_init)
+
+    @override
+    def encode_text(self, batch: EncoderBatch) -> Tensor:
+        """Encode the texts of ``batch``. *Returns:* ``[T, D]``.
+
+        Texts must hold the end token of the configuration, as CLIP's tokenizers
+        write it; like in transformers, the first token stands for a text without.
+        """
+        assert batch.input_ids is not None
+        return self.text(batch.input_ids, batch.attention_mask)
+
+    @override
+    def encode_image(self, batch: EncoderBatch) -> Tensor:
+        """Encode the images of ``batch``, of any size of at least one patch. *Returns:* ``[P, D]``."""
+        assert batch.pixel_values is not None
+        return self.vision(batch.pixel_values)
+
+    @override
+    def layer_stacks(self) -> list[ModuleList]:
+        return [self.text.encoder.layers, self.vision.encoder.layers]
