@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fairseq2.models.hg import save_hugging_face_model
 from fairseq2.nn.utils.module import reset_parameters, to_empty
 from fairseq2.utils.validation import StandardObjectValidator, ValidationError
 from hypothesis import given, settings
@@ -85,6 +88,13 @@ def create_pair(hf_config: dict[str, Any], seed: int = 0) -> tuple[CLIPModel, Cl
     return reference, model, config
 
 
+def export_config(config: ClipConfig) -> CLIPConfig:
+    hf_config = CLIPConfig()
+    for name, value in FORMAT.to_hg_config(config).data.items():
+        setattr(hf_config, name, value)
+    return hf_config
+
+
 def create_texts(config: ClipTextConfig, num: int = 5) -> tuple[Tensor, Tensor]:
     """Ids and mask: texts of several lengths with an end token, padded on the right."""
     pad = config.eos_idx if config.pad_idx == config.eos_idx else 1
@@ -150,7 +160,7 @@ def test_round_trip_is_exact(hf_config: dict[str, Any], dtype: torch.dtype) -> N
         assert torch.equal(value, tensor)
     exported = FORMAT.to_hg_config(config)
     assert (exported.kls_name, exported.arch) == ("CLIPConfig", "CLIPModel")
-    _assert_same_values(CLIPConfig(**dict(exported.data)).to_dict(), reference.config.to_dict())
+    _assert_same_values(export_config(config).to_dict(), reference.config.to_dict())
 
 
 def _assert_same_values(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -167,6 +177,21 @@ def small_config(**text: Any) -> dict[str, Any]:
     text = tower | {"vocab_size": VOCAB, "eos_token_id": 50, "max_position_embeddings": 12} | text
     vision = tower | {"image_size": 8, "patch_size": 4}
     return {"model_type": "clip", "text_config": text, "vision_config": vision, "projection_dim": 8}
+
+
+def test_transformers_loads_what_fairseq2_saves(tmp_path: Path) -> None:
+    _, model, config = create_pair(small_config(eos_token_id=2, hidden_act="gelu"))
+    state = FORMAT.to_hg_state_dict(dict(model.state_dict()), config)
+    save_hugging_face_model(tmp_path, state, FORMAT.to_hg_config(config))
+    loaded, info = CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    ids, mask = create_texts(config.text)
+    with torch.no_grad():
+        expected = loaded.get_text_features(ids, attention_mask=mask)
+        assert difference(model.encode_text(EncoderBatch.of_text(ids, mask)), expected) <= 1e-5
+    saved = json.loads(tmp_path.joinpath("config.json").read_text())
+    assert saved["architectures"] == ["CLIPModel"]
+    assert FORMAT.from_hf_config(saved) == config
 
 
 def test_state_dict_with_our_names_is_unchanged() -> None:
@@ -323,7 +348,7 @@ def test_meta_model_initialises_like_transformers(train_logit_scale: bool) -> No
     to_empty(model, torch.device("cpu"))
     reset_parameters(model)
     assert {p.device.type for p in (*model.parameters(), *model.buffers())} == {"cpu"}
-    reference = CLIPModel(CLIPConfig(**dict(FORMAT.to_hg_config(config).data))).requires_grad_(False)
+    reference = CLIPModel(export_config(config)).requires_grad_(False)
     state = FORMAT.to_hg_state_dict(dict(model.state_dict()), config)
     for key, tensor in reference.state_dict().items():
         value = state[key]

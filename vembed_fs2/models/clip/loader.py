@@ -132,11 +132,13 @@ class ClipCheckpointFormat(CheckpointFormat):
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
+        from transformers import CLIPTextConfig, CLIPVisionConfig
+
         config = cast_config_type(config, ClipConfig)
         data: dict[str, object] = {
             **_write_fields(config, _FIELDS),
-            "text_config": {"model_type": "clip_text_model", **_write_fields(config.text, _TEXT_FIELDS)},
-            "vision_config": {"model_type": "clip_vision_model", **_write_fields(config.vision, _VISION_FIELDS)},
+            "text_config": CLIPTextConfig(**_write_fields(config.text, _TEXT_FIELDS)),
+            "vision_config": CLIPVisionConfig(**_write_fields(config.vision, _VISION_FIELDS)),
         }
         return HuggingFaceConfig(data, kls_name="CLIPConfig", arch="CLIPModel")
 
