@@ -1,0 +1,225 @@
+"""Texts to token ids, with the model's own tokenizer.
+
+Shapes: T texts, L tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, final
+
+import numpy as np
+import torch
+from tokenizers import Encoding, Tokenizer, normalizers  # type: ignore[import-untyped]
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from vembed_fs2.errors import ModelLoadError
+
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+
+# Tokenizers without a limit say 1e30.
+_NO_LIMIT: Final = 10**9
+
+
+class TokenizedTexts(NamedTuple):
+    """Token ids and masks as :class:`~vembed_fs2.models.embedding.EncoderBatch` holds them, on the CPU."""
+
+    input_ids: Tensor
+    """Padded on the right. *Shape:* ``[T, L]``, int64."""
+
+    attention_mask: Tensor | None
+    """``None`` if the model attends to padding. *Shape:* ``[T, L]``, bool."""
+
+    token_type_ids: Tensor | None
+    """``None`` if the model has no segments. *Shape:* ``[T, L]``, int64."""
+
+    pooling_mask: Tensor | None
+    """Without the tokens of prefixes, if these are masked. *Shape:* ``[T, L]``, bool."""
+
+
+@final
+class TextProcessor:
+    """Tokenizes texts in batches. Threads may share one."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int | None = None,
+        do_lower_case: bool = False,
+        padding: Literal["longest", "max_length"] = "longest",
+    ) -> None:
+        """
+        :param tokenizer: a fast tokenizer of transformers.
+        :param max_length: the longest text in tokens, special tokens included;
+            if ``None``, the tokenizer's own limit. The rest is cut off.
+        :param do_lower_case: if ``True``, the tokenizer lowercases texts.
+        :param padding: whether to pad to the longest text or to ``max_length``.
+        :raises ModelLoadError: an option does not fit the tokenizer.
+        """
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelLoadError(f"{type(tokenizer).__name__} has no fast version: add a tokenizer.json.")
+        if do_lower_case:
+            _add_lowercase(tokenizer.backend_tokenizer)
+        self._tokenizer = tokenizer
+        self._max_length = _find_max_length(tokenizer, max_length, padding)
+        self._names = frozenset(tokenizer.model_input_names)
+        # transformers' own call sets truncation and padding each time, which other threads see. So this is a copy
+        # whose settings never change.
+        self._backend = _copy_backend(tokenizer)
+        if self._max_length is not None:
+            self._backend.enable_truncation(self._max_length, direction=tokenizer.truncation_side)
+        self._width = self._max_length if padding == "max_length" else None
+        self._pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self._pad_type_id: int = tokenizer.pad_token_type_id
+        self._prefix_lengths: dict[str, int] = {"": 0}
+
+    @staticmethod
+    def load(
+        folder: Path,
+        *,
+        max_length: int | None = None,
+        do_lower_case: bool = False,
+        padding: Literal["longest", "max_length"] = "longest",
+    ) -> TextProcessor:
+        """Load the tokenizer of a model folder. For the options see the constructor.
+
+        :raises ModelLoadError: ``folder`` has no tokenizer, or one that cannot be loaded.
+        """
+        if not any(folder.joinpath(name).is_file() for name in _TOKENIZER_FILES):
+            raise ModelLoadError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there.")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
+        except Exception as ex:  # The Rust library raises bare exceptions.
+            raise ModelLoadError(f"The tokenizer in {folder} cannot be loaded: {ex}") from None
+        return TextProcessor(tokenizer, max_length=max_length, do_lower_case=do_lower_case, padding=padding)
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest text in tokens, special tokens included; ``None`` if there is no limit."""
+        return self._max_length
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers."""
+        return self._tokenizer
+
+    def __call__(
+        self, texts: Sequence[str], *, prefixes: Sequence[str] | None = None, mask_prefixes: bool = False
+    ) -> TokenizedTexts:
+        """Tokenize texts.
+
+        :param prefixes: what to put before each text, one for each; "" for nothing.
+        :param mask_prefixes: if ``True``, ``pooling_mask`` leaves the prefixes
+            out, and the special token before them, as sentence-transformers does.
+        """
+        if prefixes is not None:
+            if len(prefixes) != len(texts):
+                raise ValueError(f"`prefixes` must be as many as `texts` ({len(texts)}), but are {len(prefixes)}.")
+            texts = [prefix + text for prefix, text in zip(prefixes, texts)]
+        encodings = self._backend.encode_batch(list(texts))
+        width = self._width or max((len(e) for e in encodings), default=0)
+        pooling_mask = None
+        if prefixes is not None and mask_prefixes:
+            pooling_mask = self._mask(encodings, width)
+            for row, prefix in enumerate(prefixes):
+                pooling_mask[row, : self._prefix_length(prefix)] = False
+        return TokenizedTexts(
+            _pad([e.ids for e in encodings], width, self._pad_id),
+            self._mask(encodings, width) if "attention_mask" in self._names else None,
+            _pad([e.type_ids for e in encodings], width, self._pad_type_id)
+            if "token_type_ids" in self._names
+            else None,
+            pooling_mask,
+        )
+
+    def _mask(self, encodings: Sequence[Encoding], width: int) -> Tensor:
+        lengths = torch.tensor([len(e) for e in encodings], dtype=torch.int64)
+        return torch.arange(width) < lengths.unsqueeze(1)
+
+    def _prefix_length(self, prefix: str) -> int:
+        """The tokens of ``prefix``, with the special tokens before it but not those after it."""
+        length = self._prefix_lengths.get(prefix)
+        if length is None:
+            ids = self._backend.encode(prefix).ids
+            length = len(ids) - 1 if ids and ids[-1] in self._tokenizer.all_special_ids else len(ids)
+            self._prefix_lengths[prefix] = length
+        return length
+
+    def save(self, folder: Path) -> None:
+        """Write all files of the tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save_pretrained(folder)
+
+
+def _find_max_length(tokenizer: Any, max_length: int | None, padding: str) -> int | None:
+    if max_length is None and tokenizer.model_max_length < _NO_LIMIT:
+        max_length = int(tokenizer.model_max_length)
+    if max_length is None:
+        if padding == "max_length":
+            raise ModelLoadError("Padding to `max_length` needs `max_length`: the tokenizer has no limit of its own.")
+    elif max_length <= (special := tokenizer.num_special_tokens_to_add()):
+        raise ModelLoadError(f"`max_length` must be more than the {special} special tokens, but is {max_length}.")
+    return max_length
+
+
+def _add_lowercase(backend: Tokenizer) -> None:
+    """Put a lowercasing normaliser first, unless there is one, as sentence-transformers does."""
+    normalizer = backend.normalizer
+    steps = list(normalizer) if isinstance(normalizer, normalizers.Sequence) else [normalizer]
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        steps = [normalizers.Lowercase(), *(step for step in steps if step is not None)]
+        backend.normalizer = normalizers.Sequence(steps)
+
+
+def _copy_backend(tokenizer: Any) -> Tokenizer:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _pad(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
+    padded = np.full((len(rows), width), value, dtype=np.int64)
+    for row, ids in enumerate(rows):
+        padded[row, : len(ids)] = ids
+    return torch.from_numpy(padded)
+
+
+class _ForkGuard:
+    """Keeps the tokenizers library quiet in forked processes.
+
+    A process that forks after tokenizing in parallel, as data loaders do, would
+    get a warning in each child. Here the children do without its threads; the
+    parent keeps them. A setting of the user's own is left alone.
+    """
+
+    _NAME: Final = "TOKENIZERS_PARALLELISM"
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def before_fork(self) -> None:
+        self._is_set = self._NAME not in os.environ
+        if self._is_set:
+            os.environ[self._NAME] = "false"
+
+    def after_fork(self) -> None:
+        if self._is_set:
+            os.environ.pop(self._NAME, None)
+
+
+if hasattr(os, "register_at_fork"):
+    _guard: Final = _ForkGuard()
+    os.register_at_fork(before=_guard.before_fork, after_in_parent=_guard.after_fork)
