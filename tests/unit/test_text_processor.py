@@ -166,20 +166,24 @@ import vembed_fs2
 from pathlib import Path
 from vembed_fs2.processing.text import TextProcessor
 processor = TextProcessor.load(Path(sys.argv[1]))
+setting = os.environ.get("TOKENIZERS_PARALLELISM")
 processor(["some text"] * 100)
 pid = os.fork()
 if pid == 0:
     assert processor(["some text"] * 100).input_ids.shape[0] == 100
     os._exit(7)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-assert "TOKENIZERS_PARALLELISM" not in os.environ
+assert os.environ.get("TOKENIZERS_PARALLELISM") == setting
 """
 
 
-def test_forked_processes_tokenize_without_a_warning() -> None:
+@pytest.mark.parametrize("setting", [None, "true", "false"])
+def test_forked_processes_tokenize(setting: str | None) -> None:
     env = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    if setting is not None:
+        env["TOKENIZERS_PARALLELISM"] = setting
     done = subprocess.run(
-        [sys.executable, "-c", _FORK, str(MINILM)], env=env, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", _FORK, str(MINILM)], env=env, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "parallelism" not in done.stderr

@@ -198,26 +198,28 @@ def _pad(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
 
 
 class _ForkGuard:
-    """Keeps the tokenizers library quiet in forked processes.
+    """Keeps the tokenizers library from a deadlock in forked processes.
 
-    A process that forks after tokenizing in parallel, as data loaders do, would
-    get a warning in each child. Here the children do without its threads; the
-    parent keeps them. A setting of the user's own is left alone.
+    Its threads do not survive a fork, as of a data loader. Where the environment
+    asks for them, a child would wait for them forever; where it does not, some
+    versions print a warning in each child. So children do without; the parent
+    keeps its setting.
     """
 
     _NAME: Final = "TOKENIZERS_PARALLELISM"
 
     def __init__(self) -> None:
-        self._is_set = False
+        self._setting: str | None = None
 
     def before_fork(self) -> None:
-        self._is_set = self._NAME not in os.environ
-        if self._is_set:
-            os.environ[self._NAME] = "false"
+        self._setting = os.environ.get(self._NAME)
+        os.environ[self._NAME] = "false"
 
     def after_fork(self) -> None:
-        if self._is_set:
+        if self._setting is None:
             os.environ.pop(self._NAME, None)
+        else:
+            os.environ[self._NAME] = self._setting
 
 
 if hasattr(os, "register_at_fork"):
