@@ -1,0 +1,1 @@
+"""Recipes: training and evaluation as fairseq2 runs them."""

@@ -19,7 +19,6 @@ from vembed_fs2.data.example import Item
 from vembed_fs2.errors import DataError, VembedError
 from vembed_fs2.gradcache import plan_chunks
 from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
-from vembed_fs2.models.family import head_of
 from vembed_fs2.models.hub import ModelSource, find_model, load_source
 from vembed_fs2.processing.processor import Processor, as_item
 
@@ -70,7 +69,7 @@ class Embedder:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         source = find_model(name_or_path)
         model = load_source(source, device=device, dtype=dtype)
-        processor = load_processor(source, model, source.processor_folder(), max_length=max_length)
+        processor = load_processor(model, source.processor_folder(), max_length=max_length)
         return Embedder(model, processor, source)
 
     @property
@@ -178,7 +177,9 @@ class Embedder:
         x = torch.as_tensor(x).float()
         return normalize(x, dim=-1) if self.model.similarity == "cosine" else x
 
-    def _encode(self, items: Sequence[Item], prompt: str | None, batch_size: int | None, progress: bool | None) -> Tensor:
+    def _encode(
+        self, items: Sequence[Item], prompt: str | None, batch_size: int | None, progress: bool | None
+    ) -> Tensor:
         output = torch.empty(len(items), self.embedding_dim, device=self._device)
         windows = range(0, len(items), _WINDOW)
         with ThreadPoolExecutor(1, "vembed-prepare") as pool, _Progress(len(items), bool(progress)) as bar:
@@ -214,16 +215,13 @@ class Embedder:
         return torch.autocast(self._device.type, self.autocast_dtype)
 
 
-def load_processor(
-    source: ModelSource, model: EmbeddingModel, folder: Path, *, max_length: int | None = None
-) -> Processor:
+def load_processor(model: EmbeddingModel, folder: Path, *, max_length: int | None = None) -> Processor:
     """Load the processor that belongs to ``model`` from ``folder``."""
     return Processor.load(
         folder,
         frozenset(model.modalities),
         max_length=max_length,
         model_max_length=model.max_text_length,
-        head=head_of(source.config),
         tokens_per_image=model.tokens_per_image,
     )
 

@@ -70,6 +70,4 @@ class ContrastiveLoss(ABC):
 
 def gather_rows(rows: RowInfo, gather: RowGather, counts_b: list[int], counts_m: list[int]) -> RowInfo:
     """Return the same facts about the rows of all ranks."""
-    return RowInfo(
-        gather(rows.query_ids, counts_b), gather(rows.document_ids, counts_m), gather(rows.labels, counts_b)
-    )
+    return RowInfo(gather(rows.query_ids, counts_b), gather(rows.document_ids, counts_m), gather(rows.labels, counts_b))

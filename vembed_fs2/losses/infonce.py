@@ -74,7 +74,8 @@ class InfoNCE(ContrastiveLoss):
         num_queries = query_bD.size(0)
         if self._config.similarity == "cosine":
             query_bD, document_mD = normalize(query_bD.float(), dim=-1), normalize(document_mD.float(), dim=-1)
-        query_bD = query_bD.float() * self._scale(logit_scale)
+        scale = self._scale(logit_scale)
+        query_bD = query_bD.float() * scale
         document_mD = document_mD.float()
 
         gather = self._gather
@@ -89,6 +90,7 @@ class InfoNCE(ContrastiveLoss):
             logits_bM = logits_bM.masked_fill(_same_documents(rows, everyone, positive_M, target_b), -torch.inf)
         loss = cross_entropy(logits_bM, target_b, reduction="sum")
         metrics = _metrics(logits_bM.detach(), target_b)
+        metrics["temperature"] = num_queries / torch.as_tensor(scale, device=query_bD.device).detach().squeeze()
         if self._config.directions == "both":
             query_BD = gather(query_bD, counts_b)
             start = sum(counts_b[: gather.rank])

@@ -13,7 +13,7 @@ from PIL import Image
 from vembed_fs2.data.example import ImageSource, Item
 from vembed_fs2.errors import DataError, ModelLoadError
 from vembed_fs2.files import read_json, write_json
-from vembed_fs2.models.embedding import EncoderBatch, HeadConfig
+from vembed_fs2.models.embedding import EncoderBatch
 from vembed_fs2.models.folder import ModelFolder
 from vembed_fs2.processing.image import ImageProcessor, decode_image
 from vembed_fs2.processing.text import TextProcessor
@@ -133,7 +133,6 @@ class Processor:
         *,
         max_length: int | None = None,
         model_max_length: int | None = None,
-        head: HeadConfig | None = None,
         tokens_per_image: int = 1,
     ) -> Processor:
         """Load what a Hugging Face, sentence-transformers or run folder says.
@@ -144,8 +143,6 @@ class Processor:
         :raises ModelLoadError: a file is missing or broken.
         """
         settings, text_folder = _read_settings(folder)
-        if head is not None:
-            settings.include_prompt = head.include_prompt
         lengths = [n for n in (max_length or settings.max_length, model_max_length) if n is not None]
         text = image = None
         if "text" in modalities:

@@ -1,0 +1,180 @@
+"""Merges the layers of a configuration and lists everything that is wrong with the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from fairseq2.utils.config import ReplacePathDirective, StandardConfigMerger, StandardConfigProcessor
+from fairseq2.utils.structured import StandardValueConverter, StructureError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from vembed_fs2.errors import ConfigError
+
+ComponentConfigs = Callable[[str, str], "type[object] | None"]
+"""``(section path, component name)`` -> the class of its configuration; raises ``ConfigError`` if there is no such component."""
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML 1.2, as fairseq2 does: ``1e-5`` is a number, and ``on`` is a string."""
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def load_yaml(file: Path) -> Mapping[str, Any]:
+    """Read a configuration file. ``${dir}`` in it is its own folder.
+
+    :raises ConfigError: it cannot be read, or is not a mapping.
+    """
+    try:
+        content = parse_yaml(file.read_text(encoding="utf-8"))
+    except OSError as ex:
+        raise ConfigError(f"the file cannot be read: {ex.strerror}", where=str(file)) from None
+    except YAMLError as ex:
+        raise ConfigError(f"not valid YAML: {ex}", where=str(file)) from None
+    if not isinstance(content, dict):
+        raise ConfigError("it must hold keys and values", where=str(file))
+    processed = StandardConfigProcessor([]).process(content, [ReplacePathDirective(file.resolve().parent)])
+    assert isinstance(processed, Mapping)
+    return processed
+
+
+def parse_overrides(items: Sequence[str]) -> Mapping[str, Any]:
+    """Parse ``a.b=1`` items, and ``del:a.b``, to nested keys.
+
+    :raises ConfigError: an item has no ``=``, or its value is not valid YAML.
+    """
+    overrides: dict[str, Any] = {}
+    errors = []
+    for item in items:
+        if item.startswith("del:"):
+            *parents, key = item[4:].split(".")
+            _node(overrides, parents).setdefault("_del_", []).append(key)
+            continue
+        name, sign, text = item.partition("=")
+        if not sign or not name.strip():
+            errors.append(f"'{item}' must have the form KEY=VALUE.")
+            continue
+        try:
+            value = parse_yaml(text)
+        except YAMLError:
+            errors.append(f"The value of '{item}' is not valid YAML.")
+            continue
+        *parents, key = name.strip().split(".")
+        _node(overrides, parents)[key] = value
+    if errors:
+        raise ConfigError(errors, where="--config")
+    return overrides
+
+
+def _node(root: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    for key in keys:
+        child = root.get(key)
+        if not isinstance(child, dict):
+            child = root[key] = {}
+        root = child
+    return root
+
+
+def merge_layers(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Lay each layer over what is below it.
+
+    A layer that names another component (``loss.name``) starts from that
+    component's own defaults, not from the values of the one below.
+    """
+    merger = StandardConfigMerger()
+    merged: Any = base
+    for layer in layers:
+        cleaned = dict(merged)
+        for key, section in layer.items():
+            below = cleaned.get(key)
+            if isinstance(section, Mapping) and isinstance(below, Mapping) and "config" in below:
+                if section.get("name", below.get("name")) != below.get("name"):
+                    cleaned[key] = {**below, "config": {}}
+        merged = merger.merge(cleaned, layer)
+    assert isinstance(merged, Mapping)
+    return merged
+
+
+def structure(kls: type[Any], values: Mapping[str, Any], component_config: ComponentConfigs) -> Any:
+    """Convert nested keys to ``kls``.
+
+    :raises ConfigError: lists every unknown key, with the nearest known one, and every value of a wrong type.
+    """
+    errors = list(_find_errors(kls, values, "", component_config))
+    if errors:
+        raise ConfigError(errors)
+    return StandardValueConverter().structure(values, kls)
+
+
+def _find_errors(kls: type[Any], values: Mapping[str, Any], path: str, components: ComponentConfigs) -> Iterator[str]:
+    hints = get_type_hints(kls)
+    names = [f.name for f in fields(kls)]
+    for key, value in values.items():
+        where = f"{path}{key}"
+        if key not in names:
+            yield _unknown_key(where, str(key), path, kls, names)
+        elif is_dataclass(hints[key]) and isinstance(value, Mapping):
+            yield from _find_errors(hints[key], value, f"{where}.", components)
+        elif key == "config" and "name" in names and hints[key] is object:
+            yield from _find_component_errors(value, values.get("name"), path, components)
+        elif error := _type_error(value, hints[key], where):
+            yield error
+
+
+def _find_component_errors(value: Any, name: Any, path: str, components: ComponentConfigs) -> Iterator[str]:
+    if not isinstance(name, str):
+        return
+    try:
+        kls = components(path.rstrip("."), name)
+    except ConfigError as ex:
+        yield from ex.errors
+        return
+    if kls is None or not is_dataclass(kls):
+        return
+    if isinstance(value, Mapping):
+        yield from _find_errors(kls, value, f"{path}config.", components)
+    elif not isinstance(value, kls):
+        yield f"`{path}config` must hold keys and values, but is {value!r}."
+
+
+def _unknown_key(where: str, key: str, path: str, kls: type[Any], names: Sequence[str]) -> str:
+    nearest = get_close_matches(key, names, 1, 0.5)
+    if nearest:
+        return f"`{where}` is not a known key. Did you mean `{path}{nearest[0]}`?"
+    for found in _find_key(kls, key, path):
+        return f"`{where}` is not a known key. Did you mean `{found}`?"
+    return f"`{where}` is not a known key. Known here: {', '.join(names)}."
+
+
+def _find_key(kls: type[Any], key: str, path: str) -> Iterator[str]:
+    """Where else in the tree a key of that name is."""
+    for name, hint in get_type_hints(kls).items():
+        if name == key:
+            yield f"{path}{name}"
+        if is_dataclass(hint) and isinstance(hint, type):
+            yield from _find_key(hint, key, f"{path}{name}.")
+
+
+def _type_error(value: Any, hint: Any, where: str) -> str | None:
+    if hint in (int, float) and isinstance(value, bool):
+        return f"`{where}` must be a number, but is {value!r}."
+    if hint is int and isinstance(value, float) and not value.is_integer():
+        return f"`{where}` must be a whole number, but is {value!r}."
+    try:
+        StandardValueConverter().structure(value, hint)
+    except StructureError:
+        return f"`{where}` must be {_describe(hint)}, but is {value!r}."
+    return None
+
+
+def _describe(hint: Any) -> str:
+    text = hint.__name__ if isinstance(hint, type) else str(hint)
+    for name in ("collections.abc.", "typing.", "pathlib.", "torch."):
+        text = text.replace(name, "")
+    if text.startswith("Literal["):
+        return "one of " + text[8:-1]
+    return f"of type {text}"

@@ -1,0 +1,127 @@
+"""The optimizer and the learning rate schedule of the recipes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from fairseq2.optim.lr_schedulers import LRScheduler
+from fairseq2.recipe.component import register_component
+from fairseq2.recipe.config import AdamWGroupConfig, RegimeSection
+from fairseq2.recipe.optim import prepare_parameter_groups
+from fairseq2.runtime.dependency import DependencyContainer, DependencyResolver
+from fairseq2.utils.validation import ValidationResult
+from torch.nn import Module, Parameter
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+ADAMW: Final = "vembed_adamw"
+
+WARMUP_DECAY: Final = "warmup_decay"
+
+
+@dataclass(kw_only=True)
+class EmbeddingAdamWConfig:
+    """AdamW that decays matrices only: no norm, bias, temperature or other vector (Loshchilov and Hutter, 2019)."""
+
+    lr: float = 2e-5
+    """The learning rate."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """The coefficients of the running averages of the gradient and its square."""
+
+    eps: float = 1e-8
+    """Added to the denominator."""
+
+    weight_decay: float = 0.01
+    """The decay of matrices."""
+
+    groups: Sequence[AdamWGroupConfig] = field(default_factory=list)
+    """Groups of parameters, by regular expression, that have values of their own."""
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        if self.lr <= 0.0:
+            result.add_error(f"`lr` must be positive, but is {self.lr} instead.")
+        if self.weight_decay < 0.0:
+            result.add_error(f"`weight_decay` must not be negative, but is {self.weight_decay} instead.")
+        return result
+
+
+@dataclass(kw_only=True)
+class WarmupDecayConfig:
+    """Linear warmup, then a decay to the end of the training."""
+
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warmup."""
+
+    warmup_steps: int | None = None
+    """The number of warmup steps; overrides ``warmup_ratio``."""
+
+    warmup_ratio: float = 0.1
+    """The fraction of all steps that is warmup."""
+
+    final_lr_scale: float = 0.0
+    """What the learning rate falls to, as a fraction of its highest value."""
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            result.add_error(f"`warmup_steps` must not be negative, but is {self.warmup_steps} instead.")
+        for name in ("warmup_ratio", "final_lr_scale"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                result.add_error(f"`{name}` must be between 0 and 1, but is {value} instead.")
+        return result
+
+
+def register_optim(container: DependencyContainer) -> None:
+    """Register the optimizer and the schedule with fairseq2."""
+    register_component(container, Optimizer, ADAMW, EmbeddingAdamWConfig, _create_adamw)
+    register_component(container, LRScheduler, WARMUP_DECAY, WarmupDecayConfig, _create_warmup_decay)
+
+
+def _create_adamw(resolver: DependencyResolver, config: EmbeddingAdamWConfig) -> Optimizer:
+    groups = split_decay(resolver.resolve(Module), config)
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+
+
+def split_decay(model: Module, config: EmbeddingAdamWConfig) -> list[dict[str, Any]]:
+    """Split each group of parameters into those with and those without weight decay."""
+    groups: list[dict[str, Any]] = []
+    for group in prepare_parameter_groups(model, config.groups) if config.groups else [{"params": model.parameters()}]:
+        assert isinstance(group, dict)
+        parameters: list[Parameter] = [p for p in group["params"] if p.requires_grad]
+        matrices = [p for p in parameters if p.ndim > 1]
+        vectors = [p for p in parameters if p.ndim <= 1]
+        if matrices:
+            groups.append({**group, "params": matrices})
+        if vectors:
+            groups.append({**group, "params": vectors, "weight_decay": 0.0})
+    return groups
+
+
+def _create_warmup_decay(resolver: DependencyResolver, config: WarmupDecayConfig) -> LRScheduler:
+    num_steps = resolver.resolve(RegimeSection).num_steps
+    assert num_steps is not None
+    return LambdaLR(resolver.resolve(Optimizer), schedule(config, num_steps))
+
+
+def schedule(config: WarmupDecayConfig, num_steps: int) -> Callable[[int], float]:
+    """Return the fraction of the learning rate at each step, counted from 0."""
+    warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * num_steps)
+    low = config.final_lr_scale
+
+    # A function, because the scheduler would write an object into the checkpoint.
+    def factor(step: int) -> float:
+        if step < warmup:
+            # The first step is not wasted on a learning rate of zero.
+            return (step + 1) / (warmup + 1)
+        progress = min((step - warmup) / max(num_steps - warmup, 1), 1.0)
+        if config.decay == "cosine":
+            return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0 - (1.0 - low) * progress if config.decay == "linear" else 1.0
+
+    return factor

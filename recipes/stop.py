@@ -1,0 +1,58 @@
+"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, exit."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from fairseq2.trainer import Trainer
+from fairseq2.validator import NOOP_VALIDATOR
+
+log = logging.getLogger("vembed_fs2")
+
+
+class StopRequest:
+    """Asks the trainer to stop after the current step, on all ranks at the same one."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+        """The signal that stopped the run; 0 if none did."""
+
+        self._received = 0
+        self._trainer: Trainer | None = None
+        self._group: dist.ProcessGroup | None = None
+
+    def install(self, trainer: Trainer) -> None:
+        """Handle SIGINT and SIGTERM from now on. A second one ends the process at once."""
+        self._trainer = trainer
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # On the CPU, so that asking costs no synchronisation with a GPU.
+            self._group = dist.new_group(backend="gloo")
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._handle)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self._received = signum
+        signal.signal(signum, signal.SIG_DFL)
+
+    def poll(self) -> None:
+        """Find out whether any rank was asked to stop. Called by all ranks at the start of a step."""
+        if self.signum:
+            return
+        received = self._received
+        if self._group is not None:
+            flag = torch.tensor([received])
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+            received = int(flag)
+        if not received or self._trainer is None:
+            return
+        self.signum = received
+        log.warning("%s received. Writing a checkpoint, then stopping.", signal.Signals(received).name)
+        self._trainer.request_stop()
+        # fairseq2 0.8 looks at the request only where no number of steps is set,
+        # and would validate before it stops.
+        self._trainer._max_num_steps = None
+        self._trainer._validator = NOOP_VALIDATOR

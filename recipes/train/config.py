@@ -1,0 +1,226 @@
+"""The configuration of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from fairseq2.recipe.config import (
+    CommonSection,
+    GangSection,
+    LRSchedulerSection,
+    MixedPrecisionConfig,
+    ModelSection,
+    OptimizerSection,
+    RegimeSection,
+    TrainerSection,
+)
+from fairseq2.utils.validation import ValidationResult
+from typing_extensions import override
+
+from vembed_fs2.gradcache import parse_budget
+from vembed_fs2.losses import LOSSES, InfoNCEConfig
+from vembed_fs2.recipes.optim import ADAMW, WARMUP_DECAY, EmbeddingAdamWConfig, WarmupDecayConfig
+
+
+@dataclass(kw_only=True)
+class EmbeddingModelSection(ModelSection):
+    """Which model to train: ``name`` (a card), ``path`` (a folder or a run), or ``family`` and ``arch`` (from random weights)."""
+
+    @override
+    def validate(self) -> ValidationResult:
+        # Unlike its base: the family of a folder is found from the folder.
+        result = ValidationResult()
+        if self.name is None and self.path is None and self.family is None:
+            result.add_error("`name`, `path` or `family` must be specified.")
+        if self.name is not None and self.path is not None:
+            result.add_error("`name` and `path` must not be specified at the same time.")
+        return result
+
+
+@dataclass(kw_only=True)
+class ProcessorSection:
+    """How inputs are prepared. What is not given here comes from the model."""
+
+    path: Path | None = None
+    """The folder with the tokenizer and the image processor, if it is not the model's own."""
+
+    max_length: int | None = None
+    """The longest text in tokens."""
+
+    query_prompt: str | None = None
+    """A text put before queries. It becomes part of the model."""
+
+    document_prompt: str | None = None
+    """A text put before documents. It becomes part of the model."""
+
+    instruction_template: str | None = None
+    """How a row's instruction is put before its text, for example ``"Instruct: {instruction}\\nQuery: "``."""
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        if self.max_length is not None and self.max_length < 3:
+            result.add_error(f"`max_length` must be greater than or equal to 3, but is {self.max_length} instead.")
+        if self.instruction_template is not None and "{instruction}" not in self.instruction_template:
+            result.add_error("`instruction_template` must contain '{instruction}'.")
+        return result
+
+
+@dataclass(kw_only=True)
+class DataSection:
+    """Files of rows, and how to read them."""
+
+    paths: Sequence[Path] = field(default_factory=list)
+    """JSONL, CSV, TSV or Parquet files, or folders of them."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our field -> the file's column."""
+
+    mode: Literal["auto", "t2t", "t2i", "i2t", "i2i", "m2i", "m2t"] = "auto"
+    """What queries and documents consist of: t text, i image, m both."""
+
+    image_root: Path | None = None
+    """The folder that images must lie in; by default, that of the data file."""
+
+    allow_urls: bool = False
+    """If ``True``, images may be fetched from URLs."""
+
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with a row that cannot be used."""
+
+    max_rows: int | None = None
+    """Use the first rows only."""
+
+
+@dataclass(kw_only=True)
+class DatasetSection(DataSection):
+    batch_size: int = 64
+    """The number of rows per rank and batch."""
+
+    shuffle: bool = True
+    """If ``True``, each epoch has an order of its own, given by ``common.seed``."""
+
+    drop_last: bool = True
+    """If ``True``, leaves out the rows at the end of an epoch that do not fill a batch."""
+
+    num_workers: int = 2
+    """Threads that read, decode and tokenize ahead; 0 for none."""
+
+    prefetch: int = 4
+    """The number of batches to prepare ahead."""
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        if not self.paths:
+            result.add_error("`paths` must name at least one file or folder.")
+        for name, low in (("batch_size", 1), ("num_workers", 0), ("prefetch", 0)):
+            if getattr(self, name) < low:
+                result.add_error(
+                    f"`{name}` must be greater than or equal to {low}, but is {getattr(self, name)} instead."
+                )
+        return result
+
+
+@dataclass(kw_only=True)
+class ValidSection(DataSection):
+    """The held-out data; without ``paths`` there is no validation."""
+
+    batch_size: int = 64
+    """The number of inputs per rank and batch."""
+
+
+@dataclass(kw_only=True)
+class LossSection:
+    name: str = "infonce"
+    """The objective."""
+
+    config: object = field(default_factory=lambda: InfoNCEConfig())
+    """The configuration of the objective."""
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        entry = LOSSES.get(self.name)
+        if entry is not None and isinstance(self.config, entry.config_kls):
+            for error in self.config.errors():
+                result.add_error(f"config: {error}")
+        return result
+
+
+@dataclass(kw_only=True)
+class GradCacheSection:
+    chunk_tokens: int = 2048 if not torch.cuda.is_available() else 65536
+    """The cost of a chunk in tokens, padding included; an image costs its number of patches."""
+
+    activation_budget: int | str = "auto"
+    """The memory for graphs that are kept instead of recomputed: 'auto', 'all', 0 or a size such as '4GiB'."""
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        if self.chunk_tokens < 1:
+            result.add_error(f"`chunk_tokens` must be greater than or equal to 1, but is {self.chunk_tokens} instead.")
+        try:
+            parse_budget(self.activation_budget, torch.device("cpu"))
+        except ValueError as ex:
+            result.add_error(str(ex))
+        return result
+
+
+def _default_trainer() -> TrainerSection:
+    mode: Literal["static", "off"] = "static" if has_fast_bf16() else "off"
+    return TrainerSection(mixed_precision=MixedPrecisionConfig(mode=mode), max_grad_norm=1.0)
+
+
+def has_fast_bf16() -> bool:
+    """Whether the hardware multiplies bfloat16 matrices natively."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The configuration of ``fairseq2 vembed train``."""
+
+    model: EmbeddingModelSection = field(default_factory=lambda: EmbeddingModelSection())
+    processor: ProcessorSection = field(default_factory=lambda: ProcessorSection())
+    dataset: DatasetSection = field(default_factory=lambda: DatasetSection())
+    valid: ValidSection = field(default_factory=lambda: ValidSection())
+    loss: LossSection = field(default_factory=lambda: LossSection())
+    grad_cache: GradCacheSection = field(default_factory=lambda: GradCacheSection())
+    gang: GangSection = field(default_factory=lambda: GangSection())
+    trainer: TrainerSection = field(default_factory=_default_trainer)
+    optimizer: OptimizerSection = field(
+        default_factory=lambda: OptimizerSection(name=ADAMW, config=EmbeddingAdamWConfig())
+    )
+    lr_scheduler: LRSchedulerSection = field(
+        default_factory=lambda: LRSchedulerSection(name=WARMUP_DECAY, config=WarmupDecayConfig())
+    )
+    regime: RegimeSection = field(
+        default_factory=lambda: RegimeSection(
+            num_data_epochs=1,
+            checkpoint_every_n_data_epochs=1,
+            validate_every_n_data_epochs=1,
+            publish_metrics_every_n_steps=10,
+            keep_last_n_checkpoints=2,
+        )
+    )
+    common: CommonSection = field(default_factory=lambda: CommonSection(no_sweep_dir=True))
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        has_valid = bool(self.valid.paths)
+        if not has_valid and self.regime.validate_at_start:
+            result.add_error("`regime.validate_at_start` needs held-out data in `valid.paths`.")
+        if not has_valid and self.regime.score_metric is not None:
+            result.add_error("`regime.score_metric` needs held-out data in `valid.paths`.")
+        if self.regime.num_steps is None and self.regime.num_data_epochs is None:
+            result.add_error("`regime.num_steps` or `regime.num_data_epochs` must be specified.")
+        trainer = self.trainer
+        if trainer.data_parallelism == "fsdp" and trainer.fsdp.version == "v1":
+            result.add_error("`trainer.fsdp.version` must be 'v2': FSDP1 has no gradient accumulation over chunks.")
+        if trainer.data_parallelism == "fsdp" and trainer.grad_accumulation.no_sync:
+            result.add_error("`trainer.grad_accumulation.no_sync` works with DDP only.")
+        return result

@@ -1,0 +1,242 @@
+"""The training recipe: model, data and objective put together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import final
+
+from fairseq2.gang import Gangs
+from fairseq2.models import ModelFamily
+from fairseq2.recipe.base import Recipe, RecipeContext
+from fairseq2.runtime.dependency import DependencyContainer, DependencyLookup
+from fairseq2.task import Task
+from fairseq2.utils.config import StandardConfigMerger
+from fairseq2.utils.structured import StandardValueConverter
+from torch.nn import Module
+from typing_extensions import override
+
+from vembed_fs2.data.dataset import ExampleDataset
+from vembed_fs2.data.reader import EmbeddingDataReader
+from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedder import load_processor
+from vembed_fs2.errors import ConfigError
+from vembed_fs2.evaluation.datasets import RetrievalTask, task_from_examples
+from vembed_fs2.losses import ContrastiveLoss, create_loss
+from vembed_fs2.models.embedding import EmbeddingModel
+from vembed_fs2.models.family import logit_scale_init_of
+from vembed_fs2.models.hub import find_model, get_resolver
+from vembed_fs2.processing.processor import Processor
+from vembed_fs2.recipes.optim import register_optim
+from vembed_fs2.recipes.stop import StopRequest
+from vembed_fs2.recipes.train.config import DataSection, EmbeddingModelSection, TrainConfig
+from vembed_fs2.recipes.train.dataset import Collator, ContrastiveBatch
+from vembed_fs2.recipes.train.unit import ContrastiveTrainUnit
+from vembed_fs2.recipes.train.valid import RetrievalEvalUnit, ValidReader
+
+log = logging.getLogger("vembed_fs2")
+
+
+def create_recipe() -> TrainRecipe:
+    """Create the recipe that the command line runs."""
+    return TrainRecipe()
+
+
+@final
+class TrainRecipe(Recipe):
+    """Trains an embedding model on rows of queries and documents."""
+
+    def __init__(self) -> None:
+        self.stop = StopRequest()
+
+    @property
+    @override
+    def config_kls(self) -> type[object]:
+        return TrainConfig
+
+    def prepare_config(self, config: TrainConfig) -> None:
+        """Find the model, so that a wrong one is an error before anything is written.
+
+        A folder's family and configuration become part of the run's own
+        configuration: the run can be resumed without the folder.
+        """
+        section = config.model
+        learned = create_loss(config.loss.name, config.loss.config).initial_logit_scale
+        overrides = dict(section.config_overrides) if isinstance(section.config_overrides, Mapping) else {}
+        if section.path is not None:
+            source = find_model(section.path)
+            section.family, section.arch = source.family, None
+            section.path = source.weights if isinstance(source.weights, Path) else section.path
+            values = StandardValueConverter().unstructure(source.config)
+            overrides = StandardConfigMerger().merge(values, overrides)
+            config.processor.path = config.processor.path or source.folder
+            has_scale = logit_scale_init_of(source.config) is not None
+        elif section.name is not None:
+            source = find_model(section.name)
+            section.family = None
+            has_scale = logit_scale_init_of(source.config) is not None
+        else:
+            has_scale = logit_scale_init_of(new_model_config(section)) is not None
+        if learned is not None and not has_scale:
+            overrides = {**overrides, "logit_scale_init": learned}
+        section.config_overrides = overrides or None
+
+    def exit_status(self) -> int:
+        """0, or 128 plus the number of the signal that stopped the run."""
+        return 128 + self.stop.signum if self.stop.signum else 0
+
+    @override
+    def register(self, container: DependencyContainer) -> None:
+        register_optim(container)
+
+    @override
+    def has_static_autograd_graph(self, context: RecipeContext) -> bool:
+        return True  # Gradients are reduced by the gradient cache, not by DDP's graph search.
+
+    @override
+    def setup_model(self, context: RecipeContext, model: Module, newly_initialized: bool) -> Module:
+        config = context.get_config_as(TrainConfig)
+        loss = create_loss(config.loss.name, config.loss.config)
+        if isinstance(model, EmbeddingModel) and model.logit_scale is not None:
+            model.logit_scale.requires_grad_(loss.initial_logit_scale is not None)
+        return model
+
+    @override
+    def create_task(self, context: RecipeContext) -> Task:
+        config = context.get_config_as(TrainConfig)
+        gangs = context.gangs
+        dataset = open_dataset(config.dataset)
+        model = context.get_model_as(EmbeddingModel)
+        processor = create_processor(config, model, gangs)
+        if gangs.root.rank == 0:
+            processor.save(context.output_dir / "processor")
+
+        reader = create_reader(config, dataset, processor, gangs)
+        set_num_steps(config, reader.steps_per_epoch)
+
+        gather = RowGather(gangs.dp.as_process_group() if gangs.dp.size > 1 else None)
+        loss: ContrastiveLoss = create_loss(config.loss.name, config.loss.config, gather)
+        unit = ContrastiveTrainUnit(context.get_data_parallel_model(), loss, config.grad_cache, self.stop)
+
+        valid_units, valid_readers = [], []
+        if config.valid.paths:
+            task = load_valid_task(config)
+            valid_units.append(RetrievalEvalUnit(model, task, gangs.dp))
+            valid_readers.append(
+                ValidReader(
+                    task,
+                    processor,
+                    batch_size=config.valid.batch_size,
+                    chunk_tokens=config.grad_cache.chunk_tokens,
+                    rank=gangs.dp.rank,
+                    size=gangs.dp.size,
+                )
+            )
+        trainer = context.create_trainer(unit, reader, valid_units or None, valid_readers or None)  # type: ignore[arg-type]
+        self.stop.install(trainer)
+        return trainer
+
+
+def new_model_config(section: EmbeddingModelSection) -> object:
+    """Return the configuration of an architecture.
+
+    :raises ConfigError: there is no such family or architecture.
+    """
+    resolver = get_resolver()
+    family = resolver.maybe_resolve(ModelFamily, key=section.family)
+    if family is None:
+        known = [str(k) for k in DependencyLookup(resolver, ModelFamily).iter_keys()]
+        raise ConfigError(_not_known("model.family", str(section.family), known))
+    if section.arch is None:
+        return family.config_kls()
+    config = family.maybe_get_arch_config(section.arch)
+    if config is None:
+        raise ConfigError(_not_known("model.arch", section.arch, family.get_archs()))
+    return config
+
+
+def _not_known(key: str, name: str, known: Iterable[str]) -> str:
+    nearest = get_close_matches(name, list(known), 1)
+    hint = f" Did you mean '{nearest[0]}'?" if nearest else f" Known: {', '.join(sorted(known))}."
+    return f"`{key}` '{name}' is not known.{hint}"
+
+
+def open_dataset(section: DataSection) -> ExampleDataset:
+    """Open the files of a section."""
+    return ExampleDataset(
+        list(section.paths),
+        columns=section.columns,
+        mode=section.mode,
+        image_root=section.image_root,
+        allow_urls=section.allow_urls,
+        on_error=section.on_error,
+        max_rows=section.max_rows,
+    )
+
+
+def create_processor(config: TrainConfig, model: EmbeddingModel, gangs: Gangs) -> Processor:
+    """Load the processor of the model, changed as the configuration says."""
+    section = config.processor
+    folder = section.path
+    if folder is None:
+        if config.model.name is None:
+            raise ConfigError("`processor.path` must name a folder with a tokenizer or image processor.")
+        source = find_model(config.model.name)
+        if gangs.root.rank == 0:
+            source.processor_folder()  # One process downloads, the others find the files.
+        gangs.root.barrier()
+        folder = source.processor_folder()
+    processor = load_processor(model, folder, max_length=section.max_length)
+    settings = processor.settings
+    for name, prompt in (("query", section.query_prompt), ("document", section.document_prompt)):
+        if prompt is not None:
+            settings.prompts[name] = prompt
+    if section.instruction_template is not None:
+        settings.instruction_template = section.instruction_template
+    processor.image_root = None  # The rows' paths were checked against the section's root when they were read.
+    processor.allow_urls = config.dataset.allow_urls
+    return processor
+
+
+def create_reader(
+    config: TrainConfig, dataset: ExampleDataset, processor: Processor, gangs: Gangs
+) -> EmbeddingDataReader[ContrastiveBatch]:
+    """Create the reader of this rank's batches."""
+    section = config.dataset
+    collator = Collator(processor)
+    return EmbeddingDataReader(
+        dataset,
+        collator,
+        batch_size=section.batch_size,
+        rank=gangs.dp.rank,
+        world_size=gangs.dp.size,
+        seed=config.common.seed,
+        shuffle=section.shuffle,
+        drop_last=section.drop_last,
+        num_accumulate=config.trainer.grad_accumulation.num_batches,
+        num_workers=section.num_workers,
+        prefetch=section.prefetch,
+        on_error=section.on_error,
+        load=collator.load,
+    )
+
+
+def set_num_steps(config: TrainConfig, steps_per_epoch: int) -> None:
+    """Express the length of the training in steps.
+
+    Schedules need the number of steps, and fairseq2 0.8 stops at once when it
+    resumes in the last of ``num_data_epochs``.
+    """
+    regime = config.regime
+    if regime.num_data_epochs is not None:
+        num_steps = regime.num_data_epochs * steps_per_epoch
+        regime.num_steps = num_steps if regime.num_steps is None else min(num_steps, regime.num_steps)
+        regime.num_data_epochs = None
+    log.info("Training for %s steps; an epoch has %s.", f"{regime.num_steps:,}", f"{steps_per_epoch:,}")
+
+
+def load_valid_task(config: TrainConfig) -> RetrievalTask:
+    """Make a retrieval task of the held-out rows."""
+    return task_from_examples(open_dataset(config.valid))

@@ -1,0 +1,145 @@
+"""Retrieval metrics on held-out data, during training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, final
+
+import torch
+from fairseq2.datasets import DataReader
+from fairseq2.evaluator import EvalUnit
+from fairseq2.gang import Gang
+from fairseq2.metrics import MetricBag
+from fairseq2.metrics.aggregation import Mean
+from torch import Tensor
+from typing_extensions import Self, override
+
+from vembed_fs2.data.example import Item
+from vembed_fs2.distributed import RowGather
+from vembed_fs2.evaluation.datasets import RetrievalTask
+from vembed_fs2.evaluation.retrieval import evaluate_retrieval
+from vembed_fs2.gradcache import plan_chunks
+from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
+from vembed_fs2.processing.processor import Processor
+
+VALID_METRICS: Final = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
+
+
+@dataclass
+class ValidBatch:
+    """Inputs of one role."""
+
+    role: str
+    indices: Tensor
+    """The positions of the rows among all inputs of the role. *Shape:* ``[n]``."""
+
+    inputs: EncoderBatch
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> None:
+        """Move the inputs in place."""
+        self.inputs.to(device, non_blocking=non_blocking)
+
+
+class ValidReader(DataReader[ValidBatch]):
+    """Reads a rank's share of the queries and documents of a task, longest first in each block."""
+
+    def __init__(
+        self, task: RetrievalTask, processor: Processor, *, batch_size: int, chunk_tokens: int, rank: int, size: int
+    ) -> None:
+        self._items: dict[str, Sequence[Item]] = {"query": task.queries, "document": task.corpus}
+        self._processor = processor
+        self._batch_size = batch_size
+        self._chunk_tokens = chunk_tokens
+        self._rank, self._size = rank, size
+        self._iterator = self._read()
+
+    def _read(self) -> Iterator[ValidBatch]:
+        for role, items in self._items.items():
+            share = range(self._rank, len(items), self._size)
+            block = self._batch_size * 16  # Enough rows to find some of the same length.
+            for start in range(0, len(share), block):
+                indices = share[start : start + block]
+                inputs = self._processor([items[i] for i in indices], prompt=self._processor.prompt_for(role))
+                budget = self._chunk_tokens
+                for chunk in plan_chunks(inputs.costs(), inputs.kinds(), budget):
+                    for at in range(0, len(chunk.rows), self._batch_size):
+                        rows = chunk.rows[at : at + self._batch_size]
+                        yield ValidBatch(role, torch.tensor([indices[r] for r in rows]), inputs.select(rows))
+
+    @override
+    def __iter__(self) -> Self:
+        return self
+
+    @override
+    def __next__(self) -> list[ValidBatch]:
+        return [next(self._iterator)]
+
+    @override
+    def reset(self) -> None:
+        self._iterator = self._read()
+
+    @override
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        self.reset()
+
+    @property
+    @override
+    def num_accumulate(self) -> int:
+        return 1
+
+
+@final
+class RetrievalEvalUnit(EvalUnit[ValidBatch]):
+    """Encodes all queries and documents over the ranks; ranks documents exactly on the first."""
+
+    def __init__(self, model: EmbeddingModel, task: RetrievalTask, dp_gang: Gang) -> None:
+        self._model = model
+        self._task = task
+        self._is_first = dp_gang.rank == 0
+        self._gather = RowGather(dp_gang.as_process_group() if dp_gang.size > 1 else None)
+        self._parts: dict[str, list[tuple[Tensor, Tensor]]] = {"query": [], "document": []}
+
+    @override
+    def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
+        for name in VALID_METRICS:
+            metric_bag.add(name, Mean())
+
+    @override
+    def process_batch(self, batch: ValidBatch, metric_bag: MetricBag) -> None:
+        values = self._model(batch.inputs).values
+        self._parts[batch.role].append((batch.indices, values.float()))
+
+    @override
+    def finalize(self, metric_bag: MetricBag) -> None:
+        queries = self._collect("query", len(self._task.queries))
+        corpus = self._collect("document", len(self._task.corpus))
+        if not self._is_first:
+            return
+        # Autocast would round the similarities that documents are ranked by.
+        with torch.autocast(queries.device.type, enabled=False):
+            metrics = evaluate_retrieval(
+                queries,
+                corpus,
+                self._task.relevant,
+                exclude=self._task.exclude,
+                similarity="dot" if self._model.similarity == "dot" else "cosine",
+            )
+        for name in VALID_METRICS:
+            metric_bag.get(name, Mean).update(torch.tensor(metrics[name]))
+
+    def _collect(self, role: str, size: int) -> Tensor:
+        """Bring the embeddings of all ranks together, in input order. *Returns:* ``[size, D]``."""
+        parts, self._parts[role] = self._parts[role], []
+        device = next(self._model.parameters()).device
+        indices = torch.cat([i for i, _ in parts]) if parts else torch.empty(0, dtype=torch.int64)
+        values = torch.cat([v for _, v in parts]) if parts else torch.empty(0, self._model.embedding_dim)
+        indices, values = indices.to(device), values.to(device)
+        counts = self._gather.counts(indices.size(0))
+        ordered = values.new_empty(size, values.size(1))
+        ordered[self._gather(indices, counts)] = self._gather(values, counts)
+        return ordered
