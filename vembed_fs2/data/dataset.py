@@ -1,0 +1,131 @@
+"""Data files as a sequence of examples."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+
+from vembed_fs2.data.example import Example
+from vembed_fs2.data.schema import RowSchema
+from vembed_fs2.data.sources import Paths, RowSource
+from vembed_fs2.errors import ConfigError, DataError
+
+log = logging.getLogger("vembed_fs2")
+
+OnError: TypeAlias = Literal["raise", "skip"]
+"""What to do with a row that cannot be used."""
+
+CHECKED_ROWS: Final = 100_000
+"""Datasets up to this size are checked when they are opened; it takes seconds."""
+
+_SHOWN: Final = 10
+
+
+class ExampleDataset:
+    """The examples of one or more data files, read when asked for, by any number of threads.
+
+    :param paths: a file, a folder of shards, or several of them.
+    :param columns: our field -> the file's column (see :class:`RowSchema`).
+    :param mode: what queries and documents must consist of.
+    :param image_root: the folder that all images must lie in; by default that of the data file.
+    :param allow_urls: if ``True``, an image may be an HTTP(S) URL.
+    :param on_error: ``raise``, or ``skip`` to leave out rows that cannot be used.
+    :param max_rows: look at the first rows only.
+    :param check: if ``True``, reads every row once at opening, so that errors come before
+        the training and broken rows are left out for good. By default up to
+        100,000 rows; in larger datasets a broken row is found when it is read.
+    :raises DataError: a file cannot be read, a checked row cannot be used, or no row is left.
+    :raises ConfigError: an unknown mode, field or ``on_error``.
+    """
+
+    num_skipped: int
+    """The number of rows that were left out at opening."""
+
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        columns: Mapping[str, str | None] | None = None,
+        mode: str = "auto",
+        image_root: str | os.PathLike[str] | None = None,
+        allow_urls: bool = False,
+        on_error: str = "raise",
+        max_rows: int | None = None,
+        check: bool | None = None,
+    ) -> None:
+        check_on_error(on_error)
+        if max_rows is not None and max_rows < 1:
+            raise ConfigError(f"`max_rows` must be positive, but is {max_rows}.", where="The data configuration")
+        self._schema = RowSchema(columns=columns, mode=mode, image_root=image_root, allow_urls=allow_urls)
+        self._source = RowSource(paths)
+        size = len(self._source) if max_rows is None else min(max_rows, len(self._source))
+        self._rows: range | np.ndarray[tuple[int], np.dtype[np.int64]] = range(size)
+        self.num_skipped = 0
+        if check or (check is None and size <= CHECKED_ROWS):
+            self._check(on_error)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        """Read an example.
+
+        :raises DataError: the row cannot be used; the message names file and line.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        return self._read(int(self._rows[index]))
+
+    def _read(self, row: int) -> Example:
+        source = self._source
+        where = source.where(row)
+        return self._schema.parse(source[row], where, source.file(row).parent, untyped=source.untyped)
+
+    def _check(self, on_error: str) -> None:
+        usable, problems = [], Problems(_SHOWN)
+        for row in self._rows:
+            try:
+                self._read(int(row))
+                usable.append(row)
+            except DataError as ex:
+                problems.add(str(ex))
+        if problems.count == 0:
+            return
+        summary = f"{problems.count:,} of {len(self):,} rows cannot be used:\n{problems}"
+        if on_error == "raise":
+            raise DataError(f"{summary}\nRepair them, or leave them out with on_error=skip.")
+        if not usable:
+            raise DataError(f"The dataset is empty: {summary}")
+        log.warning("%s\nThey are left out.", summary)
+        self.num_skipped = problems.count
+        self._rows = np.array(usable, dtype=np.int64)
+
+
+class Problems:
+    """Counts problems and remembers the first ones; as a string, the list of these."""
+
+    def __init__(self, shown: int) -> None:
+        self.count = 0
+        self.first: list[str] = []
+        self._shown = shown
+
+    def add(self, problem: str) -> None:
+        self.count += 1
+        if len(self.first) < self._shown:
+            self.first.append(problem)
+
+    def __str__(self) -> str:
+        lines = [f"  - {problem}" for problem in self.first]
+        if self.count > len(self.first):
+            lines.append(f"  - and {self.count - len(self.first):,} more")
+        return "\n".join(lines)
+
+
+def check_on_error(on_error: str) -> None:
+    """Raise :class:`ConfigError` unless ``on_error`` is ``raise`` or ``skip``."""
+    if on_error not in ("raise", "skip"):
+        raise ConfigError(f"`on_error` must be 'raise' or 'skip', but is {on_error!r}.", where="The data configuration")

@@ -1,0 +1,213 @@
+"""Reading the values of one raw row."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NoReturn
+
+from vembed_fs2.data.example import ImageSource, Item
+
+_URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a row of certain columns holds what; the same for all rows of most files."""
+
+    columns: dict[str, str]
+    """Field -> column."""
+
+    numbered: tuple[tuple[str | None, str | None], ...]
+    """The text and the image column of each numbered negative."""
+
+
+class RowError(Exception):
+    """What is wrong with a row, without its place."""
+
+
+def fail(key: str, problem: str) -> NoReturn:
+    raise RowError(f"{key!r} {problem}.")
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """One raw row, while it is read."""
+
+    values: Mapping[str, object]
+    layout: Layout
+    root: str
+    allow_urls: bool
+    untyped: bool
+
+    def name(self, field: str) -> str:
+        """The name that the row has for a field."""
+        return self.layout.columns.get(field, field)
+
+    def value(self, column: str | None) -> object:
+        value = self.values.get(column) if column is not None else None
+        return None if self.untyped and value == "" else value
+
+    def field(self, field: str) -> object:
+        return self.value(self.layout.columns.get(field))
+
+    def fail_missing(self, field: str, more: str = "") -> NoReturn:
+        name = self.name(field)
+        if name in self.values:
+            fail(name, f"is empty, and there is no image{more} either")
+        columns = ", ".join(map(repr, self.values))
+        raise RowError(
+            f"has no {field}{more}. Its columns are {columns}; `columns` can say which of them is {field!r}."
+        )
+
+    def item(self, text_field: str, image_field: str, instruction: str | None) -> Item | None:
+        value = self.field(text_field)
+        if isinstance(value, list):
+            if len(value) != 1:
+                fail(self.name(text_field), f"must be one value, but is a list of {len(value)}; write one row for each")
+            value = value[0]
+        names = (self.name(text_field), self.name(image_field))
+        return self._item(value, self.field(image_field), names, instruction)
+
+    def _item(self, value: object, image: object, names: tuple[str, str], instruction: str | None) -> Item | None:
+        """Make an item of a text (or the general form) and of images."""
+        images = self._images(image, names[1])
+        text: str | None = None
+        if isinstance(value, Mapping):
+            _check_keys(value, ("text", "image", "instruction"), names[0])
+            inner = self._images(value.get("image"), names[0])
+            if inner and images:
+                fail(names[1], f"must not be given when {names[0]!r} has an image itself")
+            images = images or inner
+            instruction = _instruction(value.get("instruction"), names[0]) or instruction
+            value = value.get("text")
+        if value is not None:
+            text = _text(value, names[0])
+        return Item(text, images, instruction) if text is not None or images else None
+
+    def negatives(self, instruction: str | None) -> tuple[Item, ...]:
+        names = (self.name("negatives"), self.name("negative_images"))
+        texts = self._list(self.field("negatives"), names[0])
+        images = self._list(self.field("negative_images"), names[1])
+        if texts and images and len(texts) != len(images):
+            fail(names[1], f"has {len(images)} entries, but {names[0]!r} has {len(texts)}")
+        items = []
+        for i in range(max(len(texts), len(images))):
+            text, image = texts[i] if texts else None, images[i] if images else None
+            item = self._item(text, image, names, instruction)
+            if item is None:
+                fail(names[0] if texts else names[1], f"has nothing as entry {i + 1}")
+            items.append(item)
+        for text_key, image_key in self.layout.numbered:
+            names = (text_key or "", image_key or "")
+            item = self._item(self.value(text_key), self.value(image_key), names, instruction)
+            if item is not None:  # Tables fill up rows that have fewer negatives.
+                items.append(item)
+        return tuple(items)
+
+    def _list(self, value: object, key: str) -> list[object]:
+        if self.untyped and isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                fail(key, "starts like a list, but is not valid JSON")
+        if value is None:
+            return []
+        return value if isinstance(value, list) else [value]
+
+    def _images(self, value: object, key: str) -> tuple[ImageSource, ...]:
+        return tuple(self._image(v, key) for v in self._list(value, key))
+
+    def _image(self, value: object, key: str) -> ImageSource:
+        if isinstance(value, Mapping):
+            _check_keys(value, ("bytes", "path"), key)
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes) and value:
+            return value
+        if not isinstance(value, str) or not value.strip():
+            fail(key, f"must be the path of an image (or its bytes), but is {_describe(value)}")
+        if _URL.match(value):
+            if not self.allow_urls:
+                fail(key, f"is the URL {value}; URLs are only fetched with allow_urls=true")
+            if not value.lower().startswith(("http://", "https://")):
+                fail(key, f"is the URL {value}; only HTTP and HTTPS are supported")
+            return value
+        return self._file(value, key)
+
+    def _file(self, path: str, key: str) -> Path:
+        if "\0" in path:
+            fail(key, f"is not a path: {path!r}")
+        file = os.path.realpath(os.path.join(self.root, path))
+        if not file.startswith(self.root.rstrip(os.sep) + os.sep):
+            fail(key, f"is {path}, which lies outside of the image folder {self.root}; set image_root")
+        if not os.path.isfile(file):
+            fail(key, f"is {path}, but there is no file {file}")
+        return Path(file)
+
+    def instruction(self, field: str) -> str | None:
+        return _instruction(self.field(field), self.name(field))
+
+    def label(self) -> str | None:
+        value, key = self.field("label"), self.name("label")
+        if value is None:
+            return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # Tables turn integer columns that have gaps into floats.
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            fail(key, f"must be a string or an integer, but is {_describe(value)}")
+        return _text(str(value), key)
+
+    def scores(self, positive: Item | None, negatives: tuple[Item, ...]) -> tuple[float, ...]:
+        key = self.name("scores")
+        scores = tuple(self._score(v, key) for v in self._list(self.field("scores"), key))
+        count = 1 + len(negatives)
+        if scores and positive is None:
+            fail(key, "scores the positive, but the row has none")
+        if scores and len(scores) != count:
+            fail(key, f"must have {count} entries, for the positive and each negative, but has {len(scores)}")
+        return scores
+
+    def _score(self, value: object, key: str) -> float:
+        number = math.nan
+        if isinstance(value, (int, float)) or (self.untyped and isinstance(value, str)):
+            with suppress(ValueError, OverflowError):
+                number = float(value)
+        if isinstance(value, bool) or not math.isfinite(number):
+            fail(key, f"must hold finite numbers, but holds {_describe(value)}")
+        return number
+
+
+def _text(value: object, key: str) -> str:
+    if not isinstance(value, str):
+        fail(key, f"must be a text, but is {_describe(value)}")
+    if not value or value.isspace():
+        fail(key, "is an empty text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        fail(key, "has half of a surrogate pair, which is not a character")
+    return value
+
+
+def _instruction(value: object, key: str) -> str | None:
+    return None if value is None or value == "" else _text(value, key)
+
+
+def _check_keys(value: Mapping[str, object], known: tuple[str, ...], key: str) -> None:
+    for name in value:
+        if name not in known:
+            fail(key, f"has the key {name!r}; known are {', '.join(known)}")
+
+
+def _describe(value: object) -> str:
+    if value is None or isinstance(value, (bool, int, float)):
+        return f"{value!r}"
+    if isinstance(value, (str, bytes)) and not value.strip():
+        return "empty"
+    return f"{value[:40]!r}" if isinstance(value, str) else f"of type {type(value).__name__}"

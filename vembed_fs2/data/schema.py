@@ -1,0 +1,206 @@
+"""From a raw row to an :class:`Example`, or to an error that says what is wrong with the row."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final, Literal, TypeAlias, get_args
+
+from vembed_fs2.data.example import Example, Item
+from vembed_fs2.data.row import Layout, RowError, RowReader, fail
+from vembed_fs2.errors import ConfigError, DataError
+
+Mode: TypeAlias = Literal["auto", "t2t", "t2i", "i2i", "i2t", "m2i", "m2t"]
+"""What queries and documents consist of: t a text, i images, m both; ``auto`` allows everything."""
+
+MODES: Final[tuple[Mode, ...]] = get_args(Mode)
+
+FIELDS: Final[dict[str, tuple[str, ...]]] = {
+    "query": ("query", "anchor"),
+    "query_image": ("query_image", "anchor_image"),
+    "positive": ("positive", "pos", "document"),
+    "positive_image": ("positive_image", "pos_image", "document_image"),
+    "negatives": ("negatives", "negative", "neg"),
+    "negative_images": ("negative_images", "negative_image", "neg_image"),
+    "label": ("label",),
+    "scores": ("scores", "score"),
+    "instruction": ("instruction",),
+    "document_instruction": ("document_instruction",),
+}
+"""The names under which a row may hold each field. ``negative_1``, ``negative_image_1`` and so on are known, too."""
+
+_NAMES: Final = {name: field for field, names in FIELDS.items() for name in names}
+
+_NUMBERED: Final = re.compile(r"(?:negative|neg)(_image)?_(\d+)")
+
+_PARTS: Final = {"t": "a text and no image", "i": "an image and no text", "m": "an image and a text"}
+
+
+class RowSchema:
+    """Reads rows as :class:`Example`, strictly.
+
+    :param columns: our field -> the file's column; ``None`` as the column leaves the field out.
+    :param mode: what queries and documents must consist of.
+    :param image_root: the folder that all images must lie in; by default that of the data file.
+    :param allow_urls: if ``True``, an image may be an HTTP(S) URL.
+    :raises ConfigError: an unknown mode or field.
+    """
+
+    def __init__(
+        self,
+        *,
+        columns: Mapping[str, str | None] | None = None,
+        mode: str = "auto",
+        image_root: str | os.PathLike[str] | None = None,
+        allow_urls: bool = False,
+    ) -> None:
+        self.mode = mode
+        self.columns = dict(columns or {})
+        self.allow_urls = allow_urls
+        self._image_root = image_root
+        self._roots: dict[Path, str] = {}
+        self._layouts: dict[tuple[str, ...], Layout] = {}
+        errors = []
+        if mode not in MODES:
+            errors.append(f"`mode` must be one of {', '.join(MODES)}, but is {mode!r}.{_nearest(mode, MODES)}")
+        for field in self.columns:
+            if field not in FIELDS:
+                errors.append(f"`columns` maps {field!r}, which is no field.{_nearest(field, FIELDS)}")
+        if image_root is not None and not os.path.isdir(image_root):
+            errors.append(f"`image_root` must be a folder, but {os.fspath(image_root)} is none.")
+        if errors:
+            raise ConfigError(errors, where="The data configuration")
+
+    def parse(self, row: Mapping[str, object], where: str, folder: Path, *, untyped: bool = False) -> Example:
+        """Read a row.
+
+        :param where: the row's place, for messages.
+        :param folder: the folder of the data file.
+        :param untyped: if ``True``, the format knows only strings: an empty one means
+            that there is no value, and lists are written as JSON.
+        :raises DataError: the row cannot be used; the message names place, key and reason.
+        """
+        try:
+            return self._example(RowReader(row, self._layout(row), self._root(folder), self.allow_urls, untyped), where)
+        except RowError as ex:
+            raise DataError(f"{where}: {ex}") from None
+
+    def ignored_columns(self, row: Mapping[str, object]) -> set[str]:
+        """The columns of a row that hold no field."""
+        try:
+            layout = self._layout(row)
+        except RowError:
+            return set()
+        return set(row) - set(layout.columns.values()) - {key for pair in layout.numbered for key in pair if key}
+
+    def _example(self, row: RowReader, where: str) -> Example:
+        query = row.item("query", "query_image", row.instruction("instruction"))
+        if query is None:
+            row.fail_missing("query")
+        for_documents = row.instruction("document_instruction")
+        positive = row.item("positive", "positive_image", for_documents)
+        negatives = row.negatives(for_documents)
+        label = row.label()
+        if positive is None and label is None:
+            row.fail_missing("positive", " and no label")
+        self._check_mode(row, query, positive, negatives)
+        scores = row.scores(positive, negatives)
+        return Example(query, positive, negatives, label, scores, where)
+
+    def _check_mode(self, row: RowReader, query: Item, positive: Item | None, negatives: tuple[Item, ...]) -> None:
+        if self.mode == "auto":
+            return
+        wanted = [(self.mode[0], "query", query), (self.mode[2], "positive", positive)]
+        wanted += [(self.mode[2], "negatives", negative) for negative in negatives]
+        for part, field, item in wanted:
+            if item is not None and (kind := kind_of(item)) != part:
+                fail(row.name(field), f"must be {_PARTS[part]} in mode {self.mode}, but is {_PARTS[kind]}")
+
+    def _root(self, folder: Path) -> str:
+        if folder not in self._roots:
+            self._roots[folder] = os.path.realpath(folder if self._image_root is None else self._image_root)
+        return self._roots[folder]
+
+    def _layout(self, row: Mapping[str, object]) -> Layout:
+        keys = tuple(row)
+        layout = self._layouts.get(keys)
+        if layout is None:
+            if len(self._layouts) > 1000:
+                self._layouts.clear()
+            layout = self._layouts[keys] = self._find_columns(keys)
+        return layout
+
+    def _find_columns(self, keys: tuple[str, ...]) -> Layout:
+        found: dict[str, str] = {}
+        for field, column in self.columns.items():
+            if column is not None:
+                if column not in keys:
+                    nearest = _nearest(column, keys) or " Write null where there is no value."
+                    raise RowError(f"has no column {column!r}, which `columns` maps to {field!r}.{nearest}")
+                found[field] = column
+        numbered: dict[int, list[str | None]] = {}
+        for key in keys:
+            match = _NUMBERED.fullmatch(key)
+            name = _NAMES.get("negative" + (match[1] or "")) if match else _NAMES.get(key)
+            if key in self.columns.values() or name in self.columns:
+                continue
+            if match:
+                pair, part = numbered.setdefault(int(match[2]), [None, None]), match[1] is not None
+                if pair[part] is not None:
+                    fail(key, f"means the same as {pair[part]!r}; leave one of them out")
+                pair[part] = key
+            elif name is not None:
+                if name in found:
+                    fail(key, f"means the same as {found[name]!r}; leave one of them out")
+                found[name] = key
+            elif close := get_close_matches(key, _NAMES, n=1, cutoff=0.86):
+                fail(key, f"is no field. Did you mean {close[0]!r}? If not, give the column another name")
+        return Layout(found, tuple((numbered[n][0], numbered[n][1]) for n in sorted(numbered)))
+
+
+def _nearest(name: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def kind_of(item: Item) -> Literal["t", "i", "m"]:
+    """What an item consists of: ``t`` a text, ``i`` images, ``m`` both."""
+    if item.text is None:
+        return "i"
+    return "m" if item.images else "t"
+
+
+def content_id(item: Item) -> int:
+    """A hash of 63 bits of what an item holds: equal for equal documents, on every rank and in every run.
+
+    An image file counts by its path; its content is not read.
+    """
+    parts: list[bytes] = []
+    for tag, text in ((b"t", item.text), (b"n", item.instruction)):
+        if text is not None:
+            parts += [tag, text.encode("utf-8")]
+    for image in item.images:
+        if isinstance(image, (Path, str)):
+            parts += [b"p", os.fsencode(image)]
+        elif isinstance(image, bytes):
+            parts += [b"b", image]
+        else:
+            parts += [b"i", f"{image.mode} {image.size}".encode(), image.tobytes()]
+    return _hash63(parts)
+
+
+def label_id(label: str | int) -> int:
+    """A hash of 63 bits of a label: equal for equal labels, on every rank and in every run."""
+    return _hash63([b"l", str(label).encode("utf-8")])
+
+
+def _hash63(parts: list[bytes]) -> int:
+    digest = blake2b(digest_size=8)
+    for part in parts:  # With lengths, so that no two lists of parts are the same bytes.
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little") >> 1
