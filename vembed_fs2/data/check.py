@@ -1,0 +1,274 @@
+"""``fairseq2 vembed data check``: what is in data files, and what is wrong with them.
+
+Nothing heavy is imported here: the command line needs this module to print help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from array import array
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+from vembed_fs2.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from vembed_fs2.data.dataset import Problems
+    from vembed_fs2.data.example import Example, ImageSource, Item
+    from vembed_fs2.data.sources import Paths
+
+Images: TypeAlias = Literal["all", "sample", "none"]
+
+_SAMPLED_ROWS: Final = 1000
+
+_SHOWN: Final = 20
+
+
+class Spread:
+    """The distribution of a number."""
+
+    def __init__(self) -> None:
+        self.values = array("Q")
+
+    def add(self, value: int) -> None:
+        self.values.append(value)
+
+    def __str__(self) -> str:
+        import numpy as np
+
+        ordered = np.sort(np.frombuffer(self.values, dtype=np.uint64))
+        low, median, p95, high = (int(ordered[math.ceil(q * len(ordered)) - 1]) for q in (1e-12, 0.5, 0.95, 1))
+        return f"min {low:,}, median {median:,}, p95 {p95:,}, max {high:,}"
+
+
+class Repeats:
+    """Counts what was seen before, by hash."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self.count = 0
+
+    def add(self, value: int) -> None:
+        if value in self.seen:
+            self.count += 1
+        self.seen.add(value)
+
+
+@dataclass
+class Report:
+    """What :func:`check_dataset` found."""
+
+    files: tuple[Path, ...]
+    num_rows: int
+
+    problems: Problems
+    """All are counted; the first 20 are kept, each with its ``file:line``."""
+
+    num_usable: int = 0
+
+    modes: Counter[str] = field(default_factory=Counter)
+    """The number of rows of each mode."""
+
+    lengths: dict[str, Spread] = field(default_factory=dict)
+    """The lengths of texts in characters, by role."""
+
+    num_images: int = 0
+    widths: Spread = field(default_factory=Spread)
+    heights: Spread = field(default_factory=Spread)
+    """The sizes of the images that were opened, in pixels."""
+
+    num_negatives: Counter[int] = field(default_factory=Counter)
+    """Number of negatives of a row -> number of such rows."""
+
+    labels: Counter[str] = field(default_factory=Counter)
+    """Label -> number of rows."""
+
+    num_scored: int = 0
+    """The number of rows with scores."""
+
+    queries: Repeats = field(default_factory=Repeats)
+    documents: Repeats = field(default_factory=Repeats)
+    pairs: Repeats = field(default_factory=Repeats)
+
+    ignored_columns: set[str] = field(default_factory=set)
+    """Columns that hold no field."""
+
+    @property
+    def ok(self) -> bool:
+        """True if every row can be used."""
+        return self.problems.count == 0
+
+
+def check_dataset(
+    paths: Paths,
+    *,
+    columns: Mapping[str, str | None] | None = None,
+    mode: str = "auto",
+    image_root: str | os.PathLike[str] | None = None,
+    allow_urls: bool = False,
+    images: Images = "sample",
+) -> Report:
+    """Read every row of data files. Memory holds hashes and lengths, not rows.
+
+    :param images: which images to open (their headers): those of all rows, of about
+        1,000 evenly spaced rows, or none. URLs are not fetched.
+    :raises DataError: a file cannot be read at all.
+    """
+    from vembed_fs2.data.dataset import Problems
+    from vembed_fs2.data.schema import RowSchema
+    from vembed_fs2.data.sources import RowSource
+
+    schema = RowSchema(columns=columns, mode=mode, image_root=image_root, allow_urls=allow_urls)
+    source = RowSource(paths)
+    report = Report(source.files, len(source), Problems(_SHOWN))
+    every = {"all": 1, "sample": max(1, len(source) // _SAMPLED_ROWS), "none": len(source) + 1}[images]
+    for index in range(len(source)):
+        where = source.where(index)
+        try:
+            row = source[index]
+            report.ignored_columns |= schema.ignored_columns(row)
+            example = schema.parse(row, where, source.file(index).parent, untyped=source.untyped)
+            if images != "none" and index % every == 0:
+                _open_images(report, example)
+        except DataError as ex:
+            report.problems.add(str(ex))
+            continue
+        _count(report, example)
+    return report
+
+
+def _items(example: Example) -> list[tuple[str, Item]]:
+    items = [("query", example.query)]
+    if example.positive is not None:
+        items.append(("positive", example.positive))
+    return items + [("negative", negative) for negative in example.negatives]
+
+
+def _open_images(report: Report, example: Example) -> None:
+    for _, item in _items(example):
+        for image in item.images:
+            size = _image_size(image, example.source)
+            if size is not None:
+                report.widths.add(size[0])
+                report.heights.add(size[1])
+
+
+def _image_size(source: ImageSource, where: str) -> tuple[int, int] | None:
+    import io
+    import warnings
+
+    from PIL import Image
+
+    if not isinstance(source, (Path, bytes)):
+        return None  # A URL is not fetched.
+    name = "the image" if isinstance(source, bytes) else f"the image {source}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                return int(image.width), int(image.height)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as ex:
+        raise DataError(f"{where}: {name} cannot be opened: {type(ex).__name__}.") from None
+
+
+def _count(report: Report, example: Example) -> None:
+    from vembed_fs2.data.schema import content_id, kind_of
+
+    report.num_usable += 1
+    query = content_id(example.query)
+    report.queries.add(query)
+    if example.positive is None:
+        report.modes[f"{kind_of(example.query)} with a label only"] += 1
+    else:
+        report.modes[f"{kind_of(example.query)}2{kind_of(example.positive)}"] += 1
+        document = content_id(example.positive)
+        report.documents.add(document)
+        report.pairs.add(hash((query, document)))
+    for role, item in _items(example):
+        report.num_images += len(item.images)
+        if item.text is not None:
+            report.lengths.setdefault(role, Spread()).add(len(item.text))
+    report.num_negatives[len(example.negatives)] += 1
+    report.num_scored += bool(example.scores)
+    if example.label is not None:
+        report.labels[example.label] += 1
+
+
+def render(report: Report) -> str:
+    """Write a report as text."""
+    files = str(report.files[0]) if len(report.files) == 1 else f"{len(report.files):,} files"
+    lines = [("files", files), ("rows", f"{report.num_rows:,}, usable {report.num_usable:,}")]
+    lines += [("mode", f"{mode}: {count:,}") for mode, count in report.modes.most_common()]
+    lines += [(f"{role} text", f"{spread} characters") for role, spread in report.lengths.items()]
+    if report.num_images:
+        lines.append(("images", f"{report.num_images:,}, opened {len(report.widths.values):,}"))
+    if report.widths.values:
+        lines += [("image width", f"{report.widths} pixels"), ("image height", f"{report.heights} pixels")]
+    if any(report.num_negatives):
+        lines += [("rows with", f"{n} negatives: {c:,}") for n, c in sorted(report.num_negatives.items())]
+    if report.labels:
+        alone = sum(count == 1 for count in report.labels.values())
+        lines.append(("labels", f"{len(report.labels):,}, of one row only {alone:,}"))
+    if report.num_scored:
+        lines.append(("with scores", f"{report.num_scored:,}"))
+    repeats = (("queries", report.queries), ("documents", report.documents), ("pairs", report.pairs))
+    lines.append(("repeated", ", ".join(f"{name} {r.count:,}" for name, r in repeats)))
+    if report.ignored_columns:
+        lines.append(("ignored", f"columns {', '.join(sorted(report.ignored_columns))}"))
+    text = "\n".join(f"{name + ':':<15} {value}" for name, value in lines)
+    if report.ok:
+        return f"{text}\nNo problems found."
+    return f"{text}\n{report.problems.count:,} problems:\n{report.problems}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``data check``."""
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a data file, or a folder of shards")
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="FIELD=NAME",
+        help="the file's name for a field, such as query=title; no name leaves the field out; can be repeated",
+    )
+    parser.add_argument("--mode", default="auto", help="auto, t2t, t2i, i2i, i2t, m2i or m2t (default: auto)")
+    parser.add_argument("--image-root", type=Path, metavar="FOLDER", help="where images are (default: the file's own)")
+    parser.add_argument("--allow-urls", action="store_true", help="accept HTTP(S) URLs as images")
+    parser.add_argument(
+        "--images",
+        choices=("all", "sample", "none"),
+        default="sample",
+        help="which images to open: those of all rows, of about 1,000 rows, or none (default: sample)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check and print; return 1 if there are problems.
+
+    :raises VembedError: a file cannot be read at all, or an argument is not valid.
+    """
+    report = check_dataset(
+        args.files,
+        columns=_parse_columns(args.column),
+        mode=args.mode,
+        image_root=args.image_root,
+        allow_urls=args.allow_urls,
+        images=args.images,
+    )
+    print(render(report))
+    return 0 if report.ok else 1
+
+
+def _parse_columns(pairs: list[str]) -> dict[str, str | None]:
+    columns: dict[str, str | None] = {}
+    for pair in pairs:
+        name, separator, column = pair.partition("=")
+        if not separator:
+            raise ConfigError(f"`--column` must be FIELD=NAME, but is {pair!r}.", where="The command line")
+        columns[name] = column or None
+    return columns
