@@ -1,0 +1,330 @@
+"""Decodes images and turns them into the pixel values of a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from threading import Lock
+from typing import Any, Final, final
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from vembed_fs2.errors import DataError, ModelLoadError
+from vembed_fs2.files import read_json, write_json
+
+MAX_PIXELS: Final = 100_000_000
+"""The default limit of an image's pixels; decoded as RGB that is 0.3 GB."""
+
+_BYTES_PER_PIXEL: Final = 16
+"""More than any format needs: what is larger than this times the pixel limit is not read."""
+
+_URL_TIMEOUT: Final = 30.0
+
+_ORIENTATION_TAG: Final = 0x0112
+
+_CONFIG_FILE: Final = "preprocessor_config.json"
+
+_MAX_PROBE_SIDE: Final = 1024
+"""Some processors keep a number of pixels where others keep a side."""
+
+_CHANNEL_MODES: Final = {1: "L", 3: "RGB", 4: "RGBA"}
+
+_OPENAI_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
+_OPENAI_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+
+_pillow_lock: Final = Lock()
+
+
+def decode_image(
+    source: Path | str | bytes | Image.Image,
+    *,
+    root: Path | None = None,
+    allow_urls: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
+    """Decode an image completely and turn it upright, as its EXIF orientation says.
+
+    The mode stays as it is in the file: :class:`ImageProcessor` converts it.
+
+    :param source: a file, a URL, the bytes of a file, or an image that is open already.
+    :param root: where files must lie, after symbolic links; relative paths start there.
+    :param allow_urls: whether ``source`` may be an ``http`` or ``https`` URL.
+    :param max_pixels: the largest number of pixels; it is checked before decoding.
+    :raises DataError: the image cannot be read, or must not be. The message names it.
+    """
+    if isinstance(source, Image.Image):
+        name = getattr(source, "filename", "") or "The image"
+        image = source
+    else:
+        name, content = _read(source, root, allow_urls, _BYTES_PER_PIXEL * max_pixels)
+        image = _open(name, content, max_pixels)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DataError(f"{name} has {width} x {height} pixels, more than the limit of {max_pixels}.")
+    if width * height == 0:
+        raise DataError(f"{name} has no pixels: its size is {width} x {height}.")
+    return _load(name, image, max_pixels)
+
+
+def _open(name: str, content: bytes, max_pixels: int) -> Image.Image:
+    if not content:
+        raise DataError(f"{name} is empty.")
+    try:
+        with _pillow_limit(max_pixels):
+            return Image.open(BytesIO(content))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"{name} has more pixels than the limit of {max_pixels}.") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{name} is not an image, or of a format that is not supported.") from None
+    # Pillow's readers raise errors of many kinds on broken files.
+    except Exception as ex:
+        raise DataError(f"{name} is not a valid image: {ex}.") from None
+
+
+def _load(name: str, image: Image.Image, max_pixels: int) -> Image.Image:
+    with _pillow_lock:  # never another thread's limit
+        limit = Image.MAX_IMAGE_PIXELS
+    try:
+        if limit is not None and image.width * image.height > limit:
+            with _pillow_limit(max_pixels):
+                image.load()
+        else:
+            image.load()
+        if image.getexif().get(_ORIENTATION_TAG, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    except Exception as ex:
+        raise DataError(f"{name} is truncated or broken: {ex}.") from None
+    return image
+
+
+@contextmanager
+def _pillow_limit(max_pixels: int) -> Iterator[None]:
+    """Make ``max_pixels`` Pillow's own limit for a while. It is a global that Pillow checks while it opens files."""
+    with _pillow_lock:
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = max_pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _read(source: Path | str | bytes, root: Path | None, allow_urls: bool, max_bytes: int) -> tuple[str, bytes]:
+    """Return the name of ``source`` in errors, and its content."""
+    if isinstance(source, bytes):
+        return f"The image of {len(source)} bytes", source
+    if isinstance(source, str) and "://" in source:
+        return _fetch(source, allow_urls, max_bytes)
+    try:
+        file = _resolve(Path(source), root)
+        if not file.is_file():
+            raise DataError(f"{file} is not a file." if file.exists() else f"{file} does not exist.")
+        if file.stat().st_size > max_bytes:
+            raise DataError(f"{file} is larger than {max_bytes} bytes.")
+        return str(file), file.read_bytes()
+    except (OSError, ValueError, RuntimeError) as ex:
+        reason = getattr(ex, "strerror", None) or ex
+        raise DataError(f"{source} cannot be read: {reason}.") from None
+
+
+def _resolve(path: Path, root: Path | None) -> Path:
+    if root is None:
+        return path
+    root = root.resolve()
+    file = (root / path).resolve()
+    if not file.is_relative_to(root):
+        raise DataError(f"{path} is outside the image folder {root}.")
+    return file
+
+
+def _fetch(url: str, allow_urls: bool, max_bytes: int) -> tuple[str, bytes]:
+    # The query of a URL may hold a signature, which must not reach a log.
+    name = url.partition("?")[0]
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise DataError(f"{name} is neither a file nor an http or https URL.")
+    if not allow_urls:
+        raise DataError(f"{name} is a URL, and fetching is off. Set `allow_urls` to fetch it.")
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "vembed_fs2"}), timeout=_URL_TIMEOUT) as response:
+            content: bytes = response.read(max_bytes + 1)
+    # Network, protocol and URL errors have no common base.
+    except Exception as ex:
+        raise DataError(f"{name} cannot be fetched: {ex}.") from None
+    if len(content) > max_bytes:
+        raise DataError(f"{name} is larger than {max_bytes} bytes.")
+    return name, content
+
+
+@final
+class ImageProcessor:
+    """Turns images into pixel values, exactly as transformers' slow (Pillow) image processors do.
+
+    Images are always converted to the number of channels that the processor
+    normalises (RGB for three), also where its configuration does not ask for it
+    (ViT's does not): transformers fails on grey and RGBA images there. Pillow's
+    conversion drops transparency and clips 16-bit values at 255.
+
+    Safe to call from several threads.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        """
+        :param processor: an image processor of transformers; not one of the ``Fast`` classes.
+        :raises ModelLoadError: it does not make pixel values of shape ``[C, H, W]``.
+        """
+        self._processor = processor
+        mean = getattr(processor, "image_mean", None)
+        self.num_channels = len(mean) if isinstance(mean, (list, tuple)) else 3
+        if self.num_channels not in _CHANNEL_MODES:
+            raise ModelLoadError(f"`image_mean` has {self.num_channels} channels, which is not supported.")
+        # How resizing and cropping work together differs between processors: see what they make of a square.
+        side = max(_sizes(getattr(processor, "size", None)).values(), default=224)
+        side = min(side, _MAX_PROBE_SIDE)
+        self._size = self._prepare(Image.new("RGB", (side, side))).shape[1:]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of pixel values; those of a square image where they depend on the image."""
+        height, width = self._size
+        return height, width
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """Prepare images.
+
+        :returns: pixel values. *Shape:* ``[P, C, H, W]``, float32.
+        :raises DataError: an image is too narrow for its length, or the sizes differ where nothing crops them.
+        """
+        arrays = [self._prepare(image) for image in images]
+        if not arrays:
+            return torch.empty(0, self.num_channels, *self.size)
+        if len({array.shape for array in arrays}) > 1:
+            raise DataError(
+                "Images have different sizes after resizing. Set `do_center_crop`, or a `size` of `height` and `width`."
+            )
+        return torch.from_numpy(np.stack(arrays))
+
+    def _prepare(self, image: Image.Image) -> np.ndarray[Any, Any]:
+        self._check_shape(image)
+        mode = _CHANNEL_MODES[self.num_channels]
+        array = np.asarray(image if image.mode == mode else image.convert(mode))
+        if array.ndim == 2:
+            array = array[:, :, np.newaxis]
+        try:
+            # transformers guesses the layout from the first image of a batch, and fails on images one pixel high.
+            output = self._processor.preprocess([array], input_data_format="channels_last", return_tensors="np")
+        except ValueError as ex:
+            raise DataError(f"An image of {image.width} x {image.height} pixels cannot be prepared: {ex}.") from ex
+        pixels = np.asarray(output["pixel_values"][0], dtype=np.float32)
+        if pixels.ndim != 3:
+            kind = type(self._processor).__name__
+            raise ModelLoadError(f"{kind} makes pixel values of {pixels.ndim} dimensions, which is not supported.")
+        return pixels
+
+    def _check_shape(self, image: Image.Image) -> None:
+        """A strip that is resized by its short edge can become larger than memory."""
+        edge = 0
+        if getattr(self._processor, "do_resize", False):
+            edge = _sizes(getattr(self._processor, "size", None)).get("shortest_edge", 0)
+        short, long = sorted(image.size)
+        if short == 0 or edge * edge * long > MAX_PIXELS * short:
+            raise DataError(f"An image of {image.width} x {image.height} pixels is too narrow to be resized.")
+
+    def save(self, folder: Path) -> None:
+        """Write ``preprocessor_config.json`` to ``folder``."""
+        write_json(folder / _CONFIG_FILE, json.loads(self._processor.to_json_string()))
+
+    @staticmethod
+    def load(folder: Path) -> ImageProcessor:
+        """Load the image processor of a Hugging Face folder.
+
+        :raises ModelLoadError: there is none, or it is not supported.
+        """
+        file, config = _read_config(folder)
+        name = _class_name(folder, config)
+        kls = _find_class(name) if name is not None else None
+        if kls is None:
+            raise ModelLoadError(f"{file} names the image processor {name}, which is not supported.")
+        try:
+            return ImageProcessor(kls.from_dict(config))
+        except (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, DataError) as ex:
+            raise ModelLoadError(f"{file} is not a valid image processor: {ex}") from ex
+
+    @staticmethod
+    def from_size(
+        size: int | tuple[int, int],
+        mean: Sequence[float] = _OPENAI_MEAN,
+        std: Sequence[float] = _OPENAI_STD,
+        *,
+        center_crop: bool = True,
+        resample: Image.Resampling = Image.Resampling.BICUBIC,
+    ) -> ImageProcessor:
+        """Make the image processor of a new model.
+
+        :param size: height and width of pixel values.
+        :param mean: the mean of each channel, for values in [0, 1]; their number is that of channels.
+        :param std: the standard deviation of each channel.
+        :param center_crop: if ``True``, resizes the short edge and crops the
+            centre; else resizes to ``size``, whatever the aspect ratio.
+        """
+        from transformers import CLIPImageProcessor
+
+        height, width = (size, size) if isinstance(size, int) else size
+        exact = {"height": height, "width": width}
+        processor = CLIPImageProcessor(
+            size={"shortest_edge": max(height, width)} if center_crop else exact,
+            crop_size=exact,
+            do_center_crop=center_crop,
+            image_mean=list(mean),
+            image_std=list(std),
+            resample=int(resample),
+        )
+        return ImageProcessor(processor)
+
+
+def _sizes(size: object) -> dict[str, int]:
+    """The numbers in a size of transformers, which is a dict or an object like one."""
+    if not hasattr(size, "items"):
+        return {}
+    return {name: value for name, value in size.items() if isinstance(value, int)}
+
+
+def _read_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    file = folder / _CONFIG_FILE
+    if file.is_file():
+        return file, read_json(file)
+    file = folder / "processor_config.json"
+    if file.is_file():
+        config = read_json(file).get("image_processor")
+        if isinstance(config, dict):
+            return file, config
+    raise ModelLoadError(f"{folder} has no image processor: {_CONFIG_FILE} is missing.")
+
+
+def _class_name(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The slow class, whether the configuration names it, its fast version, its old name or only the model."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+    name = config.get("image_processor_type")
+    if name is None and (old_name := config.get("feature_extractor_type")):
+        name = old_name.replace("FeatureExtractor", "ImageProcessor")
+    if name is None and folder.joinpath("config.json").is_file():
+        model_type = read_json(folder / "config.json").get("model_type")
+        name = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, (None,))[0]
+    return None if name is None else str(name).removesuffix("Fast")
+
+
+def _find_class(name: str) -> Any:
+    from transformers import BaseImageProcessor
+    from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
+
+    kls = get_image_processor_class_from_name(name)
+    # Classes that exist only as a fast version are missing here.
+    return kls if isinstance(kls, type) and issubclass(kls, BaseImageProcessor) else None
