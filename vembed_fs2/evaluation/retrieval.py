@@ -1,0 +1,181 @@
+"""Retrieval metrics of embeddings, and of an embedder on a task."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from vembed_fs2.errors import DataError, VembedError
+from vembed_fs2.evaluation.metrics import (
+    average_precision,
+    hit_at_k,
+    ndcg_at_k,
+    recall_at_k,
+    reciprocal_rank,
+)
+from vembed_fs2.evaluation.search import DOCUMENT_BLOCK, QUERY_BLOCK, PairSimilarity, relevant_ranks
+
+if TYPE_CHECKING:
+    from vembed_fs2.evaluation.datasets import RetrievalTask
+
+Relevant: TypeAlias = Mapping[int, float] | Collection[int]
+"""The indices of the documents that answer a query, with or without grades."""
+
+DEFAULT_KS: Final = (1, 5, 10)
+
+
+class SupportsEncode(Protocol):
+    """What :func:`evaluate_embedder` needs of an embedder."""
+
+    def encode_query(self, inputs: Any, *, batch_size: int | None = None) -> Any: ...
+
+    def encode_document(self, inputs: Any, *, batch_size: int | None = None) -> Any: ...
+
+
+def evaluate_retrieval(
+    queries: Tensor,
+    corpus: Tensor,
+    relevant: Sequence[Relevant],
+    *,
+    ks: Sequence[int] = DEFAULT_KS,
+    similarity: PairSimilarity = "cosine",
+    exclude: Sequence[int] | Tensor | None = None,
+    query_block: int = QUERY_BLOCK,
+    document_block: int = DOCUMENT_BLOCK,
+    device: torch.device | None = None,
+) -> dict[str, float]:
+    """Rank the whole corpus for every query and return the means over queries.
+
+    The keys are ``recall@k`` and ``hit@k`` for every k, ``mrr`` (over the whole
+    ranking), ``mrr@10``, ``ndcg@10``, ``map``, ``num_queries``,
+    ``num_documents`` and ``num_queries_without_relevant``. The metrics are
+    defined in :mod:`vembed_fs2.evaluation.metrics`. A query without relevant
+    documents takes no part in the means and is counted apart. Memory does not
+    grow with queries x documents.
+
+    :param queries: *Shape:* ``[Q, D]``.
+    :param corpus: *Shape:* ``[N, D]``.
+    :param relevant: For each query the indices of its relevant documents, or a mapping from index to grade.
+        Grades that are not greater than 0 mean "not relevant".
+    :param exclude: For each query a document that it must not find (itself, say), or -1; never relevant.
+    :param device: Where to compare; the device of ``queries`` by default.
+
+    :raises EmbeddingValueError: an embedding holds NaN or infinity.
+    :raises DataError: no query has a relevant document.
+    """
+    if len(relevant) != queries.size(0):
+        raise ValueError(f"There are {queries.size(0)} queries, but relevant documents of {len(relevant)}.")
+    excluded = torch.full((queries.size(0),), -1) if exclude is None else torch.as_tensor(exclude).cpu()
+    totals: dict[str, float] = {}
+    counted = 0
+    for rows in _blocks_of_rows(relevant, query_block, document_block):
+        index, grades = _padded(relevant[rows], excluded[rows].tolist())
+        keep = (index >= 0).any(1)
+        if not keep.any():
+            continue
+        ranks = relevant_ranks(
+            queries[rows][keep.to(queries.device)],
+            corpus,
+            index[keep],
+            similarity=similarity,
+            exclude=excluded[rows][keep],
+            query_block=query_block,
+            document_block=document_block,
+            device=device or queries.device,
+        )
+        for name, value in metrics_of_ranks(ranks, grades[keep], ks).items():
+            totals[name] = totals.get(name, 0.0) + float(value.sum())
+        counted += int(keep.sum())
+    if counted == 0:
+        raise DataError("No query has a relevant document in the corpus, so there is nothing to measure.")
+    results = {name: total / counted for name, total in totals.items()}
+    results["num_queries"] = float(counted)
+    results["num_documents"] = float(corpus.size(0))
+    results["num_queries_without_relevant"] = float(queries.size(0) - counted)
+    return results
+
+
+def metrics_of_ranks(ranks: Tensor, grades: Tensor | None, ks: Sequence[int] = DEFAULT_KS) -> dict[str, Tensor]:
+    """Return every metric of every query, by name.
+
+    :param ranks: Ranks of the relevant documents, 0 pads. *Shape:* ``[Q, R]``.
+    :param grades: Grades of the same documents. *Shape:* ``[Q, R]``.
+
+    :returns: Tensors of the shape ``[Q]``, float64.
+    """
+    metrics = {f"recall@{k}": recall_at_k(ranks, k) for k in ks}
+    metrics |= {f"hit@{k}": hit_at_k(ranks, k) for k in ks}
+    metrics["mrr"] = reciprocal_rank(ranks)
+    metrics["mrr@10"] = reciprocal_rank(ranks, 10)
+    metrics["ndcg@10"] = ndcg_at_k(ranks, 10, grades)
+    metrics["map"] = average_precision(ranks)
+    return metrics
+
+
+def evaluate_embedder(
+    embedder: SupportsEncode,
+    task: RetrievalTask,
+    *,
+    batch_size: int | None = None,
+    ks: Sequence[int] = DEFAULT_KS,
+    similarity: PairSimilarity = "cosine",
+    device: torch.device | None = None,
+) -> dict[str, float]:
+    """Encode a task's queries and documents and return what :func:`evaluate_retrieval` does.
+
+    Where the queries are the documents (``task.exclude_self``), they are encoded
+    once, as documents.
+
+    :param batch_size: Given to the embedder.
+    :param device: Where to compare the embeddings; the CPU by default.
+    """
+    corpus = _encoded(embedder.encode_document(list(task.corpus), batch_size=batch_size))
+    if task.exclude_self:
+        queries, exclude = corpus, torch.arange(corpus.size(0))
+    else:
+        queries, exclude = _encoded(embedder.encode_query(list(task.queries), batch_size=batch_size)), None
+    return evaluate_retrieval(
+        queries, corpus, task.relevant, ks=ks, similarity=similarity, exclude=exclude, device=device
+    )
+
+
+def _encoded(embeddings: Any) -> Tensor:
+    if isinstance(embeddings, list):
+        raise VembedError("Multi-vector models cannot be evaluated by exact search over single vectors.")
+    return torch.as_tensor(embeddings)
+
+
+def _blocks_of_rows(relevant: Sequence[Relevant], query_block: int, document_block: int) -> list[slice]:
+    """Cut the queries so that a block, padded to its largest set, has at most a block's number of elements."""
+    limit = query_block * document_block
+    blocks: list[slice] = []
+    start, widest = 0, 1
+    for i, documents in enumerate(relevant):
+        widest = max(widest, len(documents))
+        if (i > start and (i - start + 1) * widest > limit) or i - start == query_block:
+            blocks.append(slice(start, i))
+            start, widest = i, max(1, len(documents))
+    return [*blocks, slice(start, len(relevant))] if relevant else []
+
+
+def _padded(relevant: Sequence[Relevant], excluded: Sequence[int]) -> tuple[Tensor, Tensor]:
+    rows = [_graded(documents, left_out) for documents, left_out in zip(relevant, excluded)]
+    width = max((len(row) for row in rows), default=0)
+    index = torch.full((len(rows), width), -1, dtype=torch.int64)
+    grades = torch.zeros(len(rows), width, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        index[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
+        grades[i, : len(row)] = torch.tensor(list(row.values()), dtype=torch.float64)
+    return index, grades
+
+
+def _graded(documents: Relevant, excluded: int) -> dict[int, float]:
+    if not isinstance(documents, Mapping):
+        documents = dict.fromkeys(documents, 1.0)
+    if documents and min(documents) < 0:
+        raise ValueError(f"The index of a relevant document must not be negative, but one is {min(documents)}.")
+    # Not `grade > 0`: NaN must reach the metrics, which refuse it.
+    return {d: float(grade) for d, grade in documents.items() if not grade <= 0 and d != excluded}

@@ -1,0 +1,259 @@
+"""Exact search in bounded memory: blocks of queries against blocks of documents.
+
+No tensor has more than ``query_block x document_block`` elements (or as many as
+the answer has). Every score has a single int64 key, its fp32 bits in order above
+the document's index in reverse: comparing keys compares scores, and of two
+equal scores the document with the smaller index comes first. The rule knows
+nothing about relevance, so a model that gives everything the same embedding
+gets the score of chance.
+
+Shapes: Q queries, N documents, D embedding size, K results, R relevant
+documents of a query, q and n the rows of a block of queries and of documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from vembed_fs2.errors import VembedError
+
+PairSimilarity: TypeAlias = Literal["cosine", "dot"]
+
+QUERY_BLOCK: Final = 512
+DOCUMENT_BLOCK: Final = 8192
+
+_LOW_BITS: Final = 2**31 - 1
+_EXCLUDED: Final = torch.iinfo(torch.int64).min
+
+
+class EmbeddingValueError(VembedError, ValueError):
+    """Embeddings that cannot be compared: NaN, infinite, or too large for fp32."""
+
+
+class SearchResult(NamedTuple):
+    """The best documents of each query, best first."""
+
+    scores: Tensor
+    """*Shape:* ``[Q, K]``, fp32; minus infinity where a query has fewer than K documents."""
+
+    indices: Tensor
+    """*Shape:* ``[Q, K]``, int64; -1 where a query has fewer than K documents."""
+
+
+class _Blocks:
+    """Two sets of embeddings, cut into blocks, and the keys of every pair of blocks."""
+
+    def __init__(
+        self,
+        queries_QD: Tensor,
+        documents_ND: Tensor,
+        similarity: PairSimilarity,
+        exclude_Q: Tensor | None,
+        sizes: tuple[int, int],
+        device: torch.device | None,
+    ) -> None:
+        _check_shapes(queries_QD, documents_ND, exclude_Q, sizes)
+        if similarity not in ("cosine", "dot"):
+            raise ValueError(f"`similarity` must be 'cosine' or 'dot', but is {similarity!r}.")
+        self.queries, self.documents = queries_QD, documents_ND
+        self.similarity, self.exclude = similarity, exclude_Q
+        self.query_block, self.document_block = sizes
+        self.device = device or queries_QD.device
+
+    def query_slices(self) -> Iterator[slice]:
+        return _slices(self.queries.size(0), self.query_block)
+
+    def document_slices(self) -> Iterator[slice]:
+        return _slices(self.documents.size(0), self.document_block)
+
+    def prepared_queries(self, rows: slice) -> Tensor:
+        return self._prepare(self.queries[rows], "query", rows.start)
+
+    def keys(self, q_qD: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Return the keys of a block of prepared queries and a block of documents, ``[q, n]``."""
+        d_nD = self._prepare(self.documents[columns], "document", columns.start)
+        key_qn = _to_keys(q_qD @ d_nD.T, columns.start)
+        if self.exclude is not None:
+            column = self.exclude[rows].to(self.device) - columns.start
+            (hit,) = torch.nonzero((column >= 0) & (column < d_nD.size(0)), as_tuple=True)
+            key_qn[hit, column[hit]] = _EXCLUDED
+        return key_qn
+
+    def _prepare(self, block: Tensor, what: str, start: int) -> Tensor:
+        block = block.to(self.device, torch.float32)
+        largest = block.abs().amax(dim=1, keepdim=True)
+        limit = torch.finfo(torch.float32).max if self.similarity == "cosine" else 1e18 / block.size(1) ** 0.5
+        (bad,) = torch.nonzero(~(largest <= limit).squeeze(1), as_tuple=True)
+        if bad.numel():
+            raise EmbeddingValueError(
+                f"The embedding of {what} {start + int(bad[0])} holds NaN, infinity or values too large to compare."
+                " Such scores have no order, so nothing is measured."
+            )
+        if self.similarity == "dot":
+            return block
+        # Scaled first: the squares of very large or very small values do not fit fp32.
+        block = block / torch.where(largest > 0, largest, 1.0)
+        return torch.nn.functional.normalize(block, dim=1)
+
+
+def exact_search(
+    queries: Tensor,
+    documents: Tensor,
+    k: int,
+    *,
+    similarity: PairSimilarity = "cosine",
+    exclude: Tensor | None = None,
+    query_block: int = QUERY_BLOCK,
+    document_block: int = DOCUMENT_BLOCK,
+    device: torch.device | None = None,
+) -> SearchResult:
+    """Return the ``k`` best documents of every query, exactly.
+
+    Scores are computed in fp32 whatever the dtype of the embeddings. The cosine
+    with a vector of zeros is 0. Equal scores are ordered by document index.
+
+    :param queries: *Shape:* ``[Q, D]``.
+    :param documents: *Shape:* ``[N, D]``.
+    :param k: How many; ``min(k, N)`` are returned.
+    :param exclude: The document that each query must not find (itself, say), or -1. *Shape:* ``[Q]``, int64.
+    :param device: Where to compute, block by block; the device of ``queries`` by default.
+
+    :raises EmbeddingValueError: an embedding holds NaN or infinity.
+    """
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1, but is {k}.")
+    blocks = _Blocks(queries, documents, similarity, exclude, (query_block, document_block), device)
+    k = min(k, documents.size(0))
+    found = torch.empty(queries.size(0), k, dtype=torch.int64, device=queries.device)
+    with _exact_matmul(blocks.device):
+        for rows in blocks.query_slices():
+            found[rows] = _best_keys(blocks, rows, k).to(found.device)
+    return _from_keys(found)
+
+
+def _best_keys(blocks: _Blocks, rows: slice, k: int) -> Tensor:
+    q_qD = blocks.prepared_queries(rows)
+    best_qk = torch.empty(q_qD.size(0), 0, dtype=torch.int64, device=blocks.device)
+    for columns in blocks.document_slices():
+        key_qn = blocks.keys(q_qD, rows, columns)
+        top_qk = key_qn.topk(min(k, key_qn.size(1)), dim=1).values
+        best_qk = torch.cat([best_qk, top_qk], dim=1)
+        best_qk = best_qk.topk(min(k, best_qk.size(1)), dim=1).values
+    return best_qk
+
+
+def relevant_ranks(
+    queries: Tensor,
+    documents: Tensor,
+    relevant: Tensor,
+    *,
+    similarity: PairSimilarity = "cosine",
+    exclude: Tensor | None = None,
+    query_block: int = QUERY_BLOCK,
+    document_block: int = DOCUMENT_BLOCK,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Return the exact rank of every relevant document among all documents.
+
+    The rank is 1 plus the number of documents that score higher, or the same
+    with a smaller index. The scores of a block are computed twice, once to find
+    the relevant documents' own and once to count, because only the same product
+    of the same blocks gives the same bits, and equal scores must compare equal.
+
+    :param queries: *Shape:* ``[Q, D]``.
+    :param documents: *Shape:* ``[N, D]``.
+    :param relevant: Indices of documents, -1 pads. *Shape:* ``[Q, R]``, int64.
+    :param exclude: As in :func:`exact_search`; an excluded document must not be relevant. *Shape:* ``[Q]``, int64.
+
+    :returns: Ranks from 1; 0 for padding. *Shape:* ``[Q, R]``, int64.
+
+    :raises EmbeddingValueError: an embedding holds NaN or infinity.
+    """
+    blocks = _Blocks(queries, documents, similarity, exclude, (query_block, document_block), device)
+    if relevant.dim() != 2 or relevant.size(0) != queries.size(0):
+        raise ValueError(f"`relevant` must have a row per query, but its shape is {tuple(relevant.shape)}.")
+    if relevant.numel() and int(relevant.max()) >= documents.size(0):
+        raise ValueError(f"`relevant` names document {int(relevant.max())} of {documents.size(0)}.")
+    if exclude is not None and (relevant == exclude.to(relevant.device)[:, None])[relevant >= 0].any():
+        raise ValueError("A document cannot be both relevant and excluded.")
+    ranks = torch.zeros_like(relevant)
+    if relevant.size(1) == 0:
+        return ranks
+    with _exact_matmul(blocks.device):
+        for rows in blocks.query_slices():
+            ranks[rows] = _block_ranks(blocks, rows, relevant[rows].to(blocks.device)).to(ranks.device)
+    return ranks
+
+
+def _block_ranks(blocks: _Blocks, rows: slice, relevant_qR: Tensor) -> Tensor:
+    q_qD = blocks.prepared_queries(rows)
+    own_qR = torch.full_like(relevant_qR, _EXCLUDED)
+    for columns in blocks.document_slices():
+        inside_qR = (relevant_qR >= columns.start) & (relevant_qR < columns.stop)
+        if inside_qR.any():
+            position_qR = torch.where(inside_qR, relevant_qR - columns.start, 0)
+            own_qR = torch.where(inside_qR, blocks.keys(q_qD, rows, columns).gather(1, position_qR), own_qR)
+    # bin[j] counts the documents between the j-th and the next relevant one, worst first.
+    own_qR, order_qR = own_qR.sort(dim=1)
+    bins_qR = own_qR.new_zeros(own_qR.size(0), own_qR.size(1) + 1)
+    for columns in blocks.document_slices():
+        key_qn = blocks.keys(q_qD, rows, columns)
+        if own_qR.size(1) == 1:  # The usual case, and comparing is much faster than searching.
+            bins_qR[:, 1] += (key_qn > own_qR).sum(1)
+            continue
+        bin_qn = torch.searchsorted(own_qR, key_qn)
+        bins_qR.scatter_add_(1, bin_qn, torch.ones_like(bin_qn))
+    higher_qR = bins_qR[:, 1:].flip(1).cumsum(1).flip(1)
+    ranks_qR = torch.zeros_like(own_qR).scatter_(1, order_qR, higher_qR + 1)
+    return torch.where(relevant_qR >= 0, ranks_qR, 0)
+
+
+def _to_keys(scores: Tensor, first_index: int) -> Tensor:
+    """Order-preserving integers: fp32 bits (negative numbers reversed) above the reversed index."""
+    bits = (scores + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0: they are the same score.
+    keys = (bits ^ ((bits >> 31) & _LOW_BITS)).to(torch.int64)
+    index = torch.arange(first_index, first_index + scores.size(1), device=scores.device)
+    return keys.mul_(2**32).add_(_LOW_BITS - index)
+
+
+def _from_keys(keys: Tensor) -> SearchResult:
+    excluded = keys == _EXCLUDED
+    bits = (keys >> 32).to(torch.int32)
+    scores = (bits ^ ((bits >> 31) & _LOW_BITS)).view(torch.float32)
+    indices = _LOW_BITS - (keys & 0xFFFFFFFF)
+    return SearchResult(scores.masked_fill(excluded, -torch.inf), indices.masked_fill(excluded, -1))
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+@contextmanager
+def _exact_matmul(device: torch.device) -> Iterator[None]:
+    """Full fp32 products: no autocast, no TF32 or bf16 behind ``float32_matmul_precision``."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _check_shapes(queries: Tensor, documents: Tensor, exclude: Tensor | None, sizes: tuple[int, int]) -> None:
+    if queries.dim() != 2 or documents.dim() != 2 or queries.size(1) != documents.size(1):
+        raise ValueError(
+            "Queries and documents must be matrices with the same number of columns,"
+            f" but have the shapes {tuple(queries.shape)} and {tuple(documents.shape)}."
+        )
+    if queries.size(1) == 0 or documents.size(0) == 0:
+        raise ValueError("There must be at least one document and one dimension.")
+    if exclude is not None and exclude.shape != queries.shape[:1]:
+        raise ValueError(f"`exclude` must have one index per query, but its shape is {tuple(exclude.shape)}.")
+    if min(sizes) < 1:
+        raise ValueError(f"The sizes of blocks must be at least 1, but are {sizes}.")
