@@ -94,7 +94,7 @@ def read_modules(root: Path) -> SentenceModules:
     kinds = [kind for kind, _ in modules]
     _check_order(root / "modules.json", kinds)
     backbone = modules[0][1]
-    dense_folders = [folder for kind, folder in modules if kind == "Dense"]
+    dense_folders = tuple(folder for kind, folder in modules if kind == "Dense")
     pooling, include_prompt = _read_pooling(modules[1][1] / "config.json")
     head = HeadConfig(
         pooling=pooling,
