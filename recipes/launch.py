@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
+from vembed_fs2.errors import ConfigError, VembedError
 from vembed_fs2.recipes.arguments import add_recipe_arguments
 
 
@@ -122,14 +122,22 @@ def _run(recipe_name: str, args: argparse.Namespace) -> int:
     with _handle_errors(container, args.traceback):
         try:
             run(recipe, config, args.output_dir, checkpoint_dir=args.checkpoint_dir, no_rich=args.no_rich)
-        except CorruptModelCheckpointError as ex:
-            raise ModelLoadError(f"The checkpoint at {ex.path} does not fit the model. {ex.__cause__ or ex}") from ex
-        except OperationalError as ex:
-            if not isinstance(ex.__cause__, OSError) or args.traceback:
+        except (VembedError, CorruptModelCheckpointError, OperationalError) as ex:
+            if args.traceback or (isinstance(ex, OperationalError) and not isinstance(ex.__cause__, OSError)):
                 raise
-            print(f"error: {ex.__cause__}. Checkpoints that were complete are intact.", file=sys.stderr)
-            return 1
+            print(f"error: {_message_of(ex)}", file=sys.stderr)
+            return 2 if isinstance(ex, VembedError) else 1
     return recipe.exit_status()
+
+
+def _message_of(error: Exception) -> str:
+    from fairseq2.model_checkpoint import CorruptModelCheckpointError
+
+    if isinstance(error, CorruptModelCheckpointError):
+        return f"The checkpoint at {error.path} does not fit the model. {error.__cause__ or error}"
+    if isinstance(error.__cause__, OSError):
+        return f"{error.__cause__}. Checkpoints that were complete are intact; run the same command again to resume."
+    return str(error)
 
 
 def load_config(recipe: str, kls: type[Any], args: argparse.Namespace) -> Any:
@@ -249,6 +257,8 @@ _RESUMABLE: Final = ("regime", "common", "gang", "valid", "grad_cache")
 def check_output_dir(output_dir: Path, checkpoint_dir: Path | None, config: Any) -> None:
     """Refuse a folder that holds something else than this very run.
 
+    A run that has no checkpoint yet has nothing to lose, and may be started anew.
+
     :raises ConfigError: says which sections differ.
     """
     from fairseq2.utils.structured import StandardValueConverter
@@ -259,6 +269,9 @@ def check_output_dir(output_dir: Path, checkpoint_dir: Path | None, config: Any)
     if not file.exists():
         if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
             raise ConfigError("it holds files, but no run. Give a new folder.", where=str(output_dir))
+        return
+    checkpoints = checkpoint_dir or output_dir / "checkpoints"
+    if not any(checkpoints.glob("step_*")):
         return
     before = load_yaml(file)
     now: Any = StandardValueConverter().unstructure(config)

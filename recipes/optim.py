@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, final
 
-from fairseq2.optim.lr_schedulers import LRScheduler
+from fairseq2.optim.lr_schedulers import AbstractLRScheduler, LRScheduler
 from fairseq2.recipe.component import register_component
 from fairseq2.recipe.config import AdamWGroupConfig, RegimeSection
 from fairseq2.recipe.optim import prepare_parameter_groups
@@ -15,7 +15,7 @@ from fairseq2.runtime.dependency import DependencyContainer, DependencyResolver
 from fairseq2.utils.validation import ValidationResult
 from torch.nn import Module, Parameter
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
 
 ADAMW: Final = "vembed_adamw"
 
@@ -106,7 +106,24 @@ def split_decay(model: Module, config: EmbeddingAdamWConfig) -> list[dict[str, A
 def _create_warmup_decay(resolver: DependencyResolver, config: WarmupDecayConfig) -> LRScheduler:
     num_steps = resolver.resolve(RegimeSection).num_steps
     assert num_steps is not None
-    return LambdaLR(resolver.resolve(Optimizer), schedule(config, num_steps))
+    return WarmupDecay(resolver.resolve(Optimizer), schedule(config, num_steps))
+
+
+@final
+class WarmupDecay(AbstractLRScheduler):
+    """Multiplies the learning rate of each group by ``factor(step)``."""
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
+        self._factor = factor
+        super().__init__(optimizer)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in super().state_dict().items() if k != "_factor"}
+
+    @override
+    def _compute_lrs(self) -> list[float]:
+        return [lr * self._factor(self.last_epoch) for lr in self.base_lrs]
 
 
 def schedule(config: WarmupDecayConfig, num_steps: int) -> Callable[[int], float]:
@@ -114,7 +131,6 @@ def schedule(config: WarmupDecayConfig, num_steps: int) -> Callable[[int], float
     warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * num_steps)
     low = config.final_lr_scale
 
-    # A function, because the scheduler would write an object into the checkpoint.
     def factor(step: int) -> float:
         if step < warmup:
             # The first step is not wasted on a learning rate of zero.

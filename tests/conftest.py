@@ -1,5 +1,20 @@
-"""Lets tests import fairseq2 first, also on machines without libsndfile."""
+"""What all tests share."""
 
 from __future__ import annotations
 
-import vembed_fs2  # noqa: F401
+import os
+
+# Several multi-threaded torch programs at once are many times slower than one
+# after the other; child processes inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("FAIRSEQ2_NO_PROGRESS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import vembed_fs2  # noqa: F401  (loads libsndfile before any test imports fairseq2)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)

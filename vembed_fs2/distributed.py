@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 # Gradients are reduced in flat buffers of about this many elements.

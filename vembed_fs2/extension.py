@@ -7,10 +7,12 @@ from fairseq2.runtime.dependency import DependencyContainer
 
 from vembed_fs2.models.bert import register_bert
 from vembed_fs2.models.clip import register_clip
+from vembed_fs2.recipes.metrics import register_metrics
 
 
 def setup_vembed(container: DependencyContainer) -> None:
     """Register the model families, the asset cards and the recipe components."""
+    register_metrics(container)
     register_package_assets(container, "vembed_fs2.assets.cards")
 
     register_clip(container)

@@ -44,14 +44,22 @@ def write_json(file: Path, content: object) -> None:
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def check_new_folder(path: Path) -> None:
+    """Check that a folder can be written without overwriting anything.
+
+    :raises VembedError: ``path`` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise VembedError(f"{path} exists and is not empty. Give another folder, or delete it.")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a folder to fill; it becomes ``path`` when the block ends without an error, and is deleted otherwise.
 
     :raises VembedError: ``path`` exists and is not an empty folder.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise VembedError(f"{path} exists and is not empty. Give another folder, or delete it.")
+    check_new_folder(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

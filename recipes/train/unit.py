@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from time import perf_counter
-from typing import final
+from typing import Final, final
 
 import torch
 from fairseq2.metrics import MetricBag
-from fairseq2.metrics.aggregation import Mean, Sum
+from fairseq2.metrics.aggregation import Sum
 from fairseq2.trainer import TrainUnit
 from torch import Tensor
 from torch.nn import Module
@@ -20,6 +20,11 @@ from vembed_fs2.models.embedding import Embeddings
 from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.train.config import GradCacheSection
 from vembed_fs2.recipes.train.dataset import ContrastiveBatch
+
+
+# Sums over queries and over batches; divided when they are published.
+_PER_QUERY: Final = ("loss", "accuracy", "num_negatives", "masked_fraction", "temperature")
+_PER_BATCH: Final = ("num_chunks", "kept_fraction", "padding_fraction")
 
 
 @final
@@ -38,16 +43,11 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         )
         self._stop = stop
         self._output: LossOutput | None = None
-        self._temperature = 0.0
         self._published_at = perf_counter()
 
     @override
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
-        for name in ("loss", "accuracy", "num_negatives", "masked_fraction", "temperature", "padding_fraction"):
-            metric_bag.add(name, Mean())
-        for name in ("num_chunks", "kept_fraction"):
-            metric_bag.add(name, Mean())
-        for name in ("num_queries", "num_tokens", "total_num_queries"):
+        for name in (*_PER_QUERY, *_PER_BATCH, "num_queries", "num_batches", "num_tokens", "total_num_queries"):
             metric_bag.add(name, Sum())
 
     @override
@@ -73,21 +73,29 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
     @torch.inference_mode()
     def _update_metrics(self, batch: ContrastiveBatch, loss: Tensor, metric_bag: MetricBag) -> None:
         assert self._output is not None
-        num_queries = batch.num_queries
-        metric_bag.get("loss", Mean).update(loss / num_queries, weight=num_queries)
-        for name, value in self._output.metrics.items():
-            metric_bag.get(name, Mean).update(value / num_queries, weight=num_queries)
         stats = self._step.stats
-        metric_bag.get("num_chunks", Mean).update(float(stats.num_chunks))
-        metric_bag.get("kept_fraction", Mean).update(stats.kept_fraction)
-        metric_bag.get("padding_fraction", Mean).update(stats.padding_fraction)
-        metric_bag.get("num_queries", Sum).update(num_queries)
-        metric_bag.get("total_num_queries", Sum).update(num_queries)
-        metric_bag.get("num_tokens", Sum).update(stats.num_tokens)
+        sums: dict[str, Tensor | float] = {
+            **self._output.metrics,
+            "loss": loss,
+            "num_queries": batch.num_queries,
+            "total_num_queries": batch.num_queries,
+            "num_batches": 1,
+            "num_tokens": stats.num_tokens,
+            "num_chunks": stats.num_chunks,
+            "kept_fraction": stats.kept_fraction,
+            "padding_fraction": stats.padding_fraction,
+        }
+        for name, value in sums.items():
+            metric_bag.get(name, Sum).update(value)
 
     @override
     def process_metric_values(self, values: MutableMapping[str, object]) -> None:
+        sums = {name: float(values.pop(name)) for name in ("num_queries", "num_batches", "num_tokens")}  # type: ignore[arg-type]
+        for names, count in ((_PER_QUERY, sums["num_queries"]), (_PER_BATCH, sums["num_batches"])):
+            for name in names:
+                values[name] = float(values[name]) / max(count, 1.0)  # type: ignore[arg-type]
+        values["total_num_queries"] = int(float(values["total_num_queries"]))  # type: ignore[arg-type]
         now = perf_counter()
         elapsed, self._published_at = now - self._published_at, now
-        for source, rate in (("num_queries", "queries_per_second"), ("num_tokens", "tokens_per_second")):
-            values[rate] = float(values.pop(source)) / max(elapsed, 1e-9)  # type: ignore[arg-type]
+        values["queries_per_second"] = sums["num_queries"] / max(elapsed, 1e-9)
+        values["tokens_per_second"] = sums["num_tokens"] / max(elapsed, 1e-9)

@@ -11,7 +11,7 @@ from fairseq2.datasets import DataReader
 from fairseq2.evaluator import EvalUnit
 from fairseq2.gang import Gang
 from fairseq2.metrics import MetricBag
-from fairseq2.metrics.aggregation import Mean
+from fairseq2.metrics.aggregation import Sum
 from torch import Tensor
 from typing_extensions import Self, override
 
@@ -107,7 +107,7 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
     @override
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
         for name in VALID_METRICS:
-            metric_bag.add(name, Mean())
+            metric_bag.add(name, Sum())
 
     @override
     def process_batch(self, batch: ValidBatch, metric_bag: MetricBag) -> None:
@@ -126,11 +126,11 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
                 queries,
                 corpus,
                 self._task.relevant,
-                exclude=self._task.exclude,
+                exclude=torch.arange(queries.size(0)) if self._task.exclude_self else None,
                 similarity="dot" if self._model.similarity == "dot" else "cosine",
             )
         for name in VALID_METRICS:
-            metric_bag.get(name, Mean).update(torch.tensor(metrics[name]))
+            metric_bag.get(name, Sum).update(metrics[name])
 
     def _collect(self, role: str, size: int) -> Tensor:
         """Bring the embeddings of all ranks together, in input order. *Returns:* ``[size, D]``."""

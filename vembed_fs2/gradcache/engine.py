@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Module
 
 from vembed_fs2.distributed import GradSync, grad_sync_of
-from vembed_fs2.gradcache.planner import Budget, Chunk, choose_kept, match_counts, parse_budget, plan_chunks
+from vembed_fs2.gradcache.planner import Budget, Chunk, count_kept, match_counts, parse_budget, plan_chunks
 from vembed_fs2.gradcache.replay import Autocast, RngState, SavedBytes
 from vembed_fs2.gradcache.rows import Rows, as_rows
 
@@ -157,17 +157,16 @@ class GradCache:
             return
         # The first chunk of each kind is kept: it says whether that encoder is
         # trained at all, and is as large as any chunk that will be replayed.
-        firsts = {encoded.chunk.kind: idx for idx, encoded in reversed(list(enumerate(group.chunks)))}
-        kept = set(firsts.values())
-        for idx in sorted(kept):
+        firsts = group.firsts()
+        for idx in firsts:
             self._encode_first(group, group.chunks[idx])
-        kept |= self._choose_kept(group, exclude=kept)
         # Kept chunks run first: under autocast, a weight cast without grad mode
         # would be cached and cut the graphs of the chunks that come after it.
-        order = sorted(set(range(len(group.chunks))) - set(firsts.values()), key=lambda i: (i not in kept, i))
-        for idx in order:
-            group.encode(group.chunks[idx], keep=idx in kept)
-        self.stats.num_kept += len(kept)
+        rest = [e for idx, e in enumerate(group.chunks) if idx not in firsts]
+        num_kept = self._count_kept(group, rest)
+        for position, encoded in enumerate(rest):
+            group.encode(encoded, keep=position < num_kept)
+        self.stats.num_kept += len(firsts) + num_kept
 
     def _encode_first(self, group: _Group, encoded: _EncodedChunk) -> None:
         if group.index in self._bytes_per_token or self._budget in (0, "all"):
@@ -178,16 +177,15 @@ class GradCache:
             group.encode(encoded, keep=True)
         self._bytes_per_token[group.index] = saved.total / max(encoded.chunk.tokens, 1)
 
-    def _choose_kept(self, group: _Group, exclude: set[int]) -> set[int]:
+    def _count_kept(self, group: _Group, chunks: Sequence[_EncodedChunk]) -> int:
+        sync = group.sync
         if self._budget_bytes is None:
-            self._budget_bytes = -group.sync.agree_max([-parse_budget(self._budget, group.device)])[0]
-        if self._budget_bytes == 0:
-            return set()
-        tokens = [0 if i in exclude else e.chunk.tokens for i, e in enumerate(group.chunks)]
-        tokens = group.sync.agree_max(tokens)
-        bytes_per_token = self._bytes_per_token.get(group.index, 0.0)
-        bytes_per_token = group.sync.agree_max([int(bytes_per_token) + 1])[0]
-        return choose_kept(tokens, self._budget_bytes, bytes_per_token) - exclude
+            self._budget_bytes = -sync.agree_max([-parse_budget(self._budget, group.device)])[0]
+        if self._budget_bytes == 0 or not chunks:
+            return 0
+        tokens = sync.agree_max([e.chunk.tokens for e in chunks])
+        bytes_per_token = sync.agree_max([int(self._bytes_per_token.get(group.index, 0.0)) + 1])[0]
+        return count_kept(tokens, self._budget_bytes, bytes_per_token)
 
 
 @dataclass
@@ -228,6 +226,11 @@ class _Group:
             batches = [rows for _, rows in self.roles]
             self._rows = batches[0] if len(batches) == 1 else type(batches[0]).concat(batches)
         return self._rows
+
+    def firsts(self) -> list[int]:
+        """The first chunk of each kind. They are encoded, and carried backward, before the others."""
+        kinds = [e.chunk.kind for e in self.chunks]
+        return [kinds.index(kind) for kind in dict.fromkeys(kinds)]
 
     @property
     def device(self) -> torch.device:
@@ -310,8 +313,9 @@ class _Group:
 
     def backward(self, grad: Tensor, extra_grads: list[Tensor | None]) -> None:
         """Carry ``grad`` (``[N, D]`` or ``[N, L, D]``) through the encoder."""
-        tasks = [e for e in self.chunks if e.chunk.kind in self.trained_kinds]
-        tasks.sort(key=lambda e: not e.kept)
+        firsts = self.firsts()
+        order = sorted(range(len(self.chunks)), key=lambda idx: (idx not in firsts, idx))
+        tasks = [self.chunks[idx] for idx in order if self.chunks[idx].chunk.kind in self.trained_kinds]
         for idx, encoded in enumerate(tasks):
             with self.sync.backward(last=idx == len(tasks) - 1):
                 self._backward_chunk(encoded, grad, extra_grads if encoded is self.chunks[0] else [])

@@ -78,20 +78,22 @@ def _split(chunk: Chunk, costs: Sequence[int]) -> list[Chunk]:
     return [Chunk(rows, chunk.kind, len(rows) * max(costs[r] for r in rows)) for rows in parts]
 
 
-def choose_kept(tokens: Sequence[int], budget: int, bytes_per_token: float) -> set[int]:
-    """Choose the chunks whose graphs are kept: the most expensive to recompute, while they fit.
+def count_kept(tokens: Sequence[int], budget: int, bytes_per_token: float) -> int:
+    """Return how many chunks can keep their graphs, from the first on.
 
-    :param tokens: the cost of each chunk.
+    The first are the most expensive to recompute. A prefix, so that neither the
+    order of random numbers nor that of sums depends on the budget: a run gives
+    the same weights whatever memory is free.
+
+    :param tokens: the cost of each chunk, in the order of encoding.
     :param budget: bytes for activations.
     """
-    kept: set[int] = set()
     left = float(budget)
-    for idx in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
-        size = tokens[idx] * bytes_per_token
-        if size <= left:
-            kept.add(idx)
-            left -= size
-    return kept
+    for idx, cost in enumerate(tokens):
+        left -= cost * bytes_per_token
+        if left < 0:
+            return idx
+    return len(tokens)
 
 
 def parse_budget(value: Budget, device: torch.device) -> int:

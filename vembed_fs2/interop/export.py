@@ -9,7 +9,7 @@ from fairseq2.models.hg import save_hugging_face_model
 from torch import Tensor
 
 from vembed_fs2.errors import VembedError
-from vembed_fs2.files import new_folder
+from vembed_fs2.files import new_folder, write_json
 from vembed_fs2.interop.sentence_transformers import write_modules
 from vembed_fs2.models.family import get_checkpoint_format, head_of
 
@@ -18,36 +18,54 @@ if TYPE_CHECKING:
 
 
 def save_hf(embedder: Embedder, folder: Path) -> None:
-    """Write configuration, weights, tokenizer and image processor in transformers' layout."""
+    """Write configuration, weights, tokenizer and image processor in transformers' layout.
+
+    What follows a text backbone (pooling, dense layers) has no place in that
+    layout and is written as sentence-transformers' modules beside it.
+    """
     with new_folder(folder) as out:
         _write_backbone(embedder, out)
+        if head_of(embedder.source.config) is not None:
+            _write_head(embedder, out)
         embedder.processor.save(out)
 
 
 def save_sentence_transformers(embedder: Embedder, folder: Path) -> None:
-    """Write a folder that sentence-transformers loads: the backbone and the modules after it.
-
-    Models without a head of their own (CLIP) are written in transformers'
-    layout with a ``modules.json`` that names sentence-transformers' CLIP module.
-    """
+    """Write a folder that sentence-transformers loads: the backbone and the modules after it."""
     with new_folder(folder) as out:
         _write_backbone(embedder, out)
-        settings = embedder.processor.settings
-        head = head_of(embedder.source.config)
-        if head is None:
+        if head_of(embedder.source.config) is not None:
+            _write_head(embedder, out)
+        elif embedder.model.modalities == {"text", "image"}:
+            _write_clip_modules(out)
+        else:
             raise VembedError(f"{embedder.source.family} models cannot be written for sentence-transformers.")
-        state = embedder.model.state_dict()
-        write_modules(
-            out,
-            head=head,
-            max_length=settings.max_length,
-            prompts=settings.prompts,
-            default_prompt_name=settings.default_prompt_name,
-            do_lower_case=settings.do_lower_case,
-            similarity=embedder.model.similarity,
-            dense_state={k: v.cpu() for k, v in state.items() if k.startswith("head.dense.")},
-        )
         embedder.processor.save(out)
+
+
+def _write_head(embedder: Embedder, folder: Path) -> None:
+    settings = embedder.processor.settings
+    head = head_of(embedder.source.config)
+    assert head is not None
+    write_modules(
+        folder,
+        head=head,
+        max_length=settings.max_length,
+        prompts=settings.prompts,
+        default_prompt_name=settings.default_prompt_name,
+        do_lower_case=settings.do_lower_case,
+        similarity=embedder.model.similarity,
+        dense_state={k: v.cpu() for k, v in embedder.model.state_dict().items() if k.startswith("head.dense.")},
+    )
+
+
+def _write_clip_modules(folder: Path) -> None:
+    """Name sentence-transformers' own module for CLIP; it reads transformers' layout."""
+    kinds = ("sentence_transformers.models.CLIPModel", "sentence_transformers.models.Normalize")
+    paths = ("", "1_Normalize")
+    folder.joinpath(paths[1]).mkdir()
+    modules = [{"idx": i, "name": str(i), "path": p, "type": k} for i, (k, p) in enumerate(zip(kinds, paths))]
+    write_json(folder / "modules.json", modules)
 
 
 def _write_backbone(embedder: Embedder, folder: Path) -> None:

@@ -40,7 +40,7 @@ class EncoderBatch:
     """Segment ids. *Shape:* ``[T, L]``, int64."""
 
     pooling_mask: Tensor | None = None
-    """True for tokens that mean pooling counts, where that differs from ``attention_mask``. *Shape:* ``[T, L]``."""
+    """True for tokens that pooling looks at, where that differs from ``attention_mask``. *Shape:* ``[T, L]``."""
 
     text_rows: Tensor | None = None
     """The row of each text. *Shape:* ``[T]``, int64."""
@@ -193,9 +193,11 @@ def _members(rows: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
 def _concat_texts(out: EncoderBatch, batches: Sequence[EncoderBatch]) -> None:
     if not batches:
         return
-    width = max(b.input_ids.size(1) for b in batches if b.input_ids is not None)
+    widths = [b.input_ids.size(1) for b in batches if b.input_ids is not None]
+    width = max(widths)
     for name in _TEXT_FIELDS:
-        if all(getattr(b, name) is None for b in batches):
+        pads = name == "attention_mask" and min(widths) < width
+        if all(getattr(b, name) is None for b in batches) and not pads:
             continue
         parts = []
         for b in batches:
@@ -299,8 +301,8 @@ class EmbeddingModel(Module, ABC):
     tokens_per_image: int = 1
     """What an image costs to encode, in tokens."""
 
-    logit_scale: Parameter | None
-    logit_bias: Parameter | None
+    logit_scale: Tensor | None
+    logit_bias: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()

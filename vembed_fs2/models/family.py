@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, final
 
 import torch
-from fairseq2.assets import AssetCard, AssetConfigLoader
+from fairseq2.assets import AssetCard, AssetConfigLoader, AssetDownloadManager
 from fairseq2.error import NotSupportedError
 from fairseq2.model_checkpoint import ModelCheckpointLoader
 from fairseq2.models import ModelFamily, StandardModelFamily
@@ -28,6 +28,7 @@ from torch.nn import Module
 from typing_extensions import override
 
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.models.download import FolderDownloadManager
 from vembed_fs2.models.embedding import EmbeddingModel, EmbeddingModelConfig, HeadConfig
 from vembed_fs2.models.folder import FolderCheckpointLoader, ModelFolder, is_model_folder
 
@@ -113,6 +114,7 @@ def register_family(
             kls=kls,
             configs=DependencyLookup(resolver, config_kls),
             factory=create,
+            asset_download_manager=FolderDownloadManager(resolver.resolve(AssetDownloadManager)),
             asset_config_loader=_FolderConfigLoader(resolver.resolve(AssetConfigLoader), checkpoint_format),
             checkpoint_loader=FolderCheckpointLoader(resolver.resolve(ModelCheckpointLoader)),
             supports_meta=supports_meta,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from fairseq2 import init_fairseq2
@@ -20,12 +19,10 @@ from fairseq2.utils.structured import StructureError, ValueConverter
 from fairseq2.utils.yaml import YamlError, YamlLoader
 
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.models.download import download_repository
 from vembed_fs2.models.embedding import EmbeddingModel
 from vembed_fs2.models.family import find_family, get_checkpoint_format, read_folder_config
 from vembed_fs2.models.folder import ModelFolder, is_model_folder
-
-# What a processor may need of a hub repository; weights are fetched by fairseq2.
-_PROCESSOR_FILES: Final = ["*.json", "*.txt", "*.model", "*/config.json"]
 
 
 @dataclass(frozen=True)
@@ -51,16 +48,13 @@ class ModelSource:
         if self.folder is not None:
             return self.folder
         assert isinstance(self.weights, AssetCard)
-        uri = str(self.weights.field("checkpoint").as_uri())
-        match = re.fullmatch(r"hg:/*([^/]+/[^/@]+)(?:@(.+))?", uri)
-        if match is None:
+        uri = self.weights.field("checkpoint").as_uri()
+        if uri.scheme != "hg":
             raise ModelLoadError(f"Card {self.name}: {uri} is not a place to look for a tokenizer or image processor.")
-        from huggingface_hub import snapshot_download
-
         try:
-            return Path(snapshot_download(match[1], revision=match[2], allow_patterns=_PROCESSOR_FILES))
-        except Exception as ex:
-            raise ModelLoadError(f"Card {self.name}: the processor files of {match[1]} cannot be fetched: {ex}") from ex
+            return download_repository(uri, weights=False)
+        except AssetDownloadError as ex:
+            raise ModelLoadError(f"Card {self.name}: the processor files cannot be fetched. {ex}") from ex
 
 
 def get_resolver() -> DependencyResolver:

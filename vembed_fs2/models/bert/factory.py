@@ -19,14 +19,14 @@ from vembed_fs2.errors import ConfigError, ModelLoadError
 from vembed_fs2.models.activations import create_activation
 from vembed_fs2.models.attention import create_bidirectional_sdpa
 from vembed_fs2.models.bert.model import BertFrontend, BertModel, UnusedPooler
-from vembed_fs2.models.embedding import HeadConfig
+from vembed_fs2.models.embedding import EmbeddingModelConfig, HeadConfig
 from vembed_fs2.models.head import TextHead, head_output_dim, validate_head
 
 BERT_FAMILY: Final = "vembed_bert"
 
 
 @dataclass(kw_only=True)
-class BertConfig:
+class BertConfig(EmbeddingModelConfig):
     """Holds the configuration of a BERT model. The default values are those of BERT base."""
 
     model_dim: int = 768

@@ -31,6 +31,7 @@ from vembed_fs2.models.clip.model import (
     ClipVisionFrontend,
     ClipVisionTower,
 )
+from vembed_fs2.models.embedding import EmbeddingModelConfig
 
 CLIP_FAMILY: Final = "vembed_clip"
 
@@ -163,7 +164,7 @@ class ClipVisionConfig(ClipTowerConfig):
 
 
 @dataclass(kw_only=True)
-class ClipConfig:
+class ClipConfig(EmbeddingModelConfig):
     """The configuration of a CLIP model. The defaults are those of ViT-B/32."""
 
     text: ClipTextConfig = field(default_factory=ClipTextConfig)
@@ -201,9 +202,11 @@ class ClipFactory:
 
     def create_model(self) -> ClipModel:
         config = self._config
-        return ClipModel(
+        model = ClipModel(
             self.create_text_tower(), self.create_vision_tower(), config.logit_scale_init, config.train_logit_scale
         )
+        model.tokens_per_image = config.vision.num_patches + 1
+        return model
 
     def create_text_tower(self) -> ClipTextTower:
         config = self._config.text

@@ -1,0 +1,38 @@
+"""Runs a function in several processes connected by gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call ``function(rank, *args)`` in ``world_size`` processes; return what each returned."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    mp.spawn(_run, (world_size, port, function, args, results), nprocs=world_size, join=True)
+    by_rank = dict(results.get() for _ in range(world_size))
+    return [by_rank[r] for r in range(world_size)]
+
+
+def _run(
+    rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], results: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    results.put((rank, function(rank, *args)))

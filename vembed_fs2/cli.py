@@ -1,0 +1,133 @@
+"""The command line. Light: a verb's own module is imported only when it runs, torch later still."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Final, NamedTuple, Protocol
+
+
+class CommandGroup(Protocol):
+    """What an entry point of the group ``fairseq2.cli`` must be: the verbs of one package."""
+
+    help: str
+    """One line for ``fairseq2 --help``."""
+
+    def main(self, argv: Sequence[str], prog: str) -> int:
+        """Run ``argv`` (without the group's name) and return the exit status."""
+
+
+class Verb(NamedTuple):
+    """A verb. Its module has ``add_arguments(parser)`` and ``run(args) -> int``, and imports nothing heavy."""
+
+    help: str
+    module: str
+
+
+_VERBS: Final[dict[str, Verb | dict[str, Verb]]] = {
+    "train": Verb("train a model", "vembed_fs2.commands.train"),
+    "evaluate": Verb("measure retrieval with a model", "vembed_fs2.commands.evaluate"),
+    "export": Verb("write a model for other libraries", "vembed_fs2.commands.export"),
+    "data": {"check": Verb("summarize data files and list their problems", "vembed_fs2.data.check")},
+    "demo": {
+        "text": Verb("fine-tune a text model on Python documentation", "vembed_fs2.commands.demo_text"),
+        "images": Verb("train a small CLIP on handwritten digits", "vembed_fs2.commands.demo_images"),
+    },
+}
+
+_GROUP_HELP: Final = {"data": "look at data files", "demo": "see it work, end to end"}
+
+
+class VembedGroup:
+    """The verbs of this package."""
+
+    help = "embedding models: train, evaluate, run and ship them"
+
+    def main(self, argv: Sequence[str], prog: str) -> int:
+        parser = argparse.ArgumentParser(prog=prog, description=self.help.capitalize() + ".")
+        parser.set_defaults(module=None)
+        _add_verbs(parser, _VERBS, argv)
+        args = parser.parse_args(argv)
+        if args.module is None:
+            parser.print_help()
+            return 2
+        return _run(args)
+
+
+VEMBED: Final = VembedGroup()
+
+
+class AssetsGroup:
+    """fairseq2's own ``python -m fairseq2.assets``."""
+
+    help = "list and show asset cards"
+
+    def main(self, argv: Sequence[str], prog: str) -> int:
+        from runpy import run_module
+
+        sys.argv = [prog, *argv]
+        try:
+            run_module("fairseq2.assets", run_name="__main__")
+        except SystemExit as ex:
+            return ex.code if isinstance(ex.code, int) else 1 if ex.code else 0
+        return 0
+
+
+def main() -> None:
+    """The ``fairseq2`` program: groups of verbs, found through the entry point group ``fairseq2.cli``."""
+    parser = argparse.ArgumentParser(prog="fairseq2", description="fairseq2 and the packages that extend it.")
+    groups = parser.add_subparsers(dest="group", metavar="GROUP")
+    found = {e.name: e for e in entry_points(group="fairseq2.cli")}
+    argv = sys.argv[1:]
+    name = argv[0] if argv else None
+    if name == "assets":
+        sys.exit(AssetsGroup().main(argv[1:], "fairseq2 assets"))
+    if name in found:
+        group: CommandGroup = found[name].load()
+        sys.exit(group.main(argv[1:], f"fairseq2 {name}"))
+    groups.add_parser("assets", help=AssetsGroup.help)
+    for entry_name, entry in sorted(found.items()):
+        groups.add_parser(entry_name, help=entry.load().help)
+    parser.parse_args(argv)
+    parser.print_help()
+    sys.exit(2)
+
+
+def vembed_main() -> None:
+    """The ``vembed`` program: the same as ``fairseq2 vembed``."""
+    sys.exit(VEMBED.main(sys.argv[1:], "vembed"))
+
+
+def _add_verbs(parser: argparse.ArgumentParser, verbs: dict[str, Verb | dict[str, Verb]], argv: Sequence[str]) -> None:
+    """Add all verbs, but the arguments of the one that is asked for only: the others need not be imported."""
+    subparsers = parser.add_subparsers(metavar="VERB")
+    for name, verb in verbs.items():
+        is_asked = bool(argv) and argv[0] == name
+        if isinstance(verb, dict):
+            child = subparsers.add_parser(name, help=_GROUP_HELP[name], description=_GROUP_HELP[name].capitalize() + ".")
+            inner: dict[str, Verb | dict[str, Verb]] = dict(verb)
+            _add_verbs(child, inner, argv[1:] if is_asked else [])
+            continue
+        child = subparsers.add_parser(name, help=verb.help, description=verb.help.capitalize() + ".")
+        child.set_defaults(module=verb.module)
+        if is_asked:
+            import_module(verb.module).add_arguments(child)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from vembed_fs2.errors import VembedError
+
+    try:
+        status: int = import_module(args.module).run(args)
+    except VembedError as ex:
+        print(f"error: {ex}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    return status

@@ -1,0 +1,1 @@
+"""The verbs of the command line; their modules import nothing heavy."""

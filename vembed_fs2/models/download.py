@@ -1,0 +1,89 @@
+"""Fetches model repositories from the Hugging Face hub, whole: weights, configuration, processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, final
+
+from fairseq2.assets import AssetDownloadError, AssetDownloadManager
+from fairseq2.utils.uri import Uri
+from typing_extensions import override
+
+_FILES: Final = ["*.json", "*.txt", "*.model", "*/config.json"]
+"""What a model folder needs besides weights: configurations, tokenizer, image processor, modules."""
+
+_SAFETENSORS: Final = ["model*.safetensors", "*/model.safetensors"]
+
+_PICKLED: Final = ["pytorch_model*.bin", "*/pytorch_model.bin"]
+
+
+@final
+class FolderDownloadManager(AssetDownloadManager):
+    """Downloads ``hg://`` models; leaves all else to fairseq2's own manager.
+
+    fairseq2 fetches ``*.safetensors`` only. Older repositories (OpenAI's CLIP
+    among them) have pickled weights only, others several formats at once, and
+    the processor's files are needed, too.
+    """
+
+    def __init__(self, manager: AssetDownloadManager) -> None:
+        self._manager = manager
+
+    @override
+    def download_model(
+        self, uri: Uri, model_name: str = "", *, force: bool = False, local_only: bool = False, progress: bool = True
+    ) -> Path:
+        if uri.scheme != "hg":
+            return self._manager.download_model(uri, model_name, force=force, local_only=local_only, progress=progress)
+        return download_repository(uri, force=force, local_only=local_only)
+
+    @override
+    def download_tokenizer(
+        self, uri: Uri, tokenizer_name: str = "", *, force: bool = False, local_only: bool = False, progress: bool = True
+    ) -> Path:
+        return self._manager.download_tokenizer(
+            uri, tokenizer_name, force=force, local_only=local_only, progress=progress
+        )
+
+    @override
+    def download_dataset(
+        self, uri: Uri, dataset_name: str = "", *, force: bool = False, local_only: bool = False, progress: bool = True
+    ) -> Path:
+        return self._manager.download_dataset(uri, dataset_name, force=force, local_only=local_only, progress=progress)
+
+    @property
+    @override
+    def supported_schemes(self) -> frozenset[str]:
+        return frozenset(self._manager.supported_schemes)
+
+
+def download_repository(
+    uri: Uri, *, weights: bool = True, force: bool = False, local_only: bool = False
+) -> Path:
+    """Fetch the repository of ``hg://owner/name`` (or ``hg://owner/name@revision``); return its local folder.
+
+    :param weights: if ``False``, fetches the small files only.
+    :raises AssetDownloadError: it cannot be fetched.
+    """
+    from huggingface_hub import list_repo_files, snapshot_download
+
+    repository, _, revision = str(uri).removeprefix("hg:").lstrip("/").partition("@")
+    patterns = list(_FILES)
+    try:
+        if weights and local_only:
+            patterns += _SAFETENSORS + _PICKLED
+        elif weights:
+            names = list_repo_files(repository, revision=revision or None)
+            has_safetensors = any(n.startswith("model") and n.endswith(".safetensors") for n in names)
+            patterns += _SAFETENSORS if has_safetensors else _PICKLED
+        folder = snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=patterns,
+            force_download=force,
+            local_files_only=local_only,
+        )
+    except Exception as ex:
+        # The hub's client raises many kinds: of HTTP, of the file system, of its own.
+        raise AssetDownloadError(uri, f"{type(ex).__name__}: {ex}") from ex
+    return Path(folder)
