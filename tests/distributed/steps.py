@@ -15,7 +15,7 @@ from fairseq2.nn.fsdp import to_fsdp
 from torch import Tensor
 from torch.nn import Module
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.gradcache import plan_chunks
+from vembed_fs2.gradcache.planner import Chunk, match_counts, plan_chunks
 from vembed_fs2.losses import InfoNCE, InfoNCEConfig, RowInfo
 from vembed_fs2.models.bert import BertConfig
 from vembed_fs2.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
@@ -97,7 +97,12 @@ def loss_of(gather: RowGather | None = None) -> Callable[..., Tensor]:
 
 
 def reference_gradient(
-    config: object, batches: list[list[tuple[EncoderBatch, EncoderBatch, RowInfo]]], chunk_tokens: int, seeds: list[int]
+    config: object,
+    batches: list[list[tuple[EncoderBatch, EncoderBatch, RowInfo]]],
+    chunk_tokens: int,
+    seeds: list[int],
+    *,
+    equal_counts: bool = False,
 ) -> dict[str, Tensor]:
     """The gradient of the plain loss on the concatenated batch: one process, one graph, no cache.
 
@@ -105,6 +110,7 @@ def reference_gradient(
     each rank encodes them, so that dropout masks are the same.
 
     :param batches: for each accumulated batch, those of all ranks.
+    :param equal_counts: whether all ranks run the same number of chunks, as with FSDP2.
     """
     model = create_model(config)
     states = []
@@ -112,10 +118,15 @@ def reference_gradient(
         torch.manual_seed(seed)
         states.append(torch.get_rng_state())
     for ranks in batches:
+        plans = [_plan(EncoderBatch.concat([q, d]), chunk_tokens) for q, d, _ in ranks]
+        if equal_counts:
+            counts = {k: max(sum(c.kind == k for c in plan) for plan in plans) for k in {c.kind for c in plans[0]}}
+            costs = [EncoderBatch.concat([q, d]).costs() for q, d, _ in ranks]
+            plans = [match_counts(plan, counts, cost) for plan, cost in zip(plans, costs)]
         queries, documents, negatives, infos, scale = [], [], [], [], None
         for rank, (query, document, info) in enumerate(ranks):
             torch.set_rng_state(states[rank])
-            values, scale = _encode_all(model, EncoderBatch.concat([query, document]), chunk_tokens)
+            values, scale = _encode_all(model, EncoderBatch.concat([query, document]), plans[rank])
             states[rank] = torch.get_rng_state()
             n = query.num_rows
             queries.append(values[:n])
@@ -133,19 +144,23 @@ def reference_gradient(
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _encode_all(model: EmbeddingModel, batch: EncoderBatch, chunk_tokens: int) -> tuple[Tensor, Any]:
+def _plan(batch: EncoderBatch, chunk_tokens: int) -> list[Chunk]:
+    return plan_chunks(batch.costs(), batch.kinds(), chunk_tokens)
+
+
+def _encode_all(model: EmbeddingModel, batch: EncoderBatch, chunks: list[Chunk]) -> tuple[Tensor, Any]:
     """All chunks with their graphs, in the engine's order: the first of each kind, then the rest."""
-    chunks = plan_chunks(batch.costs(), batch.kinds(), chunk_tokens)
     kinds = [c.kind for c in chunks]
     firsts = {kinds.index(k) for k in kinds}
-    parts: list[Any] = [None] * len(chunks)
+    parts: dict[int, Tensor] = {}
     scale = None
     for idx in sorted(range(len(chunks)), key=lambda i: (i not in firsts, i)):
         output = model(batch.select(chunks[idx].rows))
-        parts[idx] = output.values
+        if not chunks[idx].dummy:
+            parts[idx] = output.values
         scale = output.logit_scale if idx == 0 else scale
-    order = torch.tensor([r for c in chunks for r in c.rows])
-    return torch.cat(parts)[torch.argsort(order)], scale
+    order = torch.tensor([r for idx in sorted(parts) for r in chunks[idx].rows])
+    return torch.cat([parts[idx] for idx in sorted(parts)])[torch.argsort(order)], scale
 
 
 def open_gangs(*, sharded: bool) -> Gangs:

@@ -55,12 +55,13 @@ def run_case(
     return grads
 
 
-def reference(config: Any, case: tuple[Any, ...], world_size: int) -> dict[str, Tensor]:
+def reference(config: Any, case: tuple[Any, ...], world_size: int, *, equal_counts: bool = False) -> dict[str, Tensor]:
     _, _, accumulation, _, uneven = case
     batches = [
         [rank_batch(config, r, 7 - 2 * r if uneven else 6, n) for r in range(world_size)] for n in range(accumulation)
     ]
-    return reference_gradient(config, batches, CHUNK_TOKENS, [100 + r for r in range(world_size)])
+    seeds = [100 + r for r in range(world_size)]
+    return reference_gradient(config, batches, CHUNK_TOKENS, seeds, equal_counts=equal_counts)
 
 
 def compare_all(rank: int, kind: str, cases: list[tuple[Any, ...]]) -> list[float]:
@@ -72,7 +73,8 @@ def compare_all(rank: int, kind: str, cases: list[tuple[Any, ...]]) -> list[floa
         checkpointing = case[1] == "all"
         module = wrap(create_model(config, checkpointing=checkpointing), config, gangs, kind)
         grads = run_case(module, config, case, rank, gangs.dp.size, gather)
-        errors.append(relative_error(grads, reference(config, case, gangs.dp.size)))
+        expected = reference(config, case, gangs.dp.size, equal_counts=kind == "fsdp")
+        errors.append(relative_error(grads, expected))
     return errors
 
 
