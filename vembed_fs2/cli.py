@@ -107,7 +107,9 @@ def _add_verbs(parser: argparse.ArgumentParser, verbs: dict[str, Verb | dict[str
     for name, verb in verbs.items():
         is_asked = bool(argv) and argv[0] == name
         if isinstance(verb, dict):
-            child = subparsers.add_parser(name, help=_GROUP_HELP[name], description=_GROUP_HELP[name].capitalize() + ".")
+            child = subparsers.add_parser(
+                name, help=_GROUP_HELP[name], description=_GROUP_HELP[name].capitalize() + "."
+            )
             inner: dict[str, Verb | dict[str, Verb]] = dict(verb)
             _add_verbs(child, inner, argv[1:] if is_asked else [])
             continue

@@ -177,7 +177,7 @@ def has_fast_bf16() -> bool:
     """Whether the hardware multiplies bfloat16 matrices natively."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @dataclass(kw_only=True)

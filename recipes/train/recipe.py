@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import final
+from typing import cast, final
 
 from fairseq2.gang import Gangs
 from fairseq2.models import ModelFamily
@@ -63,25 +63,22 @@ class TrainRecipe(Recipe):
         configuration: the run can be resumed without the folder.
         """
         section = config.model
-        learned = create_loss(config.loss.name, config.loss.config).initial_logit_scale
-        overrides = dict(section.config_overrides) if isinstance(section.config_overrides, Mapping) else {}
-        if section.path is not None:
-            source = find_model(section.path)
-            section.family, section.arch = source.family, None
-            section.path = source.weights if isinstance(source.weights, Path) else section.path
-            values = StandardValueConverter().unstructure(source.config)
-            overrides = StandardConfigMerger().merge(values, overrides)
-            config.processor.path = config.processor.path or source.folder
-            has_scale = logit_scale_init_of(source.config) is not None
-        elif section.name is not None:
-            source = find_model(section.name)
-            section.family = None
-            has_scale = logit_scale_init_of(source.config) is not None
+        overrides = section.config_overrides if isinstance(section.config_overrides, Mapping) else {}
+        if section.path is None and section.name is None:
+            model_config = new_model_config(section)
         else:
-            has_scale = logit_scale_init_of(new_model_config(section)) is not None
-        if learned is not None and not has_scale:
-            overrides = {**overrides, "logit_scale_init": learned}
-        section.config_overrides = overrides or None
+            source = find_model(section.path or section.name or "")
+            model_config = source.config
+            section.family, section.arch = None, None
+            if isinstance(source.weights, Path):
+                section.family, section.path = source.family, source.weights
+                values = StandardValueConverter().unstructure(model_config)
+                overrides = cast(Mapping[str, object], StandardConfigMerger().merge(values, overrides))
+                config.processor.path = config.processor.path or source.folder
+        scale = create_loss(config.loss.name, config.loss.config).initial_logit_scale
+        if scale is not None and logit_scale_init_of(model_config) is None:
+            overrides = {**overrides, "logit_scale_init": scale}
+        section.config_overrides = dict(overrides) or None
 
     def exit_status(self) -> int:
         """0, or 128 plus the number of the signal that stopped the run."""
@@ -134,7 +131,7 @@ class TrainRecipe(Recipe):
                     size=gangs.dp.size,
                 )
             )
-        trainer = context.create_trainer(unit, reader, valid_units or None, valid_readers or None)  # type: ignore[arg-type]
+        trainer = context.create_trainer(unit, reader, valid_units or None, valid_readers or None)
         self.stop.install(trainer)
         return trainer
 
@@ -239,4 +236,4 @@ def set_num_steps(config: TrainConfig, steps_per_epoch: int) -> None:
 
 def load_valid_task(config: TrainConfig) -> RetrievalTask:
     """Make a retrieval task of the held-out rows."""
-    return task_from_examples(open_dataset(config.valid))
+    return task_from_examples(list(open_dataset(config.valid)))

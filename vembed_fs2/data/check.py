@@ -254,7 +254,7 @@ def run(args: argparse.Namespace) -> int:
     """
     report = check_dataset(
         args.files,
-        columns=_parse_columns(args.column),
+        columns=parse_columns(args.column),
         mode=args.mode,
         image_root=args.image_root,
         allow_urls=args.allow_urls,
@@ -264,7 +264,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
-def _parse_columns(pairs: list[str]) -> dict[str, str | None]:
+def parse_columns(pairs: list[str]) -> dict[str, str | None]:
     columns: dict[str, str | None] = {}
     for pair in pairs:
         name, separator, column = pair.partition("=")

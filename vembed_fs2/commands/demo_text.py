@@ -1,0 +1,60 @@
+"""``fairseq2 vembed demo text``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from time import perf_counter
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument("output_dir", type=Path, metavar="OUT", help="folder to write; must not exist or be empty")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build pairs, evaluate, fine-tune, evaluate again, export."""
+    from vembed_fs2.commands.demo import heading, minilm_folder, train
+    from vembed_fs2.commands.evaluate import load_embedder
+    from vembed_fs2.demo.text import write_pairs
+    from vembed_fs2.evaluation.datasets import task_from_files
+    from vembed_fs2.evaluation.report import print_results, write_results
+    from vembed_fs2.evaluation.retrieval import evaluate_embedder
+    from vembed_fs2.files import check_new_folder
+    from vembed_fs2.recipes.train.config import has_fast_bf16
+
+    out: Path = args.output_dir
+    check_new_folder(out)
+    started = perf_counter()
+    base = minilm_folder()
+
+    heading("1. Pairs from the documentation of Python, NumPy and PyTorch")
+    files = write_pairs(out / "data")
+    task = task_from_files(files.queries, files.corpus, files.qrels)
+    print(f"{len(task.queries):,} held-out queries over {len(task.corpus):,} documents, in {out / 'data'}")
+
+    heading("2. all-MiniLM-L6-v2 before training")
+    bf16 = has_fast_bf16()
+    before = evaluate_embedder(load_embedder(str(base), device=None, max_length=128, bf16=bf16), task)
+    print_results({"before": before})
+
+    heading("3. One epoch of training")
+    train_started = perf_counter()
+    status = train(out / "run", "demo_text", model=base, data=files.train)
+    if status:
+        return status
+    train_seconds = perf_counter() - train_started
+
+    heading("4. After training")
+    embedder = load_embedder(str(out / "run"), device=None, max_length=None, bf16=bf16)
+    after = evaluate_embedder(embedder, task)
+    print_results({"before": before, "after": after})
+    write_results(out / "results.json", {"before": before, "after": after}, train_seconds=train_seconds)
+
+    heading("5. Export")
+    embedder.save_sentence_transformers(out / "model")
+    print(f"Training took {train_seconds:.0f} s, everything {perf_counter() - started:.0f} s. Use the model:\n")
+    print("    from sentence_transformers import SentenceTransformer")
+    print(f'    model = SentenceTransformer("{out / "model"}")')
+    print('    vectors = model.encode(["how to sort a list by a key"])')
+    return 0
