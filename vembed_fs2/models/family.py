@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import Any, Generic, TypeVar, final
 
 import torch
 from fairseq2.assets import AssetCard, AssetConfigLoader, AssetDownloadManager
@@ -24,10 +24,12 @@ from fairseq2.runtime.dependency import (
     get_dependency_resolver,
     wire_object,
 )
+from fairseq2.utils.structured import StandardValueConverter, StructureError
+from fairseq2.utils.validation import StandardObjectValidator, ValidationError, ValidationResult
 from torch.nn import Module
 from typing_extensions import override
 
-from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.errors import ConfigError, ModelLoadError
 from vembed_fs2.models.download import FolderDownloadManager
 from vembed_fs2.models.embedding import EmbeddingModel, EmbeddingModelConfig, HeadConfig
 from vembed_fs2.models.folder import FolderCheckpointLoader, ModelFolder, is_model_folder
@@ -71,6 +73,99 @@ class CheckpointFormat(HuggingFaceConverter):
         """Convert the family's tensors to transformers' (the reverse of :meth:`from_hf_state_dict`)."""
 
 
+@final
+class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
+    """The format of a family that transformers does not have.
+
+    ``config.json`` holds the family's own configuration under ``model_config``,
+    and tensors keep their names. If the configuration has a field ``head`` of
+    type :class:`HeadConfig`, it must call the size of token states
+    ``model_dim``; sentence-transformers' modules are then read and written, too.
+    """
+
+    def __init__(self, model_type: str, config_kls: type[ConfigT]) -> None:
+        """
+        :param model_type: the ``model_type`` of ``config.json``: letters, digits and ``_``, and nobody else's.
+        :param config_kls: a dataclass.
+        """
+        self.model_types = (model_type,)
+        self._model_type = model_type
+        self._config_kls = config_kls
+
+    @override
+    def from_hf_config(
+        self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
+    ) -> ConfigT:
+        values = hf_config.get("model_config")
+        if not isinstance(values, Mapping):
+            raise ModelLoadError("config.json: `model_config` must hold the fields of the model's configuration.")
+        try:
+            config: ConfigT = StandardValueConverter().structure(values, self._config_kls)
+        except StructureError as ex:
+            raise ModelLoadError(f"config.json: `model_config` is not valid. {_reason_of(ex)}") from None
+        if head is not None and head_of(config) is not None:
+            setattr(config, "head", head)  # noqa: B010  (mypy does not know the field)
+        elif head is not None and head.dense:
+            raise ModelLoadError(f"Dense modules after a {self._model_type} model are not supported.")
+        if errors := config_errors(config):
+            raise ModelLoadError(f"config.json: `model_config` is not valid. {' '.join(errors)}")
+        return config
+
+    @override
+    def from_hf_state_dict(self, state_dict: dict[str, object], config: Any) -> dict[str, object]:
+        return state_dict
+
+    @override
+    def to_hg_config(self, config: object) -> HuggingFaceConfig:
+        data: dict[str, object] = {"model_config": StandardValueConverter().unstructure(config)}
+        if head_of(config) is not None:
+            # Where sentence-transformers' pooling looks for the size of its inputs.
+            data["hidden_size"] = getattr(config, "model_dim")  # noqa: B009  (mypy does not know the field)
+        return HuggingFaceConfig(data, kls_name=self._declare_hf_config(), arch=self._model_type)
+
+    @override
+    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
+        return state_dict
+
+    def _declare_hf_config(self) -> str:
+        """Make the class of ``config.json``; fairseq2 writes only what it finds by name in transformers."""
+        import transformers
+
+        name = f"Vembed_{self._model_type}_Config"
+        if not hasattr(transformers, name):
+            fields = {"model_type": self._model_type, "model_config": None, "hidden_size": None}
+            setattr(transformers, name, type(name, (transformers.PretrainedConfig,), fields))
+        return name
+
+
+def _reason_of(error: StructureError) -> str:
+    """The messages from the outermost field down to its value."""
+    reasons = []
+    cause: BaseException | None = error
+    while isinstance(cause, StructureError):
+        # The chain also names each class on the way.
+        if not str(cause).startswith("Value cannot be structured to"):
+            reasons.append(str(cause))
+        cause = cause.__cause__
+    return " ".join(reasons)
+
+
+def config_errors(config: object) -> list[str]:
+    """Return all that ``validate`` of a configuration and of the configurations inside it finds wrong."""
+    try:
+        StandardObjectValidator().validate(config)
+    except ValidationError as ex:
+        return _list_errors(ex.result, "")
+    return []
+
+
+def _list_errors(result: ValidationResult, path: str) -> list[str]:
+    errors = [f"`{path.rstrip('.')}`: {e}" if path else str(e) for e in result.errors]
+    for name, sub_result in result.sub_results.items():
+        errors += _list_errors(sub_result, f"{path}{name}.")
+    return errors
+
+
 def register_family(
     container: DependencyContainer,
     name: str,
@@ -87,8 +182,11 @@ def register_family(
     sharded with FSDP2 layer by layer (see :meth:`EmbeddingModel.layer_stacks`).
     Architectures are registered with :class:`fairseq2.runtime.config_registry.ConfigRegistrar`.
 
-    :param checkpoint_format: reads and writes Hugging Face folders; without it
-        the family loads fairseq2 checkpoints only.
+    :param factory: creates the model, of a configuration that is valid: what
+        ``config_kls`` has as ``validate() -> ValidationResult`` is checked before.
+    :param checkpoint_format: reads and writes Hugging Face folders, for example
+        :class:`PlainCheckpointFormat`; without it the family loads fairseq2
+        checkpoints only.
     :param supports_meta: whether the factory works on the meta device.
     """
 
@@ -101,6 +199,8 @@ def register_family(
         return state_dict
 
     def create(config: ConfigT) -> EmbeddingModel:
+        if errors := config_errors(config):
+            raise ConfigError(errors, where=f"The {name} configuration")
         model = factory(config)
         if (init := logit_scale_init_of(config)) is not None:
             model.add_logit_scale(init)
@@ -195,13 +295,17 @@ def find_family(model_type: str, resolver: DependencyResolver | None = None) -> 
     :raises ModelLoadError: there is none.
     """
     resolver = resolver or get_dependency_resolver()
-    known: dict[str, str] = {}
+    known: dict[str, list[str]] = {}
     for family in DependencyLookup(resolver, HuggingFaceConverter).iter_keys():
         converter = get_checkpoint_format(str(family), resolver)
-        if converter is not None:
-            known.update({t: str(family) for t in converter.model_types})
-    if model_type in known:
-        return known[model_type]
+        for known_type in converter.model_types if converter is not None else ():
+            known.setdefault(known_type, []).append(str(family))
+    match known.get(model_type, []):
+        case [name]:
+            return name
+        case [*names] if names:
+            text = f"model_type '{model_type}' is read by several families: {', '.join(sorted(names))}."
+            raise ModelLoadError(f"{text} Uninstall the package of all but one.")
     nearest = get_close_matches(model_type, known, 1)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
     raise ModelLoadError(
