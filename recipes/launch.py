@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import re
 import sys
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from vembed_fs2.errors import ConfigError, VembedError
 from vembed_fs2.recipes.arguments import add_recipe_arguments
+from vembed_fs2.recipes.processes import claim_error, is_error_claimed, run_processes
+from vembed_fs2.recipes.secrets import redact_logs, redactor
 
 
 def run_recipe(recipe: str, args: argparse.Namespace) -> int:
@@ -23,28 +23,46 @@ def run_recipe(recipe: str, args: argparse.Namespace) -> int:
     :returns: the exit status: 0, 1 (the run failed), 2 (a user's mistake), or
         128 plus the number of the signal that stopped it.
     """
-    if args.preset == "list":
-        print("\n".join(_presets(recipe)))
-        return 0
-    if args.output_dir is None and not args.dump_config:
-        print("error: OUTPUT_DIR is required.", file=sys.stderr)
-        return 2
-    if args.nproc_per_node is not None and "RANK" not in os.environ:
-        return _start_processes(recipe, args)
     try:
+        if args.preset == "list":
+            print("\n".join(_presets(recipe)))
+            return 0
+        _check_arguments(args)
+        if args.nproc_per_node is not None and "RANK" not in os.environ:
+            return run_processes(_command(recipe, args), args.nproc_per_node)
         return _run(recipe, args)
     except VembedError as ex:
         if args.traceback:
             raise
-        print(f"error: {ex}", file=sys.stderr)
-        return 2
+        return _report(ex, 2)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    errors = []
+    if args.output_dir is None and not args.dump_config:
+        hint = "; give it before --config" if any("=" not in item for item in args.config) else ""
+        errors.append(f"OUTPUT_DIR is required{hint}.")
+    if args.nproc_per_node is not None and args.nproc_per_node < 1:
+        errors.append(f"--nproc-per-node must be at least 1, but is {args.nproc_per_node}.")
+    if errors:
+        raise ConfigError(errors, where="The command line")
+
+
+def _report(error: Exception, status: int) -> int:
+    """Print an error, unless another process of the gang has printed one."""
+    if claim_error(status):
+        print(f"error: {redactor(os.environ)(_message_of(error))}", file=sys.stderr)
+    return status
 
 
 def main(recipe: str) -> None:
     """The entry point of ``python -m vembed_fs2.recipes.<recipe>``."""
     parser = argparse.ArgumentParser(prog=f"python -m vembed_fs2.recipes.{recipe}")
     add_recipe_arguments(parser)
-    sys.exit(run_recipe(recipe, parser.parse_args()))
+    try:
+        sys.exit(run_recipe(recipe, parser.parse_args()))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _presets(recipe: str) -> list[str]:
@@ -52,38 +70,10 @@ def _presets(recipe: str) -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def _start_processes(recipe: str, args: argparse.Namespace) -> int:
-    if args.nproc_per_node < 1:
-        print(f"error: --nproc-per-node must be at least 1, but is {args.nproc_per_node}.", file=sys.stderr)
-        return 2
-    import subprocess
-
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={args.nproc_per_node}", "-m", f"vembed_fs2.recipes.{recipe}"]
-    command += _as_arguments(args)
-    # Without this, torchrun gives each process one thread and says so.
-    env = dict(os.environ)
-    env.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // args.nproc_per_node, 1)))
-    process = subprocess.Popen(command, env=env)
-    return _wait(process)
-
-
-def _wait(process: Any) -> int:
-    """Wait for torchrun; pass on the signals that ask us to stop."""
-    import signal
-
-    stopped_by = 0
-
-    def forward(signum: int, frame: object) -> None:
-        nonlocal stopped_by
-        stopped_by = signum
-        if signum == signal.SIGTERM:  # Ctrl-C reaches the whole process group by itself.
-            process.send_signal(signum)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, forward)
-    status: int = process.wait()
-    return 128 + stopped_by if stopped_by else status
+def _command(recipe: str, args: argparse.Namespace) -> list[str]:
+    # Without the working folder, which `-c` adds: a user's `datasets.py` may lie there.
+    code = "import sys; sys.path = [p for p in sys.path if p]; from vembed_fs2.recipes.launch import main; "
+    return [sys.executable, "-c", f"{code}main({recipe!r})", *_as_arguments(args)]
 
 
 def _as_arguments(args: argparse.Namespace) -> list[str]:
@@ -102,11 +92,7 @@ def _run(recipe_name: str, args: argparse.Namespace) -> int:
     # Heavy imports only now that there is something to do.
     from importlib import import_module
 
-    from fairseq2.error import OperationalError
-    from fairseq2.model_checkpoint import CorruptModelCheckpointError
-    from fairseq2.recipe.cli import _handle_errors, _register_cli_errors
-    from fairseq2.recipe.run import run
-    from fairseq2.runtime.dependency import DependencyContainer
+    from vembed_fs2.recipes.folder import prepare_output_dir
 
     module = import_module(f"vembed_fs2.recipes.{recipe_name}.recipe")
     recipe = module.create_recipe()
@@ -115,29 +101,46 @@ def _run(recipe_name: str, args: argparse.Namespace) -> int:
         print(dump_config(config), end="")
         return 0
     recipe.prepare_config(config)
-    check_output_dir(args.output_dir, args.checkpoint_dir, config)
-    redact_secrets(os.environ)
+    if os.environ.get("RANK", "0") == "0":
+        prepare_output_dir(args.output_dir, args.checkpoint_dir, config, int(os.environ.get("WORLD_SIZE", "1")))
+    redact_logs(os.environ)
+    return _run_fairseq2(recipe, config, args)
+
+
+def _run_fairseq2(recipe: Any, config: Any, args: argparse.Namespace) -> int:
+    from fairseq2.error import OperationalError
+    from fairseq2.model_checkpoint import CorruptModelCheckpointError
+    from fairseq2.recipe.cli import _handle_errors, _register_cli_errors
+    from fairseq2.recipe.run import run
+    from fairseq2.runtime.dependency import DependencyContainer
+
     container = DependencyContainer()
     _register_cli_errors(container)
     with _handle_errors(container, args.traceback):
         try:
             run(recipe, config, args.output_dir, checkpoint_dir=args.checkpoint_dir, no_rich=args.no_rich)
-        except (VembedError, CorruptModelCheckpointError, OperationalError) as ex:
-            if args.traceback or (isinstance(ex, OperationalError) and not isinstance(ex.__cause__, OSError)):
+        except Exception as ex:
+            if args.traceback:
                 raise
-            print(f"error: {_message_of(ex)}", file=sys.stderr)
-            return 2 if isinstance(ex, VembedError) else 1
-    return recipe.exit_status()
+            if is_error_claimed():
+                return 1  # Only a consequence of what another process has reported.
+            if isinstance(ex, (VembedError, CorruptModelCheckpointError)):
+                return _report(ex, 2)
+            if isinstance(ex, OperationalError) and isinstance(ex.__cause__, OSError):
+                return _report(ex, 1)
+            raise
+    status: int = recipe.exit_status()
+    return status
 
 
 def _message_of(error: Exception) -> str:
+    if isinstance(error, VembedError):
+        return str(error)
     from fairseq2.model_checkpoint import CorruptModelCheckpointError
 
     if isinstance(error, CorruptModelCheckpointError):
         return f"The checkpoint at {error.path} does not fit the model. {error.__cause__ or error}"
-    if isinstance(error.__cause__, OSError):
-        return f"{error.__cause__}. Checkpoints that were complete are intact; run the same command again to resume."
-    return str(error)
+    return f"{error.__cause__}. Checkpoints that were complete are intact; run the same command again to resume."
 
 
 def load_config(recipe: str, kls: type[Any], args: argparse.Namespace) -> Any:
@@ -248,60 +251,3 @@ def dump_config(config: Any) -> str:
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.dump(StandardValueConverter().unstructure(config), stream)
     return stream.getvalue()
-
-
-# What may differ when a run is resumed.
-_RESUMABLE: Final = ("regime", "common", "gang", "valid", "grad_cache")
-
-
-def check_output_dir(output_dir: Path, checkpoint_dir: Path | None, config: Any) -> None:
-    """Refuse a folder that holds something else than this very run.
-
-    A run that has no checkpoint yet has nothing to lose, and may be started anew.
-
-    :raises ConfigError: says which sections differ.
-    """
-    from fairseq2.utils.structured import StandardValueConverter
-
-    from vembed_fs2.recipes.layers import load_yaml
-
-    file = output_dir / "config.yaml"
-    if not file.exists():
-        if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-            raise ConfigError("it holds files, but no run. Give a new folder.", where=str(output_dir))
-        return
-    checkpoints = checkpoint_dir or output_dir / "checkpoints"
-    if not any(checkpoints.glob("step_*")):
-        return
-    before = load_yaml(file)
-    now: Any = StandardValueConverter().unstructure(config)
-    differ = [k for k in now if k not in _RESUMABLE and now[k] != before.get(k)]
-    if differ:
-        text = f"it holds a run with other values in {', '.join(differ)}. Give a new folder, or delete this one."
-        raise ConfigError(text, where=str(output_dir))
-
-
-def redact_secrets(environment: Mapping[str, str]) -> None:
-    """Keep the values of environment variables that look like secrets out of all logs.
-
-    fairseq2 logs the whole environment when a recipe starts.
-    """
-    pattern = re.compile(
-        r"TOKEN|SECRET|PASSW|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH", re.IGNORECASE
-    )
-    secrets = sorted({v for k, v in environment.items() if pattern.search(k) and len(v) >= 6}, key=len, reverse=True)
-    # Also passwords in addresses: scheme://user:password@host
-    address = re.compile(r"(\w+://[^/\s:@]+):[^/\s@]+@")
-    factory = logging.getLogRecordFactory()
-
-    def make_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        record = factory(*args, **kwargs)
-        text = clean = record.getMessage()
-        for secret in secrets:
-            clean = clean.replace(secret, "[redacted]")
-        clean = address.sub(r"\1:[redacted]@", clean)
-        if clean != text:
-            record.msg, record.args = clean, ()
-        return record
-
-    logging.setLogRecordFactory(make_record)

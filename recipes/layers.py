@@ -16,7 +16,7 @@ from ruamel.yaml.error import YAMLError
 from vembed_fs2.errors import ConfigError
 
 ComponentConfigs = Callable[[str, str], "type[object] | None"]
-"""``(section path, component name)`` -> the class of its configuration; raises ``ConfigError`` if there is no such component."""
+"""``(section path, component name)`` -> the class of its configuration; raises ``ConfigError`` if there is none."""
 
 
 def parse_yaml(text: str) -> Any:
@@ -91,9 +91,10 @@ def merge_layers(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -
         cleaned = dict(merged)
         for key, section in layer.items():
             below = cleaned.get(key)
-            if isinstance(section, Mapping) and isinstance(below, Mapping) and "config" in below:
-                if section.get("name", below.get("name")) != below.get("name"):
-                    cleaned[key] = {**below, "config": {}}
+            if not isinstance(section, Mapping) or not isinstance(below, Mapping) or "config" not in below:
+                continue
+            if section.get("name", below.get("name")) != below.get("name"):
+                cleaned[key] = {**below, "config": {}}
         merged = merger.merge(cleaned, layer)
     assert isinstance(merged, Mapping)
     return merged

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from types import FrameType
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,9 @@ from fairseq2.trainer import Trainer
 from fairseq2.validator import NOOP_VALIDATOR
 
 log = logging.getLogger("vembed_fs2")
+
+_SAME_REQUEST: Final = 1.0
+"""Seconds in which a second signal is the first one again: a terminal sends Ctrl-C to all, a launcher passes it on."""
 
 
 class StopRequest:
@@ -22,6 +27,7 @@ class StopRequest:
         """The signal that stopped the run; 0 if none did."""
 
         self._received = 0
+        self._received_at = 0.0
         self._trainer: Trainer | None = None
         self._group: dist.ProcessGroup | None = None
 
@@ -35,8 +41,12 @@ class StopRequest:
             signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        self._received = signum
-        signal.signal(signum, signal.SIG_DFL)
+        now = time.monotonic()
+        if not self._received:
+            self._received, self._received_at = signum, now
+        elif now - self._received_at > _SAME_REQUEST:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
 
     def poll(self) -> None:
         """Find out whether any rank was asked to stop. Called by all ranks at the start of a step."""

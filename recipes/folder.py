@@ -1,0 +1,71 @@
+"""The folder of a run: what it may hold before the run starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from fairseq2.utils.structured import StandardValueConverter
+
+from vembed_fs2.errors import ConfigError
+from vembed_fs2.recipes.layers import load_yaml
+
+# What may differ when a run is resumed.
+_RESUMABLE: Final = ("regime", "common", "gang", "valid", "grad_cache")
+
+
+def prepare_output_dir(output_dir: Path, checkpoint_dir: Path | None, config: Any, world_size: int) -> None:
+    """Refuse a folder that holds something else than this very run; delete what a killed run left half written.
+
+    A run that has no checkpoint yet has nothing to lose, and may be started anew.
+
+    :raises ConfigError: says what differs.
+    """
+    file = output_dir / "config.yaml"
+    # fairseq2 begins its log before it writes the configuration: a configuration alone is a user's file.
+    if not file.exists() or not output_dir.joinpath("logs").is_dir():
+        _check_empty(output_dir)
+        return
+    checkpoints = checkpoint_dir or output_dir / "checkpoints"
+    steps = dict(_steps(checkpoints))
+    if steps:
+        differ = _find_differences(load_yaml(file), config)
+        if differ:
+            text = f"it holds a run with other values in {', '.join(differ)}. Give a new folder, or delete this one."
+            raise ConfigError(text, where=str(output_dir))
+        _check_world_size(output_dir, steps[max(steps)], world_size)
+    for half in checkpoints.glob("step_*.tmp"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _check_empty(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError("it is a file. Give a folder.", where=str(folder))
+    # The other ranks may be ahead of this one; and a run that failed at its start leaves these.
+    if any(path.name not in ("logs", "cache") for path in folder.iterdir()):
+        raise ConfigError("it holds files, but no run. Give a new folder.", where=str(folder))
+
+
+def _steps(checkpoints: Path) -> Iterator[tuple[int, Path]]:
+    for folder in checkpoints.glob("step_*"):
+        if folder.name[5:].isdigit():
+            yield int(folder.name[5:]), folder
+
+
+def _find_differences(before: Any, config: Any) -> list[str]:
+    now: Any = StandardValueConverter().unstructure(config)
+    return [name for name in now if name not in _RESUMABLE and now[name] != before.get(name)]
+
+
+def _check_world_size(output_dir: Path, step: Path, world_size: int) -> None:
+    written_by = len(list(step.glob("trainer/rank_*.pt")))
+    if written_by not in (0, world_size):
+        text = (
+            f"its run had {written_by} processes, but now there are {world_size}. "
+            f"Resume it with {written_by}, or give a new folder and the trained model as `model.path`."
+        )
+        raise ConfigError(text, where=str(output_dir))
