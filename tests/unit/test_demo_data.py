@@ -132,23 +132,40 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_digits_are_held_out_by_class(digits: Path) -> None:
     train, held_out = rows_of(digits / "train.jsonl"), rows_of(digits / "held_out.jsonl")
-    assert (len(train), len(held_out)) == (1437, 360)
-    files = [row["positive_image"] for row in train + held_out]
-    assert len(set(files)) == 1797
+    assert (len(train), len(held_out)) == (5 * 1437, 360)
+    digit_of = [{row["positive_image"].split("-")[0] for row in rows} for rows in (train, held_out)]
+    assert [len(digits) for digits in digit_of] == [1437, 360]
+    assert not digit_of[0] & digit_of[1]
+    assert len({row["positive_image"] for row in train}) == len(train)
     assert set(Counter(row["label"] for row in held_out).values()) <= {35, 36, 37}
     for row in train + held_out:
         assert row["query"] in {images.caption(int(row["label"]), t) for t in images.TEMPLATES}
     # Every class is described in every way.
     assert len({row["query"] for row in train}) == 10 * len(images.TEMPLATES)
-    image = Image.open(digits / "images/0001.png")
+    image = Image.open(digits / "images/0001-0.png")
     assert (image.mode, image.size) == ("L", (8, 8))
     assert (np.asarray(image).min(), np.asarray(image).max()) == (0, 255)
+
+
+def test_training_digits_are_also_moved_by_a_pixel(digits: Path) -> None:
+    row = rows_of(digits / "train.jsonl")[0]["positive_image"]
+    still, down, up, right, left = (np.asarray(Image.open(digits / row.replace("-0", f"-{n}"))) for n in range(5))
+    assert np.array_equal(down[1:], still[:-1])
+    assert np.array_equal(up[:-1], still[1:])
+    assert np.array_equal(right[:, 1:], still[:, :-1])
+    assert np.array_equal(left[:, :-1], still[:, 1:])
 
 
 def test_writing_the_digits_again_gives_the_same(digits: Path, tmp_path: Path) -> None:
     images.write_digits(tmp_path)
     images.write_model_folder(tmp_path / "model")
-    for file in ("train.jsonl", "held_out.jsonl", "images/0007.png", "model/model.safetensors", "model/tokenizer.json"):
+    for file in (
+        "train.jsonl",
+        "held_out.jsonl",
+        "images/0007-0.png",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+    ):
         assert (tmp_path / file).read_bytes() == (digits / file).read_bytes()
 
 
@@ -167,7 +184,7 @@ def test_transformers_loads_the_model_folder(digits: Path) -> None:
     assert (ids[:, 0] == tokenizer.bos_token_id).all()
     assert (ids == config.eos_token_id).sum(1).tolist() == [1, 1, 1]
     assert tokenizer.unk_token_id not in ids
-    pixels = processor([Image.open(digits / "images/0000.png")], return_tensors="pt")["pixel_values"]
+    pixels = processor([Image.open(digits / "images/0000-0.png")], return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, images.IMAGE_SIZE, images.IMAGE_SIZE)
     with torch.no_grad():
         texts = model.get_text_features(**encoded)

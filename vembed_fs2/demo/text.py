@@ -8,7 +8,6 @@ installed, so the demo downloads nothing.
 from __future__ import annotations
 
 import ast
-import json
 import math
 import os
 import random
@@ -24,6 +23,7 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Final
 
+from vembed_fs2.demo import write_rows
 from vembed_fs2.errors import DataError
 from vembed_fs2.files import write_text
 
@@ -129,9 +129,9 @@ def write_pairs(out: Path, *, num_held_out: int = 500, num_train: int | None = 4
     out.mkdir(parents=True, exist_ok=True)
     files = TextPairs(out / "train.jsonl", out / "queries.jsonl", out / "corpus.jsonl", out / "qrels.tsv")
     documents = [row["positive"] for row in (*held_out, *train)]
-    _write_rows(files.train, train)
-    _write_rows(files.queries, ({"_id": f"q{i}", "text": row["query"]} for i, row in enumerate(held_out)))
-    _write_rows(files.corpus, ({"_id": f"d{i}", "text": text} for i, text in enumerate(documents)))
+    write_rows(files.train, train)
+    write_rows(files.queries, ({"_id": f"q{i}", "text": row["query"]} for i, row in enumerate(held_out)))
+    write_rows(files.corpus, ({"_id": f"d{i}", "text": text} for i, text in enumerate(documents)))
     judgements = "".join(f"q{i}\td{i}\t1\n" for i in range(len(held_out)))
     write_text(files.qrels, "query-id\tcorpus-id\tscore\n" + judgements)
     return files
@@ -234,7 +234,3 @@ def _docstrings_of(namespace: str) -> Iterator[str]:
         docstring = getattr(value, "__doc__", None)
         if not key.startswith("_") and isinstance(docstring, str) and callable(value):
             yield docstring
-
-
-def _write_rows(file: Path, rows: Iterable[dict[str, str]]) -> None:
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
