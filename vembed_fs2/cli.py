@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Final, NamedTuple, Protocol
 
 
@@ -90,10 +90,18 @@ def main() -> None:
         sys.exit(group.main(argv[1:], f"fairseq2 {name}"))
     groups.add_parser("assets", help=AssetsGroup.help)
     for entry_name, entry in sorted(found.items()):
-        groups.add_parser(entry_name, help=entry.load().help)
+        groups.add_parser(entry_name, help=_help_of(entry))
     parser.parse_args(argv)
     parser.print_help()
     sys.exit(2)
+
+
+def _help_of(entry: EntryPoint) -> str:
+    try:
+        group: CommandGroup = entry.load()
+        return group.help
+    except Exception as ex:  # One broken package must not take the others' help away.
+        return f"(cannot be loaded: {ex})"
 
 
 def vembed_main() -> None:

@@ -1,11 +1,11 @@
-"""Bidirectional attention over padded batches, without a wait for the device.
+"""Attention over padded batches, without a wait for the device.
 
 Shapes: N sequences, S tokens, H heads, K head size.
 """
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from fairseq2.device import CPU
@@ -13,6 +13,7 @@ from fairseq2.error import NotSupportedError
 from fairseq2.models.transformer import (
     SDPA,
     AttentionBiasCache,
+    CausalAttentionBias,
     IdentityBias,
     TorchSDPA,
     create_default_sdpa,
@@ -20,8 +21,11 @@ from fairseq2.models.transformer import (
 )
 from fairseq2.nn import BatchLayout
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import dropout, scaled_dot_product_attention
 from typing_extensions import override
+
+# Longer sequences would need too much memory for their attention weights.
+_MATMUL_WIDTH: Final = 1024
 
 
 class PaddedLayout(BatchLayout):  # type: ignore[misc]  # final in fairseq2
@@ -61,11 +65,12 @@ class PaddedLayout(BatchLayout):  # type: ignore[misc]  # final in fairseq2
 
 @final
 class PaddedSDPA(SDPA):
-    """Scaled dot-product attention of every token to all tokens of its sequence."""
+    """Scaled dot-product attention of every token to all tokens of its sequence, or (causal) to those before it."""
 
-    def __init__(self, *, dropout_p: float = 0.0) -> None:
+    def __init__(self, *, dropout_p: float = 0.0, causal: bool = False) -> None:
         super().__init__()
         self.dropout_p = dropout_p
+        self.causal = causal
 
     @override
     def forward(
@@ -81,19 +86,40 @@ class PaddedSDPA(SDPA):
     ) -> tuple[Tensor, Tensor | None]:
         if needs_weights:
             raise NotSupportedError(f"`{PaddedSDPA}` does not support `needs_weights`.")
-        mask = _key_mask(k, k_layout)
-        attns = scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=None if mask is None else mask[:, None, None, :],
-            dropout_p=self.dropout_p if self.training else 0.0,
-        )
+        # Padding follows the tokens, so a causal token does not see it anyway.
+        mask = None if self.causal else _key_mask(k, k_layout)
+        dropout_p = self.dropout_p if self.training else 0.0
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if _is_slow_on_cpu(q):
+            attns = _attend_by_matmul(q, k, v, mask, dropout_p, self.causal)
+        else:
+            bias = None if mask is None else mask[:, None, None, :]
+            attns = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, is_causal=self.causal)
         return attns.transpose(1, 2), None
 
     @override
     def extra_repr(self) -> str:
-        return f"dropout_p={self.dropout_p:G}"
+        return f"dropout_p={self.dropout_p:G}, causal={self.causal}"
+
+
+def _is_slow_on_cpu(q: Tensor) -> bool:
+    """Whether torch's fused kernel takes several times as long as matrix products: backward, half precision, CPU."""
+    return q.device == CPU and q.dtype != torch.float32 and q.requires_grad and q.size(2) <= _MATMUL_WIDTH
+
+
+def _attend_by_matmul(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, causal: bool
+) -> Tensor:
+    """Attention as two matrix products. *Shape:* all ``[N, H, S, K]``; the mask ``[N, S]``."""
+    # Autocast would make float32 of the weights; softmax itself rounds only its result.
+    with torch.autocast("cpu", enabled=False):
+        weights = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)
+        if mask is not None:
+            weights = weights + weights.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None, None, :]
+        if causal:
+            size = weights.size(-1)
+            weights = weights + weights.new_full((size, size), -torch.inf).triu_(1)
+        return dropout(weights.softmax(-1), dropout_p) @ v
 
 
 def _key_mask(keys: Tensor, layout: BatchLayout) -> Tensor | None:
@@ -106,8 +132,8 @@ def _key_mask(keys: Tensor, layout: BatchLayout) -> Tensor | None:
     return torch.arange(keys.size(1), device=keys.device) < layout.seq_lens_pt.unsqueeze(1)
 
 
-def create_bidirectional_sdpa(*, dropout_p: float = 0.0) -> SDPA:
+def create_sdpa(*, dropout_p: float = 0.0, causal: bool = False) -> SDPA:
     """Create the attention of an encoder: :class:`PaddedSDPA`, unless the user set another default in fairseq2."""
     if get_default_sdpa_factory() is TorchSDPA:
-        return PaddedSDPA(dropout_p=dropout_p)
-    return create_default_sdpa(IdentityBias(), dropout_p=dropout_p)
+        return PaddedSDPA(dropout_p=dropout_p, causal=causal)
+    return create_default_sdpa(CausalAttentionBias() if causal else IdentityBias(), dropout_p=dropout_p)

@@ -17,7 +17,7 @@ from torch.nn import Module
 
 from vembed_fs2.errors import ConfigError, ModelLoadError
 from vembed_fs2.models.activations import create_activation
-from vembed_fs2.models.attention import create_bidirectional_sdpa
+from vembed_fs2.models.attention import create_sdpa
 from vembed_fs2.models.bert.model import BertFrontend, BertModel, UnusedPooler
 from vembed_fs2.models.embedding import EmbeddingModelConfig, HeadConfig
 from vembed_fs2.models.head import TextHead, head_output_dim, validate_head
@@ -174,7 +174,7 @@ class BertFactory:
         return StandardMultiheadAttention(
             config.model_dim,
             config.num_attn_heads,
-            create_bidirectional_sdpa(dropout_p=config.attn_dropout_p),
+            create_sdpa(dropout_p=config.attn_dropout_p),
             qkv_proj_init_fn=self.init_projection,
             output_proj_init_fn=self.init_projection,
         )

@@ -8,14 +8,11 @@ from typing import Final
 
 import torch.nn as nn
 from fairseq2.models.transformer import (
-    SDPA,
-    CausalAttentionBias,
     StandardFeedForwardNetwork,
     StandardMultiheadAttention,
     StandardTransformerEncoder,
     StandardTransformerEncoderLayer,
     TransformerNormOrder,
-    create_default_sdpa,
 )
 from fairseq2.nn import Linear, StandardEmbedding, StandardLayerNorm
 from fairseq2.utils.validation import ValidationResult
@@ -23,7 +20,7 @@ from torch.nn import Conv2d
 
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.models.activations import create_activation
-from vembed_fs2.models.attention import create_bidirectional_sdpa
+from vembed_fs2.models.attention import create_sdpa
 from vembed_fs2.models.clip.model import (
     ClipModel,
     ClipTextFrontend,
@@ -257,15 +254,10 @@ class ClipFactory:
         return StandardMultiheadAttention(
             config.model_dim,
             config.num_attn_heads,
-            self.create_sdpa(config, causal),
+            create_sdpa(dropout_p=config.attn_dropout_p, causal=causal),
             qkv_proj_init_fn=_normal(std * _depth_scale(config)),
             output_proj_init_fn=_normal(std),
         )
-
-    def create_sdpa(self, config: ClipTowerConfig, causal: bool) -> SDPA:
-        if causal:
-            return create_default_sdpa(CausalAttentionBias(), dropout_p=config.attn_dropout_p)
-        return create_bidirectional_sdpa(dropout_p=config.attn_dropout_p)
 
     def create_ffn(self, config: ClipTowerConfig) -> StandardFeedForwardNetwork:
         inner_std = (2 * config.model_dim) ** -0.5 * config.init_factor

@@ -69,7 +69,7 @@ class ClipTextTower(Module):
         max_length = self.frontend.pos_embed.num_embeddings
         if ids_TL.size(1) > max_length:
             raise ValueError(f"Texts must have at most {max_length} tokens, but one has {ids_TL.size(1)} instead.")
-        seqs_TLM, layout = self.frontend(ids_TL, BatchLayout.of(ids_TL))
+        seqs_TLM, layout = self.frontend(ids_TL, PaddedLayout(ids_TL, None))
         seqs_TLM = self.encoder(seqs_TLM, layout)
         rows = torch.arange(ids_TL.size(0), device=ids_TL.device, dtype=torch.int64)
         return self.proj(seqs_TLM[rows, self._end_positions(ids_TL, mask_TL)])
