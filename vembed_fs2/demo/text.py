@@ -119,7 +119,7 @@ def split_pairs(
     return train[:num_train], held_out
 
 
-def write_pairs(out: Path, *, num_held_out: int = 500, num_train: int | None = 4500, seed: int = 0) -> TextPairs:
+def write_pairs(out: Path, *, num_held_out: int = 500, num_train: int | None = None, seed: int = 0) -> TextPairs:
     """Build the pairs, split them, and write what the demo trains and evaluates on.
 
     The evaluation asks for every held-out query's own document among the
