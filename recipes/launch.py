@@ -92,6 +92,8 @@ def _run(recipe_name: str, args: argparse.Namespace) -> int:
     # Heavy imports only now that there is something to do.
     from importlib import import_module
 
+    from fairseq2.logging import configure_logging
+
     from vembed_fs2.recipes.folder import prepare_output_dir
 
     module = import_module(f"vembed_fs2.recipes.{recipe_name}.recipe")
@@ -100,10 +102,11 @@ def _run(recipe_name: str, args: argparse.Namespace) -> int:
     if args.dump_config:
         print(dump_config(config), end="")
         return 0
+    redact_logs(os.environ)
+    configure_logging(no_rich=args.no_rich)
     recipe.prepare_config(config)
     if os.environ.get("RANK", "0") == "0":
         prepare_output_dir(args.output_dir, args.checkpoint_dir, config, int(os.environ.get("WORLD_SIZE", "1")))
-    redact_logs(os.environ)
     return _run_fairseq2(recipe, config, args)
 
 
@@ -114,6 +117,7 @@ def _run_fairseq2(recipe: Any, config: Any, args: argparse.Namespace) -> int:
     from fairseq2.recipe.run import run
     from fairseq2.runtime.dependency import DependencyContainer
 
+    _repair_wandb()
     container = DependencyContainer()
     _register_cli_errors(container)
     with _handle_errors(container, args.traceback):
@@ -131,6 +135,16 @@ def _run_fairseq2(recipe: Any, config: Any, args: argparse.Namespace) -> int:
             raise
     status: int = recipe.exit_status()
     return status
+
+
+def _repair_wandb() -> None:
+    """Give W&B the function that fairseq2 0.8 looks for; W&B 0.23 and later have it elsewhere."""
+    import wandb
+
+    if not hasattr(wandb.util, "generate_id"):
+        from wandb.sdk.lib.runid import generate_id
+
+        wandb.util.generate_id = generate_id
 
 
 def _message_of(error: Exception) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from fairseq2.utils.config import ReplacePathDirective, StandardConfigMerger, StandardConfigProcessor
 from fairseq2.utils.structured import StandardValueConverter, StructureError
@@ -100,12 +101,13 @@ def merge_layers(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -
     return merged
 
 
-def structure(kls: type[Any], values: Mapping[str, Any], component_config: ComponentConfigs) -> Any:
+def structure(kls: type[Any], values: Mapping[str, Any], component_config: ComponentConfigs, path: str = "") -> Any:
     """Convert nested keys to ``kls``.
 
+    :param path: what the keys are below of, with a dot at its end.
     :raises ConfigError: lists every unknown key, with the nearest known one, and every value of a wrong type.
     """
-    errors = list(_find_errors(kls, values, "", component_config))
+    errors = list(_find_errors(kls, values, path, component_config))
     if errors:
         raise ConfigError(errors)
     return StandardValueConverter().structure(values, kls)
@@ -161,10 +163,15 @@ def _find_key(kls: type[Any], key: str, path: str) -> Iterator[str]:
 
 
 def _type_error(value: Any, hint: Any, where: str) -> str | None:
-    if hint in (int, float) and isinstance(value, bool):
-        return f"`{where}` must be a number, but is {value!r}."
-    if hint is int and isinstance(value, float) and not value.is_integer():
-        return f"`{where}` must be a whole number, but is {value!r}."
+    if isinstance(value, str) and get_origin(hint) is Sequence:
+        return f"`{where}` must be a list, but is {value!r}. Write [{value}]."  # Else each letter is an element.
+    kinds = {*get_args(hint), hint}
+    is_number = isinstance(value, (int, float))
+    if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+        return f"`{where}` must be {_describe(hint)}, but is {value!r}."
+    # A fraction would be cut off.
+    if is_number and int in kinds and float not in kinds and value != value // 1:
+        return f"`{where}` must be {_describe(hint)}, but is {value!r}."
     try:
         StandardValueConverter().structure(value, hint)
     except StructureError:
@@ -173,6 +180,10 @@ def _type_error(value: Any, hint: Any, where: str) -> str | None:
 
 
 def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if all(option in names for option in options):
+        return " or ".join(names[option] for option in options)
     text = hint.__name__ if isinstance(hint, type) else str(hint)
     for name in ("collections.abc.", "typing.", "pathlib.", "torch."):
         text = text.replace(name, "")

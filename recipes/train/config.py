@@ -131,6 +131,12 @@ class ValidSection(DataSection):
     batch_size: int = 64
     """The number of inputs per rank and batch."""
 
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        if self.batch_size < 1:
+            result.add_error(f"`batch_size` must be greater than or equal to 1, but is {self.batch_size} instead.")
+        return result
+
 
 @dataclass(kw_only=True)
 class LossSection:
@@ -218,7 +224,11 @@ class TrainConfig:
             result.add_error("`regime.score_metric` needs held-out data in `valid.paths`.")
         if self.regime.num_steps is None and self.regime.num_data_epochs is None:
             result.add_error("`regime.num_steps` or `regime.num_data_epochs` must be specified.")
+        if not 0 <= self.common.seed < 2**32:
+            result.add_error(f"`common.seed` must be between 0 and 2**32 - 1, but is {self.common.seed} instead.")
         trainer = self.trainer
+        if (dtype := trainer.mixed_precision.dtype) not in (torch.float16, torch.bfloat16):
+            result.add_error(f"`trainer.mixed_precision.dtype` must be float16 or bfloat16, but is {dtype} instead.")
         if trainer.data_parallelism == "fsdp" and trainer.fsdp.version == "v1":
             result.add_error("`trainer.fsdp.version` must be 'v2': FSDP1 has no gradient accumulation over chunks.")
         if trainer.data_parallelism == "fsdp" and trainer.grad_accumulation.no_sync:

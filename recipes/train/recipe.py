@@ -29,6 +29,7 @@ from vembed_fs2.models.embedding import EmbeddingModel
 from vembed_fs2.models.family import logit_scale_init_of
 from vembed_fs2.models.hub import find_model, get_resolver
 from vembed_fs2.processing.processor import Processor
+from vembed_fs2.recipes.layers import structure
 from vembed_fs2.recipes.optim import register_optim
 from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.train.config import DataSection, EmbeddingModelSection, TrainConfig
@@ -50,6 +51,8 @@ class TrainRecipe(Recipe):
 
     def __init__(self) -> None:
         self.stop = StopRequest()
+        self._dataset: ExampleDataset | None = None
+        self._valid_task: RetrievalTask | None = None
 
     @property
     @override
@@ -57,13 +60,15 @@ class TrainRecipe(Recipe):
         return TrainConfig
 
     def prepare_config(self, config: TrainConfig) -> None:
-        """Find the model, so that a wrong one is an error before anything is written.
+        """Find the model and open the data, so that what is wrong with them is an error before anything is written.
 
         A folder's family and configuration become part of the run's own
         configuration: the run can be resumed without the folder.
         """
         section = config.model
-        overrides = section.config_overrides if isinstance(section.config_overrides, Mapping) else {}
+        overrides = section.config_overrides or {}
+        if not isinstance(overrides, Mapping):
+            raise ConfigError(f"`model.config_overrides` must hold keys and values, but is {overrides!r}.")
         if section.path is None and section.name is None:
             model_config = new_model_config(section)
         else:
@@ -78,7 +83,11 @@ class TrainRecipe(Recipe):
         scale = create_loss(config.loss.name, config.loss.config).initial_logit_scale
         if scale is not None and logit_scale_init_of(model_config) is None:
             overrides = {**overrides, "logit_scale_init": scale}
+        check_overrides(model_config, overrides)
         section.config_overrides = dict(overrides) or None
+        self._dataset = open_dataset(config.dataset)
+        if config.valid.paths:
+            self._valid_task = load_valid_task(config)
 
     def exit_status(self) -> int:
         """0, or 128 plus the number of the signal that stopped the run."""
@@ -104,7 +113,9 @@ class TrainRecipe(Recipe):
     def create_task(self, context: RecipeContext) -> Task:
         config = context.get_config_as(TrainConfig)
         gangs = context.gangs
-        dataset = open_dataset(config.dataset)
+        dataset = self._dataset or open_dataset(config.dataset)
+        if dataset.num_skipped:  # Said in full when it was opened, but before there was a log file.
+            log.warning("%s rows that cannot be used are left out.", f"{dataset.num_skipped:,}")
         model = context.get_model_as(EmbeddingModel)
         processor = create_processor(config, model, gangs)
         if gangs.root.rank == 0:
@@ -119,7 +130,7 @@ class TrainRecipe(Recipe):
 
         valid_units, valid_readers = [], []
         if config.valid.paths:
-            task = load_valid_task(config)
+            task = self._valid_task or load_valid_task(config)
             valid_units.append(RetrievalEvalUnit(model, task, gangs.dp))
             valid_readers.append(
                 ValidReader(
@@ -134,6 +145,16 @@ class TrainRecipe(Recipe):
         trainer = context.create_trainer(unit, reader, valid_units or None, valid_readers or None)
         self.stop.install(trainer)
         return trainer
+
+
+def check_overrides(model_config: object, overrides: Mapping[str, object]) -> None:
+    """Check `model.config_overrides`.
+
+    :raises ConfigError: lists unknown keys and values of a wrong type.
+    """
+    values = StandardValueConverter().unstructure(model_config)
+    merged = cast(Mapping[str, object], StandardConfigMerger().merge(values, overrides))
+    structure(type(model_config), merged, lambda *_: None, "model.config_overrides.")
 
 
 def new_model_config(section: EmbeddingModelSection) -> object:
