@@ -1,0 +1,229 @@
+"""What a user gets wrong is said in one message, and does not block the corrected command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from tests.integration.command_line import TIMEOUT, Result, environment, run
+
+# Many commands in one process: starting anew for each would take minutes.
+_RUN_ALL = """
+import contextlib, io, json, sys
+from vembed_fs2.cli import VEMBED
+results = []
+for command in json.load(sys.stdin):
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(err):
+        try:
+            status = VEMBED.main(command, "fairseq2 vembed")
+        except SystemExit as ex:
+            status = ex.code
+    results.append([status, err.getvalue()])
+json.dump(results, sys.stdout)
+"""
+
+
+def run_all(commands: list[list[str]]) -> list[Result]:
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN_ALL], input=json.dumps(commands), env=environment(), capture_output=True,
+        text=True, timeout=TIMEOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [Result(*result) for result in json.loads(done.stdout)]
+
+
+class Case:
+    """A command that is wrong, and what must be said about it."""
+
+    def __init__(self, config: list[str], *expected: str, arguments: list[str] | None = None) -> None:
+        self.config = config
+        self.expected = expected
+        self.arguments = arguments or []
+
+
+def config_cases(folder: Path) -> dict[str, Case]:
+    broken = folder / "broken.yaml"
+    broken.write_text("model: {path: [\n")
+    no_mapping = folder / "list.yaml"
+    no_mapping.write_text("- 1\n")
+    misspelt = folder / "misspelt.yaml"
+    misspelt.write_text("trainer:\n  max_gradnorm: 1.0\n")
+    return {
+        "preset": Case([], "--preset", "'nosuch' is not a preset", arguments=["--preset", "nosuch"]),
+        "key": Case(["regime.num_step=5"], "`regime.num_step` is not a known key", "`regime.num_steps`?"),
+        "section": Case(["optimiser.config.lr=1"], "`optimiser` is not a known key", "`optimizer`?"),
+        "elsewhere": Case(["batch_size=8"], "`batch_size` is not a known key", "`dataset.batch_size`?"),
+        "component key": Case(["optimizer.config.learning_rate=1"], "`optimizer.config.learning_rate` is not a known"),
+        "all at once": Case(
+            ["regime.num_steps=abc", "dataset.batch_size=1.5", "trainer.max_grad_norm=true", "los.name=x"],
+            "`regime.num_steps` must be a whole number or null, but is 'abc'",
+            "`dataset.batch_size` must be a whole number, but is 1.5",
+            "`trainer.max_grad_norm` must be a number or null, but is True",
+            "`los` is not a known key",
+        ),
+        "range": Case(["dataset.batch_size=0", "regime.num_steps=0"], "`dataset`: `batch", "`regime`: `num_steps`"),
+        "mode": Case(["dataset.mode=x2y"], "`dataset.mode` must be one of", "'t2i'", "x2y"),
+        "loss": Case(["loss.name=infonse"], "`loss.name` 'infonse' is not known", "'infonce'?"),
+        "optimizer": Case(["optimizer.name=adamm"], "`optimizer.name` 'adamm' is not known", "Did you mean 'adamw'?"),
+        "schedule": Case(["lr_scheduler.name=warmup"], "`lr_scheduler.name` 'warmup' is not known", "Did you mean"),
+        "score": Case(["regime.score_metric=mrr"], "`regime.score_metric` needs held-out data"),
+        "validation": Case(["regime.validate_at_start=true"], "`regime.validate_at_start` needs held-out data"),
+        "no equals sign": Case(["regime.num_steps"], "--config", "'regime.num_steps' must have the form KEY=VALUE"),
+        "string for a list": Case(["dataset.paths=train.jsonl"], "`dataset.paths` must be a list", "[train.jsonl]"),
+        "seed": Case(["common.seed=-1"], "`common.seed` must be between 0 and 2**32 - 1"),
+        "value": Case(["dataset.paths=[a"], "'dataset.paths=[a' is not valid YAML"),
+        "YAML": Case([], str(broken), "not valid YAML", arguments=["--config-file", str(broken)]),
+        "YAML list": Case([], str(no_mapping), "keys and values", arguments=["--config-file", str(no_mapping)]),
+        "file key": Case([], "`trainer.max_gradnorm`", "max_grad_norm", arguments=["--config-file", str(misspelt)]),
+        "no file": Case([], "nosuch.yaml", "cannot be read", arguments=["--config-file", str(folder / "nosuch.yaml")]),
+        "processes": Case([], "--nproc-per-node must be at least 1", arguments=["--nproc-per-node", "0"]),
+    }  # fmt: skip
+
+
+def model_cases(folder: Path, bert: Path) -> dict[str, Case]:
+    def changed(name: str, change: Callable[[Path], None]) -> list[str]:
+        copy = folder / name
+        shutil.copytree(bert, copy)
+        change(copy)
+        return [f"model.path={copy}"]
+
+    def set_type(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text())
+        path.joinpath("config.json").write_text(json.dumps({**config, "model_type": "bertt"}))
+
+    def change_tensors(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+        def apply(path: Path) -> None:
+            tensors = load_file(path / "model.safetensors")
+            change(tensors)
+            save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+        return apply
+
+    added = "encoder.extra.weight"
+    layer, words = "encoder.layer.1.output.dense.weight", "embeddings.word_embeddings.weight"
+    return {
+        "no model": Case(["model.path=null"], "`name`, `path` or `family` must be specified"),
+        "card": Case(["model.path=null", "model.name=bge_smal_en_v15"], "bge_smal_en_v15", "baai_bge_small_en_v15"),
+        "family": Case(["model.path=null", "model.family=vembed_bart"], "`model.family`", "'vembed_bert'?"),
+        "arch": Case(["model.path=null", "model.family=vembed_bert", "model.arch=bas"], "`model.arch` 'bas' is not"),
+        "folder": Case([f"model.path={folder}/nosuch"], f"{folder}/nosuch does not exist"),
+        "no weights": Case(changed("bare", lambda p: (p / "model.safetensors").unlink()), "bare has no weights"),
+        "truncated weights": Case(
+            changed("cut", lambda p: (p / "model.safetensors").write_bytes(b"\x10" * 99)), "cut/model.safetensors"
+        ),
+        "model_type": Case(changed("type", set_type), "model_type 'bertt' is not supported", "Did you mean 'bert'?"),
+        "missing tensor": Case(
+            changed("missing", change_tensors(lambda t: t.pop(layer))),
+            "missing", "encoder.layers.1.ffn.output_proj.weight",
+        ),
+        "extra tensor": Case(
+            changed("extra", change_tensors(lambda t: t.update({added: t[words].clone()}))),
+            "extra", added,
+        ),
+        "shape": Case(
+            changed("shape", change_tensors(lambda t: t.update({words: t[words][:3].clone()}))),
+            "`frontend.embed.weight` has a shape of (3, 32)",
+        ),
+        "overrides": Case(["model.config_overrides.num_layer=1"], "`model.config_overrides.num_layer`", "num_layers"),
+    }  # fmt: skip
+
+
+def data_cases(folder: Path) -> dict[str, Case]:
+    def file(name: str, *lines: str) -> str:
+        folder.joinpath(name).write_text("".join(line + "\n" for line in lines))
+        return f"dataset.paths=[{folder / name}]"
+
+    row = '{"query": "red", "positive": "red hat"}'
+    return {
+        "no paths": Case(["dataset.paths=[]"], "`dataset`: `paths` must name at least one file"),
+        "missing file": Case([f"dataset.paths=[{folder}/nosuch.jsonl]"], "nosuch.jsonl does not exist"),
+        "empty": Case([file("empty.jsonl")], "empty.jsonl has no rows"),
+        "not JSON": Case([file("broken.jsonl", row, row[:-1], row)], "broken.jsonl:2", "not valid JSON"),
+        "empty query": Case(
+            [file("blank.jsonl", row, row, row.replace('"red"', '"  "'))], "blank.jsonl:3", "query", "empty"
+        ),
+        "two rows": Case([file("two.jsonl", "1", row, "[]")], "two.jsonl:1", "two.jsonl:3", "2 of 3 rows"),
+        "no positive": Case([file("half.jsonl", '{"query": "red"}')], "half.jsonl:1", "positive"),
+        "column": Case([file("column.jsonl", row), "dataset.columns.query=qery"], "'qery'", "Did you mean 'query'?"),
+        "wrong mode": Case([file("mode.jsonl", row), "dataset.mode=t2i"], "mode.jsonl:1", "in mode t2i"),
+        "held-out file": Case([f"valid.paths=[{folder}/nosuch.jsonl]"], "nosuch.jsonl does not exist"),
+        "batch": Case(["dataset.batch_size=100"], "100 rows", "83"),
+        "batches": Case(["trainer.grad_accumulation.num_batches=11"], "88 rows", "8 rows", "11 batches", "83"),
+    }
+
+
+def test_errors_say_what_is_wrong(tmp_path: Path, bert_folder: Path, texts: Path) -> None:
+    cases = {**config_cases(tmp_path), **model_cases(tmp_path, bert_folder), **data_cases(tmp_path)}
+    valid = ["regime.num_steps=1", f"dataset.paths=[{texts}]", "dataset.batch_size=8", f"model.path={bert_folder}"]
+    out = tmp_path / "out"
+    commands = [
+        ["train", str(out), "--no-rich", *case.arguments, "--config", *valid, *case.config] for case in cases.values()
+    ]
+    commands.append(["train", str(out), "--no-rich", "--config", *valid])
+
+    *failed, corrected = run_all(commands)
+
+    problems = [problem for (name, case), result in zip(cases.items(), failed) for problem in check(name, case, result)]
+    assert not problems, "\n\n".join(problems)
+    assert corrected.status == 0, corrected.output[-4000:]  # In the folder that the failed ones were given.
+
+
+def check(name: str, case: Case, result: Result) -> list[str]:
+    errors = result.output[result.output.find("error: ") :]
+    problems = [f"does not say {text!r}" for text in case.expected if text not in errors]
+    if result.status != 2:
+        problems.append(f"status {result.status}")
+    if "Traceback" in result.output or "\nerror: " not in "\n" + result.output:
+        problems.append("no clean error")
+    return [f"{name}: {'; '.join(problems)}\n{result.output[-1500:]}"] if problems else []
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, bert_folder: Path, texts: Path) -> None:
+    valid = ["regime.num_steps=1", f"dataset.paths=[{texts}]", "dataset.batch_size=8", f"model.path={bert_folder}"]
+
+    def command(out: Path, *config: str) -> list[str]:
+        return ["train", str(out), "--no-rich", "--config", *valid, *config]
+
+    run, mine, file, configs = (tmp_path / name for name in ("run", "mine", "file", "configs"))
+    for folder, name in ((mine, "thesis.tex"), (configs, "config.yaml")):
+        folder.mkdir()
+        folder.joinpath(name).write_text("precious")
+    file.write_text("precious")
+    other_seed = ["loss.config.temperature=0.1", "dataset.batch_size=4"]
+
+    first, again, changed, *refused = run_all(
+        [command(run), command(run), command(run, *other_seed), command(mine), command(file), command(configs)]
+    )
+
+    assert (first.status, again.status, changed.status) == (0, 0, 2), first.output[-3000:] + again.output[-3000:]
+    assert "it holds a run with other values in dataset, loss" in changed.output
+    assert [result.status for result in refused] == [2, 2, 2]
+    assert all(f"error: {path} is not valid" in result.output for path, result in zip((mine, file, configs), refused))
+    assert [path.name for path in (*mine.iterdir(), *configs.iterdir())] == ["thesis.tex", "config.yaml"]
+    assert configs.joinpath("config.yaml").read_text() == file.read_text() == "precious"
+
+
+def test_an_error_on_one_of_two_processes_is_printed_once(tmp_path: Path, clip_folder: Path, digits: Path) -> None:
+    """An image is found to be truncated when it is decoded, in the midst of the training, on one rank."""
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    row = json.loads(data.joinpath("train.jsonl").read_text().splitlines()[40])
+    image = data / row["positive_image"]
+    image.write_bytes(image.read_bytes()[:-40])
+    arguments = ["train", tmp_path / "out", "--no-rich", "--nproc-per-node", 2, "--config", f"model.path={clip_folder}"]
+    arguments += [f"dataset.paths=[{data}/train.jsonl]", "dataset.max_rows=64", "dataset.batch_size=4"]
+
+    result = run(*arguments).expect(2)
+
+    errors = [line for line in result.output.splitlines() if "error: " in line or " ERROR: " in line]
+    assert len(errors) == 1, errors
+    assert errors[0].startswith(f"error: {data}/train.jsonl:41: ")
+    assert str(image) in errors[0]
+    assert result.output.endswith(errors[0] + "\n")

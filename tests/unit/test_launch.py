@@ -1,0 +1,216 @@
+"""How a recipe is started: its configuration, its processes, its folder, and what is kept out of its logs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vembed_fs2.errors import ConfigError
+from vembed_fs2.recipes.arguments import add_recipe_arguments
+from vembed_fs2.recipes.folder import prepare_output_dir
+from vembed_fs2.recipes.launch import dump_config, load_config, run_recipe
+from vembed_fs2.recipes.processes import run_processes
+from vembed_fs2.recipes.secrets import redact_logs, redactor
+from vembed_fs2.recipes.train.config import TrainConfig
+
+VALID = ["model.name=x", "dataset.paths=[x.jsonl]"]
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_recipe_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def load(*arguments: str) -> Any:
+    return load_config("train", TrainConfig, parse("out", *arguments))
+
+
+def test_dumped_configuration_is_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = [*VALID, "optimizer.config.lr=1e-4", "lr_scheduler.name=cosine_annealing", "model.dtype=bfloat16"]
+
+    assert run_recipe("train", parse("--dump-config", "--config", *config)) == 0
+
+    file = tmp_path / "dumped.yaml"
+    file.write_text(capsys.readouterr().out)
+    read = load("--config-file", str(file))
+    assert dump_config(read) == file.read_text()
+    assert read == load("--config", *config)
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text("dataset: {batch_size: 11, num_workers: 11, prefetch: 11}\n")
+    second.write_text("dataset: {num_workers: 12, prefetch: 12}\n")
+    files = ["--config-file", str(first), "--config-file", str(second)]
+
+    config = load("--preset", "demo_text", *files, "--config", *VALID, "dataset.prefetch=13")
+
+    dataset = config.dataset
+    assert (dataset.batch_size, dataset.num_workers, dataset.prefetch, dataset.shuffle) == (11, 12, 13, True)
+    preset = load("--preset", "demo_text", "--config", *VALID)
+    assert preset != load("--config", *VALID)
+    assert config.optimizer == preset.optimizer
+
+
+def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_recipe("train", parse("--preset", "list")) == 0
+
+    assert "demo_text" in capsys.readouterr().out.split()
+
+
+def test_command_line_mistakes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_recipe("train", parse("--nproc-per-node", "0", "--config", "a=1", "out")) == 2
+
+    error = capsys.readouterr().err
+    assert "OUTPUT_DIR is required; give it before --config." in error
+    assert "--nproc-per-node must be at least 1, but is 0." in error
+
+
+@pytest.mark.parametrize(
+    ("rank_1", "status", "says"),
+    [
+        ("pass", 0, []),
+        ("sys.exit(3)", 3, ["rank 1 failed", "logs/rank_1.log"]),
+        ("os.kill(os.getpid(), 9)", 137, ["rank 1 was killed by SIGKILL", "run the same command again"]),
+        ("if claim_error(2): print('error: mine', file=sys.stderr)\n    sys.exit(2)", 2, ["error: mine"]),
+    ],
+)
+def test_processes_end_as_one(rank_1: str, status: int, says: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """The other rank waits for ever, as in a collective; when it is told so late, it keeps silent."""
+    waits = "while not is_error_claimed(): time.sleep(0.01)\n    sys.exit(0 if claim_error(1) else 1)"
+    code = (
+        "import os, sys, time\n"
+        "from vembed_fs2.recipes.processes import claim_error, is_error_claimed\n"
+        f"if os.environ['RANK'] == '1':\n    {rank_1}\n"
+        f"elif {status}:\n    {waits}\n"
+    )
+
+    assert run_processes([sys.executable, "-c", code], 2) == status
+
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == (1 if status else 0)
+    assert all(text in errors[0] for text in says)
+
+
+def test_processes_end_with_a_killed_launcher(tmp_path: Path) -> None:
+    worker = f"import os, time; open({str(tmp_path)!r} + '/' + str(os.getpid()), 'w').close(); time.sleep(60)"
+    code = "import sys; from vembed_fs2.recipes.processes import run_processes; "
+    code += f"run_processes([sys.executable, '-c', {worker!r}], 2)"
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    while len(list(tmp_path.iterdir())) < 2:
+        time.sleep(0.01)
+
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+
+    deadline = time.monotonic() + 10
+    while any(_is_running(int(file.name)) for file in tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        # The third field is the state; what has ended may wait for someone to ask how.
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+ENVIRONMENT = {
+    "WANDB_API_KEY": "0123456789",
+    "HF_TOKEN": "hf_abcdef",
+    "DB_PASS": "abc",
+    "GIT_AUTHOR_NAME": "Ada Lovelace",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PWD": "/home/ada",
+    "http_proxy": "http://ada:p@ss/w0rd:x@proxy:80",
+    "GIT_REMOTE": "https://ghp_secret@github.com/x",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("key 0123456789!", "key [redacted]!"),
+        ("HF_TOKEN=hf_abcdef, DB_PASS=abc, x=abc", "HF_TOKEN=[redacted], DB_PASS=[redacted], x=abc"),
+        ("by Ada Lovelace in /home/ada: false", "by Ada Lovelace in /home/ada: false"),
+        ("http_proxy=http://ada:p@ss/w0rd:x@proxy:80, A=1", "http_proxy=http://[redacted]@proxy:80, A=1"),
+        ("password p@ss/w0rd:x", "password [redacted]"),
+        ("GIT_REMOTE=https://ghp_secret@github.com/x", "GIT_REMOTE=https://[redacted]@github.com/x"),
+        ("see https://bob:hunter2@example.org/a@b", "see https://[redacted]@example.org/a@b"),
+        ("mail ada@example.org, see https://example.org/@ada", "mail ada@example.org, see https://example.org/@ada"),
+    ],
+)
+def test_secrets_are_masked(text: str, clean: str) -> None:
+    assert redactor(ENVIRONMENT)(text) == clean
+
+
+def test_secrets_are_masked_in_logs(caplog: pytest.LogCaptureFixture) -> None:
+    factory = logging.getLogRecordFactory()
+    redact_logs(ENVIRONMENT)
+    try:
+        try:
+            raise ValueError("no: hf_abcdef")
+        except ValueError:
+            logging.getLogger("x").exception("sent %s to %s", "hf_abcdef", "them")
+    finally:
+        logging.setLogRecordFactory(factory)
+
+    assert "hf_abcdef" not in caplog.text
+    assert "sent [redacted] to them" in caplog.text
+    assert "ValueError: no: [redacted]" in caplog.text
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """The folder of a run of two processes."""
+    folder = tmp_path / "run"
+    folder.joinpath("logs").mkdir(parents=True)
+    folder.joinpath("config.yaml").write_text(dump_config(load("--config", *VALID)))
+    for step, rank in ((2, 0), (2, 1), (10, 0), (10, 1)):
+        folder.joinpath(f"checkpoints/step_{step}/trainer").mkdir(parents=True, exist_ok=True)
+        folder.joinpath(f"checkpoints/step_{step}/trainer/rank_{rank:02}.pt").touch()
+    folder.joinpath("checkpoints/step_12.tmp/model").mkdir(parents=True)
+    return folder
+
+
+def test_a_run_is_resumed_without_what_was_half_written(run_dir: Path) -> None:
+    prepare_output_dir(run_dir, None, load("--config", *VALID, "regime.num_steps=99"), 2)
+
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_10", "step_2"]
+
+
+def test_a_run_is_not_resumed_on_another_number_of_processes(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="its run had 2 processes, but now there are 4"):
+        prepare_output_dir(run_dir, None, load("--config", *VALID), 4)
+
+
+def test_another_run_is_refused(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="other values in dataset, optimizer"):
+        prepare_output_dir(run_dir, None, load("--config", *VALID, "dataset.batch_size=3", "optimizer.config.lr=1"), 2)
+
+
+def test_a_run_without_a_checkpoint_is_started_anew(run_dir: Path) -> None:
+    for step in (2, 10):
+        run_dir.joinpath(f"checkpoints/step_{step}").rename(run_dir / f"checkpoints/step_{step}.tmp")
+
+    prepare_output_dir(run_dir, None, load("--config", *VALID, "dataset.batch_size=3"), 1)
+
+
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
+    tmp_path.joinpath("config.yaml").write_text("mine: 1\n")
+
+    with pytest.raises(ConfigError, match="it holds files, but no run"):
+        prepare_output_dir(tmp_path, None, load("--config", *VALID), 1)
+    assert os.listdir(tmp_path) == ["config.yaml"]
