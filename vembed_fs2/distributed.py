@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, ContextManager, Final
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
-from torch.nn import Parameter
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 # Gradients are reduced in flat buffers of about this many elements.
@@ -25,16 +27,17 @@ class GradSync(ABC):
     runs_in_step: bool = False
     """If ``True``, a forward or backward pass of a chunk has collectives, so all ranks must run the same ones."""
 
-    def no_sync(self) -> ContextManager[Any]:
+    def no_sync(self) -> AbstractContextManager[Any]:
         """Wraps each forward pass."""
         return nullcontext()
 
-    def backward(self, *, last: bool) -> ContextManager[Any]:
+    def backward(self, *, last: bool) -> AbstractContextManager[Any]:
         """Wraps each replay and backward pass of a chunk."""
         return nullcontext()
 
     def finish(self) -> None:
         """Called after the last chunk."""
+        return None
 
     @abstractmethod
     def agree_max(self, values: list[int]) -> list[int]:
@@ -42,6 +45,8 @@ class GradSync(ABC):
 
     def agree_counts(self, counts: dict[int, int]) -> dict[int, int]:
         """Return the maximum over ranks of the number of chunks of each kind (0 to 3)."""
+        if not set(counts) <= set(range(4)):
+            raise ValueError(f"The kinds of rows must be from 0 to 3, but are {sorted(counts)}.")
         agreed = self.agree_max([counts.get(kind, 0) for kind in range(4)])
         return {kind: n for kind, n in enumerate(agreed) if n > 0}
 
@@ -66,34 +71,43 @@ class DdpSync(GradSync):
     def __init__(self, module: DistributedDataParallel) -> None:
         self._module = module
 
-    def no_sync(self) -> ContextManager[Any]:
+    def no_sync(self) -> AbstractContextManager[Any]:
         return _KeepFlag(self._module)
 
-    def backward(self, *, last: bool) -> ContextManager[Any]:
+    def backward(self, *, last: bool) -> AbstractContextManager[Any]:
         return _KeepFlag(self._module)
 
     def finish(self) -> None:
         # False inside the user's own `no_sync`, while gradients accumulate.
         if self._module.require_backward_grad_sync:
-            average_gradients(list(self._module.parameters()), self._module.process_group)
+            ignored = self._module.parameters_to_ignore
+            parameters = [p for name, p in self._module.module.named_parameters() if name not in ignored]
+            average_gradients(parameters, self._module.process_group)
 
     def agree_max(self, values: list[int]) -> list[int]:
         return values  # No collective runs in a chunk: each rank may do as it likes.
 
 
 class _KeepFlag:
-    """``DistributedDataParallel.no_sync`` that restores the flag that it found."""
+    """``DistributedDataParallel.no_sync`` that restores the flag that it found.
+
+    With a static graph, it also keeps DDP from queueing the reduction of the
+    first step, which ``no_sync`` does not.
+    """
 
     def __init__(self, module: DistributedDataParallel) -> None:
         self._module = module
-        self._before = True
+        self._before: dict[str, bool] = {}
 
     def __enter__(self) -> None:
-        self._before = self._module.require_backward_grad_sync
-        self._module.require_backward_grad_sync = False
+        for name, value in (("require_backward_grad_sync", False), ("_static_graph_delay_allreduce_enqueued", True)):
+            if name in vars(self._module):
+                self._before[name] = getattr(self._module, name)
+                setattr(self._module, name, value)
 
     def __exit__(self, *error: object) -> None:
-        self._module.require_backward_grad_sync = self._before
+        for name, value in self._before.items():
+            setattr(self._module, name, value)
 
 
 class FsdpSync(GradSync):
@@ -119,12 +133,62 @@ class FsdpSync(GradSync):
 
 
 def grad_sync_of(encoder: Callable[..., Any]) -> GradSync:
-    """Return how the gradients of ``encoder`` are reduced, judged by its type."""
-    if isinstance(encoder, DistributedDataParallel):
-        return DdpSync(encoder)
-    if isinstance(encoder, FSDPModule):
-        return FsdpSync(encoder)
-    return LocalSync()
+    """Return how the gradients of ``encoder`` are reduced.
+
+    The encoder is a DDP or FSDP2 module, or a module, function or method that uses one.
+
+    :raises ValueError: it uses several.
+    :raises TypeError: it uses FSDP1, which cannot accumulate gradients over chunks.
+    """
+    found = list({id(m): m for m in _parallel_modules(encoder, set())}.values())
+    if len(found) > 1:
+        raise ValueError(f"The encoder uses {len(found)} DDP or FSDP2 modules. Give each an encoder of its own.")
+    if not found:
+        return LocalSync()
+    if isinstance(found[0], FullyShardedDataParallel):
+        raise TypeError("FSDP1 is not supported. Use FSDP2 (`torch.distributed.fsdp.fully_shard`).")
+    return DdpSync(found[0]) if isinstance(found[0], DistributedDataParallel) else FsdpSync(found[0])
+
+
+def _parallel_modules(source: Any, seen: set[int]) -> Iterator[Any]:
+    """The outermost parallel modules that a callable can reach."""
+    if id(source) in seen:
+        return
+    seen.add(id(source))
+    if isinstance(source, (DistributedDataParallel, FSDPModule, FullyShardedDataParallel)):
+        yield source
+    elif isinstance(source, Module):
+        for child in source.children():
+            yield from _parallel_modules(child, seen)
+    elif isinstance(source, MethodType):
+        yield from _parallel_modules(source.__func__, seen)
+        for value in (source.__self__, *_modules_of(source.__self__)):
+            yield from _parallel_modules(value, seen)
+    elif isinstance(source, FunctionType):
+        for value in _used_by(source):
+            yield from _parallel_modules(value, seen)
+    elif isinstance(source, partial):
+        for value in (source.func, *source.args, *source.keywords.values()):
+            yield from _parallel_modules(value, seen)
+    elif callable(source):
+        for value in _modules_of(source):
+            yield from _parallel_modules(value, seen)
+
+
+def _modules_of(source: Any) -> list[Any]:
+    return [v for v in getattr(source, "__dict__", {}).values() if isinstance(v, Module)]
+
+
+def _used_by(function: FunctionType) -> Iterator[Any]:
+    """What a function closes over, and the modules and neighbouring functions that it names."""
+    yield from function.__defaults__ or ()
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # Not assigned yet.
+            yield cell.cell_contents
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        if isinstance(value, Module) or getattr(value, "__globals__", None) is function.__globals__:
+            yield value
 
 
 def average_gradients(parameters: Sequence[Parameter], group: ProcessGroup | None) -> None:
@@ -154,7 +218,7 @@ def average_gradients(parameters: Sequence[Parameter], group: ProcessGroup | Non
         assert work is not None
         work.wait()
         flat.div_(size)
-        for grad, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+        for grad, part in zip(bucket, torch.split(flat, [g.numel() for g in bucket])):
             grad.copy_(part.view_as(grad))
 
 
@@ -214,7 +278,7 @@ class RowGather:
         """
         if self.size == 1:
             return x
-        return _GatherRows.apply(x, list(counts), self._group, self.rank)  # type: ignore[no-any-return]
+        return _GatherRows.apply(x, list(counts), self._group, self.rank)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _GatherRows(torch.autograd.Function):
@@ -230,7 +294,8 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        grad = grad.contiguous()
+        # A copy, because other nodes of the graph may hold the same tensor.
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         start = sum(ctx.counts[: ctx.rank])
         return grad[start : start + ctx.counts[ctx.rank]].clone(), None, None, None

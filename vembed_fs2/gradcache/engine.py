@@ -1,24 +1,20 @@
-"""The gradient-cache step.
-
-Legend: N rows of one encoder (of all its roles), D embedding size, L vectors
-per row of multi-vector models.
-"""
+"""The gradient-cache step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Module
 
 from vembed_fs2.distributed import GradSync, grad_sync_of
-from vembed_fs2.gradcache.planner import Budget, Chunk, count_kept, match_counts, parse_budget, plan_chunks
-from vembed_fs2.gradcache.replay import Autocast, RngState, SavedBytes
-from vembed_fs2.gradcache.rows import Rows, as_rows
+from vembed_fs2.gradcache.group import EncodedChunk, Group
+from vembed_fs2.gradcache.planner import Budget, count_kept, match_counts, parse_budget, plan_chunks
+from vembed_fs2.gradcache.replay import SavedBytes
+from vembed_fs2.gradcache.rows import as_rows
 
 
 @dataclass
@@ -50,7 +46,9 @@ class GradCache:
     Rows are encoded in chunks; the loss sees all embeddings; its gradient with
     respect to each embedding is then carried through the encoder chunk by
     chunk. The gradient is that of the plain step, with dropout, autocast, loss
-    scaling, gradient accumulation, DDP and FSDP2.
+    scaling, gradient accumulation, DDP and FSDP2. What an encoder makes of a
+    row must not depend on the other rows of its chunk, as batch normalisation
+    does.
 
     .. code:: python
 
@@ -59,15 +57,21 @@ class GradCache:
         value.backward()
 
     :param encode: ``encode(chunk)`` returns embeddings ``[n, D]``, or a tuple
-        ``(embeddings [n, L, D], mask [n, L], *extras)``. One for all roles, or a
-        list with one for each. Modules wrapped in DDP or FSDP2 are recognised.
+        ``(embeddings, mask, *extras)``: embeddings ``[n, D]`` with the mask
+        ``None``, or ``[n, L, D]`` with a mask ``[n, L]``; ``extras`` are tensors
+        that do not depend on the rows, such as a learned temperature. One for
+        all roles, or a list with one for each. DDP and FSDP2 modules are
+        recognised, also inside another module, a function or a method.
     :param loss: ``loss(*embeddings, **kwargs)`` returns a scalar. It gets what
-        ``encode`` returns, for all rows of each role.
-    :param chunk_tokens: the cost of a chunk, padding included, in tokens.
+        ``encode`` returns, for all rows of each role. It may have parameters.
+    :param chunk_tokens: the cost of a chunk, padding included, in tokens. A row
+        without tokens costs 1.
     :param activation_budget: the memory for graphs that are kept instead of
-        recomputed: ``"auto"``, ``"all"``, ``0`` or a size such as ``"4GiB"``.
-        One chunk's graph is kept in any case.
+        recomputed: ``"auto"`` (half of what is free), ``"all"``, ``0`` or a size
+        such as ``"4GiB"``. The first graph of each encoder and kind of rows is
+        kept in any case, and is not counted.
     :param sync: how gradients are reduced; found from ``encode`` if ``None``.
+    :raises ValueError: ``chunk_tokens`` or ``activation_budget`` is not valid.
     """
 
     def __init__(
@@ -81,12 +85,12 @@ class GradCache:
     ) -> None:
         if chunk_tokens < 1:
             raise ValueError(f"`chunk_tokens` must be greater than or equal to 1, but is {chunk_tokens} instead.")
+        parse_budget(activation_budget, torch.device("cpu"))
         self._encode = encode
         self._loss = loss
         self._chunk_tokens = chunk_tokens
         self._budget: Budget = activation_budget
-        self._budget_bytes: int | None = None
-        self._bytes_per_token: dict[int, float] = {}
+        self._bytes_per_token: dict[tuple[int, int], float] = {}
         self._sync = sync
         self.stats = StepStats()
 
@@ -103,54 +107,49 @@ class GradCache:
         for group in groups:
             self._plan(group)
             self._forward(group)
-        leaves: list[Tensor | None] = [None] * len(roles)
         embeddings: list[Any] = [None] * len(roles)
         for group in groups:
-            for role, leaf, output in group.role_outputs():
-                leaves[role], embeddings[role] = leaf, output
-        if not torch.is_grad_enabled():
-            return self._loss(*embeddings, **loss_kwargs)
+            for role, output in group.role_outputs():
+                embeddings[role] = output
         value = self._loss(*embeddings, **loss_kwargs)
-        extras = [leaf for group in groups for leaf in group.extra_leaves]
-        inputs = [*(leaf for leaf in leaves if leaf is not None), *extras, *self._loss_parameters()]
-        grads = torch.autograd.grad(value, inputs, allow_unused=True)
-        step = _Step(groups, self._loss_parameters(), list(grads))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"`loss` must return a scalar tensor, but returned {found}.")
+        if not value.requires_grad:
+            return value
         trigger = value.new_zeros((), requires_grad=True)
-        return _Backward.apply(value.detach(), trigger, step)  # type: ignore[no-any-return]
+        return _Backward.apply(value.detach(), trigger, _Step(groups, value))  # type: ignore[no-any-return, no-untyped-call]
 
-    def _loss_parameters(self) -> list[Tensor]:
-        if not isinstance(self._loss, Module):
-            return []
-        return [p for p in self._loss.parameters() if p.requires_grad]
-
-    def _group(self, roles: Sequence[Any]) -> list[_Group]:
+    def _group(self, roles: Sequence[Any]) -> list[Group]:
         encoders = self._encode
         if callable(encoders):
             encoders = [encoders] * len(roles)
-        if len(encoders) != len(roles):
+        if len(encoders) != len(roles) or not roles:
             raise ValueError(f"There are {len(encoders)} encoders, but {len(roles)} roles.")
-        groups: dict[int, _Group] = {}
+        groups: dict[int, Group] = {}
         for idx, (encoder, role) in enumerate(zip(encoders, roles)):
             group = groups.get(id(encoder))
             if group is None:
                 sync = self._sync if self._sync is not None else grad_sync_of(encoder)
-                group = groups[id(encoder)] = _Group(len(groups), encoder, sync)
+                group = groups[id(encoder)] = Group(len(groups), encoder, sync)
             group.add(idx, as_rows(role))
         return list(groups.values())
 
-    def _plan(self, group: _Group) -> None:
+    def _plan(self, group: Group) -> None:
         rows = group.rows
         costs, kinds = rows.costs(), rows.kinds()
+        if not costs:
+            raise ValueError("A step needs at least one row for each encoder.")
         chunks = plan_chunks(costs, kinds, self._chunk_tokens)
         if group.sync.runs_in_step:
             own = {kind: sum(c.kind == kind for c in chunks) for kind in set(kinds)}
             chunks = match_counts(chunks, group.sync.agree_counts(own), costs)
-        group.chunks = [_EncodedChunk(chunk) for chunk in chunks]
+        group.chunks = [EncodedChunk(chunk) for chunk in chunks]
         self.stats.num_chunks += len(chunks)
         self.stats.num_tokens += sum(costs)
         self.stats.num_padded_tokens += sum(c.tokens for c in chunks)
 
-    def _forward(self, group: _Group) -> None:
+    def _forward(self, group: Group) -> None:
         if not torch.is_grad_enabled():
             for encoded in group.chunks:
                 group.encode(encoded, keep=False)
@@ -168,220 +167,49 @@ class GradCache:
             group.encode(encoded, keep=position < num_kept)
         self.stats.num_kept += len(firsts) + num_kept
 
-    def _encode_first(self, group: _Group, encoded: _EncodedChunk) -> None:
-        if group.index in self._bytes_per_token or self._budget in (0, "all"):
+    def _encode_first(self, group: Group, encoded: EncodedChunk) -> None:
+        key = (group.index, encoded.chunk.kind)
+        if key in self._bytes_per_token or self._budget in (0, "all"):
             group.encode(encoded, keep=True)
             return
         saved = SavedBytes()
         with saved.measuring():
             group.encode(encoded, keep=True)
-        self._bytes_per_token[group.index] = saved.total / max(encoded.chunk.tokens, 1)
+        self._bytes_per_token[key] = saved.total / max(encoded.chunk.tokens, 1)
 
-    def _count_kept(self, group: _Group, chunks: Sequence[_EncodedChunk]) -> int:
+    def _count_kept(self, group: Group, chunks: Sequence[EncodedChunk]) -> int:
         sync = group.sync
-        if self._budget_bytes is None:
-            self._budget_bytes = -sync.agree_max([-parse_budget(self._budget, group.device)])[0]
-        if self._budget_bytes == 0 or not chunks:
+        # Asked anew in each step: "auto" depends on what else is in memory by now.
+        budget = -sync.agree_max([-parse_budget(self._budget, group.device)])[0]
+        if budget == 0 or not chunks:
             return 0
-        tokens = sync.agree_max([e.chunk.tokens for e in chunks])
-        bytes_per_token = sync.agree_max([int(self._bytes_per_token.get(group.index, 0.0)) + 1])[0]
-        return count_kept(tokens, self._budget_bytes, bytes_per_token)
-
-
-@dataclass
-class _EncodedChunk:
-    chunk: Chunk
-    values: Tensor | None = None
-    """The embeddings; with their graph if it is kept."""
-
-    mask: Tensor | None = None
-    extras: tuple[Tensor | None, ...] = ()
-    kept: bool = False
-    rng: RngState | None = None
-
-
-@dataclass
-class _Group:
-    """All rows of one encoder, and their embeddings."""
-
-    index: int
-    encoder: Callable[[Any], Any]
-    sync: GradSync
-    roles: list[tuple[int, Rows]] = field(default_factory=list)
-    chunks: list[_EncodedChunk] = field(default_factory=list)
-    leaves: list[Tensor] = field(default_factory=list)
-    extra_leaves: list[Tensor] = field(default_factory=list)
-    trained_kinds: set[int] = field(default_factory=set)
-    _rows: Rows | None = None
-    _output_type: type | None = None
-    _autocast: Autocast | None = None
-    _device: torch.device | None = None
-
-    def add(self, role: int, rows: Rows) -> None:
-        self.roles.append((role, rows))
-
-    @property
-    def rows(self) -> Rows:
-        if self._rows is None:
-            batches = [rows for _, rows in self.roles]
-            self._rows = batches[0] if len(batches) == 1 else type(batches[0]).concat(batches)
-        return self._rows
-
-    def firsts(self) -> list[int]:
-        """The first chunk of each kind. They are encoded, and carried backward, before the others."""
-        kinds = [e.chunk.kind for e in self.chunks]
-        return [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-
-    @property
-    def device(self) -> torch.device:
-        assert self._device is not None
-        return self._device
-
-    def encode(self, encoded: _EncodedChunk, *, keep: bool) -> None:
-        inputs = self.rows.select(encoded.chunk.rows)
-        device = _device_of(inputs)
-        if self._autocast is None:
-            self._autocast, self._device = Autocast(device), device
-        if not keep:
-            encoded.rng = RngState(device)
-        with self.sync.no_sync(), torch.set_grad_enabled(keep):
-            output = self.encoder(inputs)
-        encoded.values, encoded.mask, encoded.extras = self._unpack(output)
-        encoded.kept = keep
-        if keep and encoded.values.requires_grad:
-            self.trained_kinds.add(encoded.chunk.kind)
-
-    def _unpack(self, output: Any) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
-        if isinstance(output, Tensor):
-            return output, None, ()
-        self._output_type = type(output)
-        return output[0], output[1] if len(output) > 1 else None, tuple(output[2:])
-
-    def role_outputs(self) -> list[tuple[int, Tensor, Any]]:
-        """Cut the graphs: for each role, its leaf and what the loss gets."""
-        values, mask = self._assemble()
-        self.extra_leaves = []
-        extras: list[Tensor | None] = []
-        for extra in self.chunks[0].extras:
-            leaf = None if extra is None else extra.detach().requires_grad_()
-            extras.append(leaf)
-            if leaf is not None:
-                self.extra_leaves.append(leaf)
-        outputs = []
-        start = 0
-        for role, rows in self.roles:
-            stop = start + len(rows)
-            leaf = values[start:stop].detach().requires_grad_()
-            role_mask = None if mask is None else mask[start:stop]
-            outputs.append((role, leaf, self._pack(leaf, role_mask, extras)))
-            start = stop
-        self.leaves = [leaf for _, leaf, _ in outputs]
-        return outputs
-
-    def _pack(self, values: Tensor, mask: Tensor | None, extras: list[Tensor | None]) -> Any:
-        if self._output_type is None:
-            return values
-        if self._output_type in (tuple, list):
-            return (values, mask, *extras)
-        return self._output_type(values, mask, *extras)
-
-    def _assemble(self) -> tuple[Tensor, Tensor | None]:
-        """Put the chunks' embeddings in row order. *Returns:* ``[N, D]``, or ``[N, L, D]`` and ``[N, L]``."""
-        first = self.chunks[0].values
-        assert first is not None
-        num_rows = len(self.rows)
-        if first.ndim == 2:
-            values, mask = first.new_empty(num_rows, first.size(1)), None
-        else:
-            width = max(e.values.size(1) for e in self.chunks if e.values is not None)
-            values = first.new_zeros(num_rows, width, first.size(2))
-            mask = torch.zeros(num_rows, width, dtype=torch.bool, device=first.device)
-        for encoded in self.chunks:
-            if encoded.chunk.dummy:
-                continue
-            assert encoded.values is not None
-            rows = torch.tensor(encoded.chunk.rows, device=values.device)
-            if mask is None:
-                values[rows] = encoded.values.detach()
-            else:
-                width = encoded.values.size(1)
-                values[rows, :width] = encoded.values.detach()
-                mask[rows, :width] = True if encoded.mask is None else encoded.mask
-            if not encoded.kept:
-                encoded.values = None
-        return values, mask
-
-    def backward(self, grad: Tensor, extra_grads: list[Tensor | None]) -> None:
-        """Carry ``grad`` (``[N, D]`` or ``[N, L, D]``) through the encoder."""
-        firsts = self.firsts()
-        order = sorted(range(len(self.chunks)), key=lambda idx: (idx not in firsts, idx))
-        tasks = [self.chunks[idx] for idx in order if self.chunks[idx].chunk.kind in self.trained_kinds]
-        for idx, encoded in enumerate(tasks):
-            with self.sync.backward(last=idx == len(tasks) - 1):
-                self._backward_chunk(encoded, grad, extra_grads if encoded is self.chunks[0] else [])
-        self.sync.finish()
-
-    def _backward_chunk(self, encoded: _EncodedChunk, grad: Tensor, extra_grads: list[Tensor | None]) -> None:
-        if not encoded.kept:
-            self._replay(encoded)
-        values = encoded.values
-        assert values is not None
-        rows = torch.tensor(encoded.chunk.rows, device=grad.device)
-        chunk_grad = grad[rows] if grad.ndim == 2 else grad[rows, : values.size(1)]
-        if encoded.chunk.dummy:
-            chunk_grad = torch.zeros_like(chunk_grad)
-        tensors, grads = [values], [chunk_grad.to(values.dtype)]
-        present = [e for e in encoded.extras if e is not None]
-        for extra, extra_grad in zip(present, extra_grads):
-            if extra.requires_grad and extra_grad is not None:
-                tensors.append(extra)
-                grads.append(extra_grad)
-        torch.autograd.backward(tensors, grads)
-        encoded.values, encoded.extras = None, ()
-
-    def _replay(self, encoded: _EncodedChunk) -> None:
-        assert encoded.rng is not None
-        assert self._autocast is not None
-        inputs = self.rows.select(encoded.chunk.rows)
-        with torch.enable_grad(), self._autocast.entered(), encoded.rng.restored():
-            output = self.encoder(inputs)
-        encoded.values, encoded.mask, encoded.extras = self._unpack(output)
+        per_token = self._bytes_per_token
+        sizes = [int(e.chunk.tokens * per_token.get((group.index, e.chunk.kind), 0.0)) + 1 for e in chunks]
+        return count_kept(sync.agree_max(sizes), budget)
 
 
 class _Step:
-    """The cached gradients of a step, to be carried through the encoders once."""
+    """A step that waits for its backward pass, which can run once."""
 
-    def __init__(self, groups: list[_Group], loss_parameters: list[Tensor], grads: list[Tensor | None]) -> None:
+    def __init__(self, groups: list[Group], value: Tensor) -> None:
         self._groups = groups
-        self._loss_parameters = loss_parameters
-        # In the order of `GradCache.__call__`: roles, extras, loss parameters.
-        num_roles = sum(len(g.roles) for g in groups)
-        self._role_grads = grads[:num_roles]
-        num_extras = sum(len(g.extra_leaves) for g in groups)
-        self._extra_grads = grads[num_roles : num_roles + num_extras]
-        self._loss_grads = grads[num_roles + num_extras :]
-        self._done = False
+        self._value: Tensor | None = value
 
     def backward(self, scale: Tensor) -> None:
-        if self._done:
+        if self._value is None:
             raise RuntimeError("`backward()` was called twice on one step; the graphs of its chunks are gone.")
-        self._done = True
-        start = 0
-        for group in self._groups:
-            stop = start + len(group.extra_leaves)
-            extra_grads = [None if g is None else g * scale for g in self._extra_grads[start:stop]]
-            start = stop
-            parts = [self._role_grads[role] for role, _ in group.roles]
-            filled = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(parts, group.leaves)]
-            group.backward(torch.cat(filled) * scale, extra_grads)
-        for parameter, grad in zip(self._loss_parameters, self._loss_grads):
-            if grad is not None:
-                grad = grad * scale
-                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        value, self._value = self._value, None
+        groups, self._groups = self._groups, []
+        # The loss itself is carried backward now and not in the forward pass, for
+        # two reasons: with half precision its gradients would underflow without
+        # the loss scale, and its own parameters get theirs like in a plain step.
+        torch.autograd.backward(value, scale)
+        for group in groups:
+            group.backward()
 
 
 class _Backward(torch.autograd.Function):
-    """A scalar whose backward pass runs the cached step, multiplied by the incoming gradient.
+    """A scalar whose backward pass runs the step's, multiplied by the incoming gradient.
 
     The incoming gradient carries loss scaling and accumulation, so both stay exact.
     """
@@ -392,15 +220,7 @@ class _Backward(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
         ctx.step.backward(grad)
         return None, None, None
-
-
-def _device_of(inputs: Any) -> torch.device:
-    values = inputs.values() if isinstance(inputs, dict) else vars(inputs).values()
-    for value in values:
-        if isinstance(value, Tensor):
-            return value.device
-    return torch.device("cpu")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 import torch
@@ -12,6 +14,8 @@ import torch
 Budget: TypeAlias = "int | str | Literal['auto', 'all']"
 
 _UNITS: Final = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+_KINDS: Final = {1: "texts", 2: "images", 3: "texts with images"}
 
 # What "auto" may take of the memory that is free when training starts.
 _AUTO_FRACTION: Final = 0.5
@@ -62,7 +66,10 @@ def match_counts(chunks: list[Chunk], counts: dict[int, int], costs: Sequence[in
     for kind in sorted(counts):
         own = [c for c in chunks if c.kind == kind]
         if not own:
-            raise ValueError("This rank has no row of a kind that other ranks have.")
+            raise ValueError(
+                f"This rank has no row of {_KINDS.get(kind, f'kind {kind}')}, but other ranks have: the parts of a"
+                " sharded model must run on all ranks. Use larger batches, rows that all hold the same, or DDP."
+            )
         while len(own) < counts[kind]:
             largest = max(range(len(own)), key=lambda i: len(own[i].rows))
             own[largest : largest + 1] = _split(own[largest], costs)
@@ -78,28 +85,29 @@ def _split(chunk: Chunk, costs: Sequence[int]) -> list[Chunk]:
     return [Chunk(rows, chunk.kind, len(rows) * max(costs[r] for r in rows)) for rows in parts]
 
 
-def count_kept(tokens: Sequence[int], budget: int, bytes_per_token: float) -> int:
+def count_kept(sizes: Sequence[int], budget: int) -> int:
     """Return how many chunks can keep their graphs, from the first on.
 
     The first are the most expensive to recompute. A prefix, so that neither the
     order of random numbers nor that of sums depends on the budget: a run gives
     the same weights whatever memory is free.
 
-    :param tokens: the cost of each chunk, in the order of encoding.
+    :param sizes: the bytes of each chunk's graph, in the order of encoding.
     :param budget: bytes for activations.
     """
-    left = float(budget)
-    for idx, cost in enumerate(tokens):
-        left -= cost * bytes_per_token
+    left = budget
+    for idx, size in enumerate(sizes):
+        left -= size
         if left < 0:
             return idx
-    return len(tokens)
+    return len(sizes)
 
 
 def parse_budget(value: Budget, device: torch.device) -> int:
     """Convert ``0``, a number of bytes, ``"4GiB"``, ``"all"`` or ``"auto"`` to bytes.
 
-    ``auto`` is half of the memory that is free now.
+    ``auto`` is half of the memory that is free now; on CPUs, of this process's
+    share of it.
 
     :raises ValueError: ``value`` is none of these.
     """
@@ -107,10 +115,10 @@ def parse_budget(value: Budget, device: torch.device) -> int:
         return 2**62
     if value == "auto":
         return int(_free_memory(device) * _AUTO_FRACTION)
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         if value >= 0:
             return value
-    elif match := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value):
+    elif isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)):
         unit = _UNITS.get(match[2].upper())
         if unit is not None:
             return int(float(match[1]) * unit)
@@ -122,9 +130,25 @@ def _free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + cached)
+    # The processes of one machine share its memory.
+    return min(_available(), _container_headroom()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _available() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as fp:
             fields = dict(line.split(":", 1) for line in fp)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return 4 * 2**30  # No way to ask (not Linux): assume little.
+
+
+def _container_headroom() -> int:
+    """What the control group of a container leaves; ``/proc/meminfo`` tells that of the whole machine."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int(root.joinpath(name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in root.joinpath("memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 2**62  # No control group, or no limit ("max").
+    return max(limit - used + int(stat.get("inactive_file", 0)), 0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, ContextManager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,16 +37,16 @@ class Autocast:
         self._enabled = torch.is_autocast_enabled(device.type)
         self._dtype = torch.get_autocast_dtype(device.type)
 
-    def entered(self) -> ContextManager[Any]:
-        if not self._enabled:
-            return nullcontext()
-        return torch.autocast(self._type, dtype=self._dtype)
+    def entered(self) -> AbstractContextManager[Any]:
+        # Where it was off it must be turned off: the backward pass may run inside an autocast of its own.
+        return torch.autocast(self._type, dtype=self._dtype, enabled=self._enabled)
 
 
 class SavedBytes:
     """Counts the bytes that autograd saves for the backward pass, each storage once.
 
-    Parameters are not counted: they exist anyway.
+    Parameters are not counted: they exist anyway. Nor are their casts under
+    autocast, which all chunks share.
     """
 
     def __init__(self) -> None:
@@ -56,12 +56,22 @@ class SavedBytes:
     def total(self) -> int:
         return sum(self._seen.values())
 
-    def measuring(self) -> ContextManager[Any]:
+    def measuring(self) -> AbstractContextManager[Any]:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         base = tensor._base if tensor._base is not None else tensor
-        if not isinstance(base, torch.nn.Parameter):
+        if not _is_weight(base):
             storage = tensor.untyped_storage()
             self._seen[storage.data_ptr()] = storage.nbytes()
         return tensor
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    if isinstance(tensor, torch.nn.Parameter):
+        return True
+    node = tensor.grad_fn
+    if node is None or node.name() != "ToCopyBackward0":
+        return False
+    source = node.next_functions[0][0]
+    return source is not None and isinstance(getattr(source, "variable", None), torch.nn.Parameter)

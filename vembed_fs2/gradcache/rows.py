@@ -19,7 +19,7 @@ class Rows(Protocol):
         """The tokens of each row."""
 
     def kinds(self) -> list[int]:
-        """Rows of different kinds never share a chunk."""
+        """From 0 to 3. Rows of different kinds never share a chunk."""
 
     def select(self, rows: Sequence[int]) -> Any:
         """The given rows as the encoder takes them, trimmed to their own width."""
@@ -30,60 +30,130 @@ class Rows(Protocol):
 
 
 class DictRows:
-    """Rows of a dict of tensors with a leading row dimension, as transformers' models take them."""
+    """Rows of a dict of tensors with a leading row dimension, as transformers' models take them.
+
+    The lengths are those of ``attention_mask``. Padding is cut where it trails;
+    padding on the left stays, because positions may count it.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or tensor.ndim == 0:
+                raise TypeError(f"`{name}` of a role must be a tensor with a row dimension, but is {tensor!r}.")
         sizes = {k: v.size(0) for k, v in tensors.items()}
         if not sizes or len(set(sizes.values())) != 1:
             raise ValueError(f"All tensors of a role must have the same number of rows, but have {sizes}.")
         self._tensors = dict(tensors)
         mask = self._tensors.get("attention_mask")
-        # Padding is cut where it trails; padding on the left stays.
-        trailing = mask is not None and not (mask[:, 1:] > mask[:, :-1]).any()
-        self._lengths = mask.sum(1).tolist() if mask is not None and trailing else None
-        self._width = mask.size(1) if mask is not None else 0
+        self._shape: torch.Size | None = None
+        self._lengths: list[int] | None = None
+        if mask is not None and mask.ndim == 2:
+            self._shape = mask.shape
+            if not (mask[:, 1:] > mask[:, :-1]).any():
+                self._lengths = [int(n) for n in mask.sum(1).tolist()]
 
     def __len__(self) -> int:
         return next(iter(self._tensors.values())).size(0)
 
     def costs(self) -> list[int]:
         if self._lengths is not None:
-            return [int(n) for n in self._lengths]
-        return [max(self._width, 1)] * len(self)
+            return [max(n, 1) for n in self._lengths]
+        ids = self._tensors.get("attention_mask", self._tensors.get("input_ids"))
+        return [ids.size(1) if ids is not None and ids.ndim == 2 else 1] * len(self)
 
     def kinds(self) -> list[int]:
         return [0] * len(self)
 
     def select(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        width = self._width if self._lengths is None else max(int(self._lengths[r]) for r in rows)
-        return {k: self._trim(v[torch.as_tensor(rows, device=v.device)], width) for k, v in self._tensors.items()}
+        chunk = {k: v[torch.as_tensor(rows, device=v.device)] for k, v in self._tensors.items()}
+        if self._lengths is not None:
+            width = max(1, *(self._lengths[r] for r in rows))
+            chunk = {k: v[:, :width] if self._is_sequence(self._tensors[k]) else v for k, v in chunk.items()}
+        return chunk
 
     @staticmethod
-    def concat(batches: Sequence[DictRows]) -> DictRows:
-        if len(batches) == 1:
-            return batches[0]
-        keys = batches[0]._tensors.keys()
-        if any(b._tensors.keys() != keys for b in batches):
-            raise ValueError("Roles that share an encoder must hold the same keys.")
-        width = max(b._width for b in batches)
-        return DictRows({k: torch.cat([b._padded(k, width) for b in batches]) for k in keys})
+    def concat(batches: Sequence[DictRows]) -> DictRows | SeparateRows:
+        if not _fit(batches):
+            return SeparateRows(batches)
+        width = max(b._shape[1] if b._shape is not None else 0 for b in batches)
+        names = batches[0]._tensors
+        return DictRows({name: torch.cat([b._padded(name, width) for b in batches]) for name in names})
 
-    def _padded(self, key: str, width: int) -> Tensor:
-        tensor = self._tensors[key]
-        if tensor.ndim > 1 and tensor.size(1) == self._width < width:
-            padding = [0, 0] * (tensor.ndim - 2) + [0, width - self._width]
-            return torch.nn.functional.pad(tensor, padding)
+    def _is_trailing(self) -> bool:
+        """Whether there is padding, all of it on the right."""
+        return self._lengths is not None and self._shape is not None and min(self._lengths, default=0) < self._shape[1]
+
+    def _shapes(self) -> dict[str, Any]:
+        """The shape of a row of each tensor; that of sequences without their width."""
+        return {
+            name: (tensor.dtype, tensor.shape[2 if self._is_sequence(tensor) else 1 :], self._is_sequence(tensor))
+            for name, tensor in self._tensors.items()
+        }
+
+    def _is_sequence(self, tensor: Tensor) -> bool:
+        """Whether the second dimension is that of tokens: of ids, masks and token states, but not of pixels."""
+        if self._shape is None or tensor.shape[:2] != self._shape:
+            return False
+        is_mask = tensor is self._tensors["attention_mask"]
+        return is_mask or tensor.ndim == 3 or (tensor.ndim == 2 and not tensor.is_floating_point())
+
+    def _padded(self, name: str, width: int) -> Tensor:
+        tensor = self._tensors[name]
+        if self._is_sequence(tensor) and tensor.size(1) < width:
+            return torch.nn.functional.pad(tensor, [0, 0] * (tensor.ndim - 2) + [0, width - tensor.size(1)])
         return tensor
 
-    def _trim(self, tensor: Tensor, width: int) -> Tensor:
-        is_sequence = tensor.ndim > 1 and tensor.size(1) == self._width
-        return tensor[:, :width] if is_sequence else tensor
+
+class SeparateRows:
+    """Rows of dicts that do not fit together. Each dict is of a kind of its own, so they never share a chunk."""
+
+    def __init__(self, parts: Sequence[DictRows]) -> None:
+        self._parts = parts
+        self._members = [(part, row) for part, rows in enumerate(parts) for row in range(len(rows))]
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def costs(self) -> list[int]:
+        return [cost for part in self._parts for cost in part.costs()]
+
+    def kinds(self) -> list[int]:
+        return [part for part, _ in self._members]
+
+    def select(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        part = self._members[rows[0]][0]
+        return self._parts[part].select([self._members[r][1] for r in rows])
+
+
+def _fit(batches: Sequence[DictRows]) -> bool:
+    """Whether rows of all batches can share a chunk without changing what an encoder makes of them."""
+    if any(b._shapes() != batches[0]._shapes() for b in batches):
+        return False
+    if len({b._shape[1] if b._shape is not None else 0 for b in batches}) == 1:
+        return True
+    # Of different widths. Nobody who pads on the right minds more of it; who pads on the left, or not at all, may
+    # take the last token for that of the text.
+    return all(b._lengths is not None for b in batches) and any(b._is_trailing() for b in batches)
+
+
+def append_rows(batches: Sequence[Any]) -> Any:
+    """Append the rows of all roles of an encoder."""
+    if len(batches) == 1:
+        return batches[0]
+    kinds = {type(b) for b in batches}
+    if len(kinds) > 1:
+        names = " and ".join(sorted(k.__name__ for k in kinds))
+        raise TypeError(f"Roles that share an encoder must be of one type, but are {names}.")
+    return type(batches[0]).concat(batches)
 
 
 def as_rows(role: Any) -> Rows:
-    """Wrap one argument of a step."""
+    """Wrap one argument of a step.
+
+    :raises TypeError: it is neither an ``EncoderBatch`` nor a dict of tensors.
+    """
     if isinstance(role, Mapping):
         return DictRows(role)
     if isinstance(role, Rows):
         return role
-    raise TypeError(f"A role must be an EncoderBatch or a dict of tensors, but is of type `{type(role)}`.")
+    raise TypeError(f"A role must be an EncoderBatch or a dict of tensors, but is of type `{type(role).__name__}`.")
