@@ -15,12 +15,11 @@ from torch.nn import Module
 from typing_extensions import override
 
 from vembed_fs2.gradcache import GradCache
-from vembed_fs2.losses import ContrastiveLoss, LossOutput, RowInfo
+from vembed_fs2.losses import MAX_LOGIT_SCALE, ContrastiveLoss, LossOutput, RowInfo
 from vembed_fs2.models.embedding import Embeddings
 from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.train.config import GradCacheSection
 from vembed_fs2.recipes.train.dataset import ContrastiveBatch
-
 
 # Sums over queries and over batches; divided when they are published.
 _PER_QUERY: Final = ("loss", "accuracy", "num_negatives", "masked_fraction", "temperature")
@@ -34,6 +33,7 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
     def __init__(
         self, dp_model: Module, loss: ContrastiveLoss, grad_cache: GradCacheSection, stop: StopRequest
     ) -> None:
+        self._model = dp_model
         self._loss = loss
         self._step = GradCache(
             dp_model,
@@ -61,9 +61,17 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         The trainer divides by the number of queries of all ranks and undoes the
         averaging of DDP and FSDP2, so the gradient is that of the global mean.
         """
+        self._clamp_logit_scale()
         loss = self._step(batch.query, batch.document, rows=batch.rows)
         self._update_metrics(batch, loss.detach(), metric_bag)
         return loss, batch.num_queries
+
+    @torch.no_grad()
+    def _clamp_logit_scale(self) -> None:
+        # As CLIP's own training does: above its bound the temperature would have no gradient, and stay there.
+        for name, parameter in self._model.named_parameters():
+            if name.rpartition(".")[2] == "logit_scale" and parameter.requires_grad:
+                parameter.clamp_(max=MAX_LOGIT_SCALE)
 
     def _compute_loss(self, query: Embeddings, document: Embeddings, rows: RowInfo) -> Tensor:
         output = self._loss(query.values, document.values, rows, query.logit_scale)

@@ -7,13 +7,23 @@ embedding size.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+
+MAX_LOGIT_SCALE: Final = math.log(100.0)
+"""CLIP's bound of a learned scale: a temperature below 0.01 makes training unstable.
+
+A parameter above it has no gradient; like CLIP's own training, keep it below by
+``logit_scale.clamp_(max=MAX_LOGIT_SCALE)`` in each step.
+"""
 
 
 @dataclass
@@ -31,10 +41,26 @@ class RowInfo:
 
     @staticmethod
     def distinct(num_queries: int, num_documents: int, device: torch.device | None = None) -> RowInfo:
-        """Rows of which nothing is the same as anything else."""
-        queries = torch.arange(num_queries, device=device)
-        documents = torch.arange(num_queries, num_queries + num_documents, device=device)
-        return RowInfo(queries, documents, torch.zeros_like(queries))
+        """Rows of which nothing is the same as anything else, nor as a row of another rank."""
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        ids = torch.arange(num_queries + num_documents, device=device) + (rank << 40)
+        return RowInfo(ids[:num_queries], ids[num_queries:], torch.zeros_like(ids[:num_queries]))
+
+    def check(self, num_queries: int, num_documents: int) -> None:
+        """Check that these are the facts about that many rows.
+
+        :raises ValueError: they are not, or a query has no positive.
+        """
+        if num_documents < num_queries:
+            raise ValueError(
+                f"Each of {num_queries} queries needs a positive, but there are {num_documents} documents."
+            )
+        sizes = (self.query_ids.size(0), self.labels.size(0), self.document_ids.size(0))
+        if sizes != (num_queries, num_queries, num_documents):
+            raise ValueError(
+                f"There are {num_queries} queries and {num_documents} documents, but `rows` has {sizes[0]} query ids,"
+                f" {sizes[1]} labels and {sizes[2]} document ids."
+            )
 
 
 @dataclass

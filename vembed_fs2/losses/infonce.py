@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.losses.common import ContrastiveLoss, LossOutput, RowInfo, gather_rows
-
-# CLIP's bound: a temperature below 0.01 makes training unstable.
-_MAX_SCALE: Final = 100.0
+from vembed_fs2.losses.common import MAX_LOGIT_SCALE, ContrastiveLoss, LossOutput, RowInfo, gather_rows
 
 
 @dataclass(kw_only=True)
@@ -45,7 +42,13 @@ class InfoNCEConfig:
 
     def errors(self) -> list[str]:
         """What is wrong with the values."""
-        return [] if self.temperature > 0.0 else [f"`temperature` must be positive, but is {self.temperature}."]
+        errors = [] if self.temperature > 0.0 else [f"`temperature` must be positive, but is {self.temperature}."]
+        hints = get_type_hints(InfoNCEConfig)
+        for name in ("directions", "similarity", "negatives"):
+            value, known = getattr(self, name), get_args(hints[name])
+            if value not in known:
+                errors.append(f"`{name}` must be one of {', '.join(known)}, but is {value!r}.")
+        return errors
 
 
 class InfoNCE(ContrastiveLoss):
@@ -61,7 +64,13 @@ class InfoNCE(ContrastiveLoss):
     """
 
     def __init__(self, config: InfoNCEConfig | None = None, gather: RowGather | None = None) -> None:
+        """
+        :param gather: appends the rows of all ranks; ``None`` for one process.
+        :raises ValueError: ``config`` is not valid.
+        """
         self._config = config or InfoNCEConfig()
+        if errors := self._config.errors():
+            raise ValueError(" ".join(errors))
         self._gather = gather if gather is not None and self._config.negatives == "global" else RowGather()
 
     @property
@@ -71,33 +80,38 @@ class InfoNCE(ContrastiveLoss):
     def __call__(
         self, query_bD: Tensor, document_mD: Tensor, rows: RowInfo, logit_scale: Tensor | None = None
     ) -> LossOutput:
+        rows.check(query_bD.size(0), document_mD.size(0))
+        # Autocast would round similarities to 8 bits before the temperature enlarges them.
+        with torch.autocast(query_bD.device.type, enabled=False):
+            return self._compute(query_bD.float(), document_mD.float(), rows, logit_scale)
+
+    def _compute(self, query_bD: Tensor, document_mD: Tensor, rows: RowInfo, logit_scale: Tensor | None) -> LossOutput:
         num_queries = query_bD.size(0)
         if self._config.similarity == "cosine":
-            query_bD, document_mD = normalize(query_bD.float(), dim=-1), normalize(document_mD.float(), dim=-1)
+            query_bD, document_mD = normalize(query_bD, dim=-1), normalize(document_mD, dim=-1)
         scale = self._scale(logit_scale)
-        query_bD = query_bD.float() * scale
-        document_mD = document_mD.float()
+        query_bD = query_bD * scale
 
         gather = self._gather
         counts_b, counts_m = gather.counts(num_queries), gather.counts(document_mD.size(0))
         everyone = gather_rows(rows, gather, counts_b, counts_m)
         document_MD = gather(document_mD, counts_m)
-        positive_M = _positives(counts_b, counts_m, rows.labels.device)
-        target_b = positive_M[sum(counts_b[: gather.rank]) :][:num_queries]
+        positive_B = _positives(counts_b, counts_m, rows.labels.device)
+        start = sum(counts_b[: gather.rank])
+        target_b = positive_B[start : start + num_queries]
 
         logits_bM = query_bD @ document_MD.T
         if self._config.mask_same:
-            logits_bM = logits_bM.masked_fill(_same_documents(rows, everyone, positive_M, target_b), -torch.inf)
+            logits_bM = logits_bM.masked_fill(_same_documents(rows, everyone, positive_B, target_b), -torch.inf)
         loss = cross_entropy(logits_bM, target_b, reduction="sum")
         metrics = _metrics(logits_bM.detach(), target_b)
         metrics["temperature"] = num_queries / torch.as_tensor(scale, device=query_bD.device).detach().squeeze()
         if self._config.directions == "both":
             query_BD = gather(query_bD, counts_b)
-            start = sum(counts_b[: gather.rank])
             target_b = torch.arange(start, start + num_queries, device=query_bD.device)
             logits_bB = document_mD[:num_queries] @ query_BD.T
             if self._config.mask_same:
-                logits_bB = logits_bB.masked_fill(_same_queries(rows, everyone, positive_M, target_b), -torch.inf)
+                logits_bB = logits_bB.masked_fill(_same_queries(rows, everyone, positive_B, target_b), -torch.inf)
             loss = (loss + cross_entropy(logits_bB, target_b, reduction="sum")) / 2
         return LossOutput(loss, metrics)
 
@@ -106,7 +120,7 @@ class InfoNCE(ContrastiveLoss):
             return 1.0 / self._config.temperature
         if logit_scale is None:
             raise ValueError("`learn_temperature` is set, but the model gives no `logit_scale`.")
-        return logit_scale.float().exp().clamp(max=_MAX_SCALE)
+        return logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
 
 
 def _positives(counts_b: list[int], counts_m: list[int], device: torch.device) -> Tensor:
