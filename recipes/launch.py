@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import logging
 import os
 import sys
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from vembed_fs2.errors import ConfigError, VembedError
 from vembed_fs2.recipes.arguments import add_recipe_arguments
 from vembed_fs2.recipes.processes import claim_error, is_error_claimed, run_processes
 from vembed_fs2.recipes.secrets import redact_logs, redactor
+
+_DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def run_recipe(recipe: str, args: argparse.Namespace) -> int:
@@ -103,6 +107,7 @@ def _run(recipe_name: str, args: argparse.Namespace) -> int:
         print(dump_config(config), end="")
         return 0
     redact_logs(os.environ)
+    logging.raiseExceptions = False  # A full disk is said once, not with a stack trace for each line that is logged.
     configure_logging(no_rich=args.no_rich)
     recipe.prepare_config(config)
     if os.environ.get("RANK", "0") == "0":
@@ -111,7 +116,6 @@ def _run(recipe_name: str, args: argparse.Namespace) -> int:
 
 
 def _run_fairseq2(recipe: Any, config: Any, args: argparse.Namespace) -> int:
-    from fairseq2.error import OperationalError
     from fairseq2.model_checkpoint import CorruptModelCheckpointError
     from fairseq2.recipe.cli import _handle_errors, _register_cli_errors
     from fairseq2.recipe.run import run
@@ -130,8 +134,8 @@ def _run_fairseq2(recipe: Any, config: Any, args: argparse.Namespace) -> int:
                 return 1  # Only a consequence of what another process has reported.
             if isinstance(ex, (VembedError, CorruptModelCheckpointError)):
                 return _report(ex, 2)
-            if isinstance(ex, OperationalError) and isinstance(ex.__cause__, OSError):
-                return _report(ex, 1)
+            if (cause := find_system_error(ex)) is not None:
+                return _report(cause, 1)
             raise
     status: int = recipe.exit_status()
     return status
@@ -139,22 +143,40 @@ def _run_fairseq2(recipe: Any, config: Any, args: argparse.Namespace) -> int:
 
 def _repair_wandb() -> None:
     """Give W&B the function that fairseq2 0.8 looks for; W&B 0.23 and later have it elsewhere."""
-    import wandb
+    from importlib import import_module
 
-    if not hasattr(wandb.util, "generate_id"):
-        from wandb.sdk.lib.runid import generate_id
+    util: Any = import_module("wandb.util")
+    if not hasattr(util, "generate_id"):
+        util.generate_id = import_module("wandb.sdk.lib.runid").generate_id
 
-        wandb.util.generate_id = generate_id
+
+def find_system_error(error: BaseException) -> OSError | None:
+    """Return what the operating system said, if that is why a run failed: a full disk, say.
+
+    Its ``OSError`` can lie deep: when a checkpoint cannot be written, torch
+    raises a ``RuntimeError``, and fairseq2 says that the data cannot be pickled.
+    """
+    from fairseq2.error import OperationalError
+
+    if isinstance(error, OperationalError) and isinstance(error.__cause__, OSError):
+        return error.__cause__
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in _DISK_ERRORS:
+            return link
+        link = link.__cause__ or link.__context__
+    return None
 
 
 def _message_of(error: Exception) -> str:
     if isinstance(error, VembedError):
         return str(error)
+    if isinstance(error, OSError):
+        return f"{error}. Checkpoints that were complete are intact; run the same command again to resume."
     from fairseq2.model_checkpoint import CorruptModelCheckpointError
 
-    if isinstance(error, CorruptModelCheckpointError):
-        return f"The checkpoint at {error.path} does not fit the model. {error.__cause__ or error}"
-    return f"{error.__cause__}. Checkpoints that were complete are intact; run the same command again to resume."
+    assert isinstance(error, CorruptModelCheckpointError)
+    return f"The checkpoint at {error.path} does not fit the model. {error.__cause__ or error}"
 
 
 def load_config(recipe: str, kls: type[Any], args: argparse.Namespace) -> Any:

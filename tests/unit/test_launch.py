@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.recipes.arguments import add_recipe_arguments
 from vembed_fs2.recipes.folder import prepare_output_dir
-from vembed_fs2.recipes.launch import dump_config, load_config, run_recipe
+from vembed_fs2.recipes.launch import dump_config, find_system_error, load_config, run_recipe
 from vembed_fs2.recipes.processes import run_processes
 from vembed_fs2.recipes.secrets import redact_logs, redactor
 from vembed_fs2.recipes.train.config import TrainConfig
@@ -125,6 +126,21 @@ def _is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_full_disk_is_found_behind_other_errors() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    try:
+        try:
+            raise full
+        finally:
+            raise RuntimeError("unexpected pos 3 vs 2")
+    except RuntimeError as ex:
+        caught = ex
+
+    assert find_system_error(caught) is full
+    assert find_system_error(ValueError()) is None
+    assert find_system_error(FileNotFoundError(errno.ENOENT, "a bug, as like as not")) is None
 
 
 ENVIRONMENT = {
