@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from fairseq2.device import SupportsDeviceTransfer
+from typing_extensions import override
 
 from vembed_fs2.data.example import Example, Item
 from vembed_fs2.data.schema import content_id, label_id
@@ -16,7 +19,7 @@ from vembed_fs2.processing.processor import Processor
 
 
 @dataclass
-class ContrastiveBatch:
+class ContrastiveBatch(SupportsDeviceTransfer):
     """One rank's rows of a step."""
 
     query: EncoderBatch
@@ -29,6 +32,7 @@ class ContrastiveBatch:
     def num_queries(self) -> int:
         return self.query.num_rows
 
+    @override
     def to(self, device: torch.device, *, non_blocking: bool = False) -> None:
         """Move all tensors in place."""
         self.query.to(device, non_blocking=non_blocking)
@@ -38,32 +42,32 @@ class ContrastiveBatch:
 
 
 class Collator:
-    """Prepares rows for a model: decodes images row by row, then tokenizes and transforms in batches."""
+    """Prepares rows for a model: images row by row, so that few are in memory decoded; texts in batches."""
 
     def __init__(self, processor: Processor) -> None:
         self._processor = processor
 
     def load(self, example: Example) -> tuple[Example, Example]:
-        """Decode the images of a row.
+        """Read and transform the images of a row.
 
-        :returns: the row as it was, and with decoded images.
+        :returns: the row as it was, and with pixel values in place of images.
         :raises DataError: an image cannot be read; the message names file and line.
         """
         if example.positive is None:
             raise DataError(f"{example.source}: the row has no positive to train on.")
         try:
-            decoded = replace(
+            prepared = replace(
                 example,
-                query=self._decode(example.query),
-                positive=self._decode(example.positive),
-                negatives=tuple(self._decode(n) for n in example.negatives),
+                query=self._prepare(example.query),
+                positive=self._prepare(example.positive),
+                negatives=tuple(self._prepare(n) for n in example.negatives),
             )
         except DataError as ex:
             raise DataError(f"{example.source}: {ex}") from ex
-        return example, decoded
+        return example, prepared
 
     def __call__(self, rows: Sequence[tuple[Example, Example]]) -> ContrastiveBatch:
-        originals, decoded = [r[0] for r in rows], [r[1] for r in rows]
+        originals, prepared = [r[0] for r in rows], [r[1] for r in rows]
         processor = self._processor
         # Identity is that of the data, not of decoded pixels.
         info = RowInfo(
@@ -71,14 +75,16 @@ class Collator:
             torch.tensor([content_id(d) for d in _documents(originals)]),
             torch.tensor([0 if e.label is None else label_id(e.label) for e in originals]),
         )
-        query = processor([e.query for e in decoded], prompt=processor.prompt_for("query"))
-        document = processor(_documents(decoded), prompt=processor.prompt_for("document"))
+        query = processor([e.query for e in prepared], prompt=processor.prompt_for("query"))
+        document = processor(_documents(prepared), prompt=processor.prompt_for("document"))
         return ContrastiveBatch(query, document, info)
 
-    def _decode(self, item: Item) -> Item:
+    def _prepare(self, item: Item) -> Item:
         if not item.images:
             return item
-        return replace(item, images=tuple(self._processor.decode(i) for i in item.images))
+        # The processor takes pixel values for images; nothing else sees these items.
+        pixels: tuple[Any, ...] = tuple(self._processor.prepare_image(i) for i in item.images)
+        return replace(item, images=pixels)
 
 
 def _documents(examples: Sequence[Example]) -> list[Item]:

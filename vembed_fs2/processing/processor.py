@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from vembed_fs2.data.example import ImageSource, Item
 from vembed_fs2.errors import DataError, ModelLoadError
@@ -19,6 +20,9 @@ from vembed_fs2.processing.image import ImageProcessor, decode_image
 from vembed_fs2.processing.text import TextProcessor
 
 _SETTINGS_FILE: Final = "vembed_processor.json"
+
+# What models call the prompt of documents, in the order in which sentence-transformers looks for it.
+_DOCUMENT_PROMPTS: Final = ("document", "passage", "corpus")
 
 
 @dataclass(kw_only=True)
@@ -97,23 +101,37 @@ class Processor:
         return prompt
 
     def _add_images(self, batch: EncoderBatch, images: Sequence[tuple[int, ImageSource]]) -> None:
-        if self.image is None:
-            raise DataError("The model has no image encoder, but an input has an image.")
-        batch.pixel_values = self.image([self.decode(image) for _, image in images])
+        # One by one: photographs are a hundred times larger than the pixels that a model takes.
+        pixels = [self.prepare_image(image) for _, image in images]
+        if len({p.shape for p in pixels}) > 1:
+            raise DataError(
+                "Images have different sizes after resizing. Set `do_center_crop`, or a `size` of `height` and `width`."
+            )
+        batch.pixel_values = torch.stack(pixels)
         batch.image_rows = torch.tensor([row for row, _ in images])
 
-    def decode(self, image: ImageSource) -> Image.Image:
-        """Decode one image.
+    def prepare_image(self, image: ImageSource | Tensor) -> Tensor:
+        """Decode and transform one image; pixel values are returned as they are.
 
-        :raises DataError: the image cannot be read; the message names it.
+        :returns: *Shape:* ``[C, H, W]``.
+        :raises DataError: the image cannot be read, or the model takes none.
         """
-        return decode_image(image, root=self.image_root, allow_urls=self.allow_urls)
+        if isinstance(image, Tensor):
+            return image
+        if self.image is None:
+            raise DataError("The model has no image encoder, but an input has an image.")
+        return self.image([decode_image(image, root=self.image_root, allow_urls=self.allow_urls)])[0]
+
+    def role_prompt(self, role: str) -> str | None:
+        """The name of the prompt for a role (``query`` or ``document``), if there is one."""
+        names = _DOCUMENT_PROMPTS if role == "document" else (role,)
+        return next((name for name in names if name in self.settings.prompts), None)
 
     def prompt_for(self, role: str | None) -> str | None:
         """The prompt of a role (``query`` or ``document``), else the default prompt."""
         prompts = self.settings.prompts
-        if role is not None and role in prompts:
-            return prompts[role]
+        if role is not None and (name := self.role_prompt(role)) is not None:
+            return prompts[name]
         default = self.settings.default_prompt_name
         return prompts.get(default) if default is not None else None
 
@@ -161,7 +179,7 @@ def _read_settings(folder: Path) -> tuple[ProcessorSettings, Path]:
         known = {f.name for f in fields(ProcessorSettings)}
         if unknown := sorted(set(values) - known):
             raise ModelLoadError(f"{file} has unknown keys: {', '.join(unknown)}.")
-        return ProcessorSettings(**values), folder
+        return _check_types(ProcessorSettings(**values), file), folder
     if not folder.joinpath("modules.json").is_file():
         return ProcessorSettings(), folder
     modules = ModelFolder.open(folder).modules
@@ -174,6 +192,20 @@ def _read_settings(folder: Path) -> tuple[ProcessorSettings, Path]:
         include_prompt=modules.head.include_prompt,
     )
     return settings, modules.backbone
+
+
+def _check_types(settings: ProcessorSettings, file: Path) -> ProcessorSettings:
+    default = ProcessorSettings()
+    for f in fields(settings):
+        value, example = getattr(settings, f.name), getattr(default, f.name)
+        kinds = {"max_length": (int, type(None)), "default_prompt_name": (str, type(None))}.get(
+            f.name, (type(example),)
+        )
+        if type(value) not in kinds:
+            raise ModelLoadError(f"{file}: `{f.name}` must not be {value!r}.")
+    if not all(isinstance(p, str) for p in settings.prompts.values()):
+        raise ModelLoadError(f"{file}: `prompts` must hold texts by name.")
+    return settings
 
 
 def as_item(value: object) -> Item:
@@ -207,6 +239,13 @@ def _item_of_dict(value: dict[str, object]) -> Item:
     text, image, instruction = value.get("text"), value.get("image"), value.get("instruction")
     if not isinstance(text, (str, type(None))) or not isinstance(instruction, (str, type(None))):
         raise DataError("`text` and `instruction` of an input must be of type `str`.")
-    images = list(image) if isinstance(image, (list, tuple)) else [] if image is None else [image]
-    sources = [Path(i) if isinstance(i, str) and "://" not in i else i for i in images]
-    return Item(text=text, images=tuple(sources), instruction=instruction)
+    images = image if isinstance(image, (list, tuple)) else [] if image is None else [image]
+    return Item(text=text, images=tuple(_image_source(i) for i in images), instruction=instruction)
+
+
+def _image_source(value: object) -> ImageSource:
+    if isinstance(value, str):
+        return value if "://" in value else Path(value)
+    if isinstance(value, (Path, bytes, Image.Image)):
+        return value
+    raise DataError(f"An image must be a path, bytes or a PIL image, but is of type `{type(value).__name__}`.")
