@@ -13,6 +13,7 @@ from fairseq2.recipe.config import AdamWGroupConfig, RegimeSection
 from fairseq2.recipe.optim import prepare_parameter_groups
 from fairseq2.runtime.dependency import DependencyContainer, DependencyResolver
 from fairseq2.utils.validation import ValidationResult
+from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
@@ -91,7 +92,11 @@ def _create_adamw(resolver: DependencyResolver, config: EmbeddingAdamWConfig) ->
 def split_decay(model: Module, config: EmbeddingAdamWConfig) -> list[dict[str, Any]]:
     """Split each group of parameters into those with and those without weight decay."""
     groups: list[dict[str, Any]] = []
-    for group in prepare_parameter_groups(model, config.groups) if config.groups else [{"params": model.parameters()}]:
+    # Without groups of the user, fairseq2 returns the parameters themselves.
+    prepared = (
+        list(prepare_parameter_groups(model, config.groups)) if config.groups else [{"params": model.parameters()}]
+    )
+    for group in prepared:
         assert isinstance(group, dict)
         parameters: list[Parameter] = [p for p in group["params"] if p.requires_grad]
         matrices = [p for p in parameters if p.ndim > 1]
@@ -122,7 +127,7 @@ class WarmupDecay(AbstractLRScheduler):
         return {k: v for k, v in super().state_dict().items() if k != "_factor"}
 
     @override
-    def _compute_lrs(self) -> list[float]:
+    def _compute_lrs(self) -> list[float | Tensor]:
         return [lr * self._factor(self.last_epoch) for lr in self.base_lrs]
 
 

@@ -113,6 +113,7 @@ class TrainRecipe(Recipe):
     def create_task(self, context: RecipeContext) -> Task:
         config = context.get_config_as(TrainConfig)
         gangs = context.gangs
+        log_to_files()
         dataset = self._dataset or open_dataset(config.dataset)
         if dataset.num_skipped:  # Said in full when it was opened, but before there was a log file.
             log.warning("%s rows that cannot be used are left out.", f"{dataset.num_skipped:,}")
@@ -138,13 +139,20 @@ class TrainRecipe(Recipe):
                     processor,
                     batch_size=config.valid.batch_size,
                     chunk_tokens=config.grad_cache.chunk_tokens,
-                    rank=gangs.dp.rank,
-                    size=gangs.dp.size,
+                    gather=gather,
                 )
             )
-        trainer = context.create_trainer(unit, reader, valid_units or None, valid_readers or None)
+        # fairseq2 says that units of training and of validation take the same batches, and does not need it.
+        trainer = context.create_trainer(unit, reader, valid_units or None, valid_readers or None)  # type: ignore[misc]
         self.stop.install(trainer)
         return trainer
+
+
+def log_to_files() -> None:
+    """Write our log lines to the run's log files as well: those of other ranks than the first are nowhere else."""
+    for handler in logging.getLogger("fairseq2").handlers:
+        if handler not in log.handlers:
+            log.addHandler(handler)
 
 
 def check_overrides(model_config: object, overrides: Mapping[str, object]) -> None:

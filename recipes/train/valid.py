@@ -8,6 +8,7 @@ from typing import Final, final
 
 import torch
 from fairseq2.datasets import DataReader
+from fairseq2.device import SupportsDeviceTransfer
 from fairseq2.evaluator import EvalUnit
 from fairseq2.gang import Gang
 from fairseq2.metrics import MetricBag
@@ -19,7 +20,7 @@ from vembed_fs2.data.example import Item
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.evaluation.datasets import RetrievalTask
 from vembed_fs2.evaluation.retrieval import evaluate_retrieval
-from vembed_fs2.gradcache import plan_chunks
+from vembed_fs2.gradcache.planner import Chunk, match_counts, plan_chunks
 from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
 from vembed_fs2.processing.processor import Processor
 
@@ -27,7 +28,7 @@ VALID_METRICS: Final = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
 
 
 @dataclass
-class ValidBatch:
+class ValidBatch(SupportsDeviceTransfer):
     """Inputs of one role."""
 
     role: str
@@ -36,36 +37,54 @@ class ValidBatch:
 
     inputs: EncoderBatch
 
+    @override
     def to(self, device: torch.device, *, non_blocking: bool = False) -> None:
         """Move the inputs in place."""
         self.inputs.to(device, non_blocking=non_blocking)
 
 
 class ValidReader(DataReader[ValidBatch]):
-    """Reads a rank's share of the queries and documents of a task, longest first in each block."""
+    """Reads a rank's share of the queries and documents of a task, longest first in each block.
+
+    All ranks read the same number of batches of each kind (texts, images, both),
+    because the parts of a sharded model run on all ranks together. So some
+    inputs are read twice.
+    """
 
     def __init__(
-        self, task: RetrievalTask, processor: Processor, *, batch_size: int, chunk_tokens: int, rank: int, size: int
+        self, task: RetrievalTask, processor: Processor, *, batch_size: int, chunk_tokens: int, gather: RowGather
     ) -> None:
         self._items: dict[str, Sequence[Item]] = {"query": task.queries, "document": task.corpus}
         self._processor = processor
         self._batch_size = batch_size
         self._chunk_tokens = chunk_tokens
-        self._rank, self._size = rank, size
+        self._gather = gather
         self._iterator = self._read()
 
     def _read(self) -> Iterator[ValidBatch]:
+        block = self._batch_size * 16  # Enough rows to find some of the same length.
         for role, items in self._items.items():
-            share = range(self._rank, len(items), self._size)
-            block = self._batch_size * 16  # Enough rows to find some of the same length.
-            for start in range(0, len(share), block):
-                indices = share[start : start + block]
-                inputs = self._processor([items[i] for i in indices], prompt=self._processor.prompt_for(role))
-                budget = self._chunk_tokens
-                for chunk in plan_chunks(inputs.costs(), inputs.kinds(), budget):
-                    for at in range(0, len(chunk.rows), self._batch_size):
-                        rows = chunk.rows[at : at + self._batch_size]
-                        yield ValidBatch(role, torch.tensor([indices[r] for r in rows]), inputs.select(rows))
+            for rows in _by_kind(items):
+                share = self._share(rows)
+                for start in range(0, len(share), block):
+                    yield from self._read_block(role, share[start : start + block])
+
+    def _share(self, rows: Sequence[int]) -> list[int]:
+        """The rows of this rank: as many as those of every other."""
+        size, last = self._gather.size, len(rows) - 1
+        return [rows[min(i + self._gather.rank, last)] for i in range(0, len(rows), size)]
+
+    def _read_block(self, role: str, indices: Sequence[int]) -> Iterator[ValidBatch]:
+        items = self._items[role]
+        inputs = self._processor([items[i] for i in indices], prompt=self._processor.prompt_for(role))
+        costs, kinds = inputs.costs(), inputs.kinds()
+        chunks = [
+            part for c in plan_chunks(costs, kinds, self._chunk_tokens) for part in _cut(c, self._batch_size, costs)
+        ]
+        count = max(self._gather.counts(len(chunks)))
+        for chunk in match_counts(chunks, {kinds[0]: count}, costs):
+            rows = chunk.rows
+            yield ValidBatch(role, torch.tensor([indices[r] for r in rows]), inputs.select(rows))
 
     @override
     def __iter__(self) -> Self:
@@ -91,6 +110,19 @@ class ValidReader(DataReader[ValidBatch]):
     @override
     def num_accumulate(self) -> int:
         return 1
+
+
+def _by_kind(items: Sequence[Item]) -> list[list[int]]:
+    """The indices of the items with texts only, with images only, and with both."""
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for idx, item in enumerate(items):
+        kinds.setdefault((item.text is None, not item.images), []).append(idx)
+    return [kinds[kind] for kind in sorted(kinds)]
+
+
+def _cut(chunk: Chunk, size: int, costs: Sequence[int]) -> list[Chunk]:
+    parts = [chunk.rows[at : at + size] for at in range(0, len(chunk.rows), size)]
+    return [Chunk(rows, chunk.kind, len(rows) * max(costs[r] for r in rows)) for rows in parts]
 
 
 @final
