@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, ContextManager, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ Array: TypeAlias = NDArray[Any]
 # and prepared while the window before them is encoded.
 _WINDOW: Final = 2048
 
+# The same where there are images, whose pixels take a thousand times the memory of a text.
+_IMAGE_WINDOW: Final = 256
+
 # Tokens in a batch; small enough for caches of CPUs, larger for GPUs.
 _BATCH_TOKENS: Final = {"cpu": 2048, "cuda": 65536}
 
@@ -47,7 +50,6 @@ class Embedder:
         self.model = model
         self.processor = processor
         self.source = source
-        self._device = next(model.parameters()).device
         self.autocast_dtype: torch.dtype | None = None
         """If set, the model computes in this type (``torch.bfloat16``); embeddings stay float32."""
 
@@ -71,6 +73,11 @@ class Embedder:
         model = load_source(source, device=device, dtype=dtype)
         processor = load_processor(model, source.processor_folder(), max_length=max_length)
         return Embedder(model, processor, source)
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings are computed."""
+        return next(self.model.parameters()).device
 
     @property
     def embedding_dim(self) -> int:
@@ -100,34 +107,47 @@ class Embedder:
         :param normalize_embeddings: scale to unit length; ``None`` does what the model says.
         :returns: float32 ``[N, D]`` in input order (``[D]`` for one input);
             other types for other values of ``precision``.
-        :raises DataError: an input is empty, or cannot be read.
+        :raises DataError: an input has neither a text nor an image, or cannot be read.
+        :raises VembedError: an option is not valid, or there is no such prompt.
         """
         prefix = prompt if prompt is not None else self._prompt(prompt_name)
+        self._check_options(batch_size, truncate_dim, precision)
         is_single = _is_single(inputs)
         items = [as_item(i) for i in ([inputs] if is_single else inputs)]  # type: ignore[attr-defined]
-        if truncate_dim is not None and not 1 <= truncate_dim <= self.embedding_dim:
-            raise VembedError(f"`truncate_dim` must be between 1 and {self.embedding_dim}, but is {truncate_dim}.")
         values = self._encode(items, prefix, batch_size, show_progress_bar)
         values = values[:, :truncate_dim]
         if self.model.normalize if normalize_embeddings is None else normalize_embeddings:
             values = normalize(values, dim=-1)
+        if precision != "float32":
+            values = torch.from_numpy(quantize(values.cpu().numpy(), precision))
         if is_single:
             values = values[0]
-        if precision != "float32":
-            quantized = quantize(values.cpu().numpy(), precision)
-            return torch.from_numpy(quantized) if convert_to_tensor else quantized
         return values if convert_to_tensor else values.cpu().numpy()
+
+    def _check_options(self, batch_size: int | None, truncate_dim: int | None, precision: str) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise VembedError(f"`batch_size` must be greater than or equal to 1, but is {batch_size}.")
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.embedding_dim:
+            raise VembedError(f"`truncate_dim` must be between 1 and {self.embedding_dim}, but is {truncate_dim}.")
+        if precision not in get_args(Precision):
+            raise VembedError(f"`precision` must be one of {', '.join(get_args(Precision))}, but is {precision!r}.")
 
     def encode_query(self, inputs: object, prompt_name: str | None = None, **kwargs: Any) -> Any:
         """:meth:`encode` with the model's ``query`` prompt, if it has one."""
         return self.encode(inputs, self._role_prompt("query", prompt_name, kwargs), **kwargs)
 
     def encode_document(self, inputs: object, prompt_name: str | None = None, **kwargs: Any) -> Any:
-        """:meth:`encode` with the model's ``document`` prompt, if it has one."""
+        """:meth:`encode` with the model's ``document`` (or ``passage``, or ``corpus``) prompt, if it has one."""
         return self.encode(inputs, self._role_prompt("document", prompt_name, kwargs), **kwargs)
 
     def encode_stream(self, inputs: Iterable[object], **kwargs: Any) -> Iterator[Array]:
-        """Encode inputs as they come; yields one embedding ``[D]`` per input, in order, in constant memory."""
+        """Encode inputs as they come; yields one embedding ``[D]`` per input, in order, in constant memory.
+
+        :param kwargs: those of :meth:`encode`, without the precisions ``int8`` and
+            ``uint8``: the range of their values is that of all inputs.
+        """
+        if kwargs.get("precision") in ("int8", "uint8"):
+            raise VembedError(f"`precision` must not be {kwargs['precision']!r} in a stream: its range is not known.")
         iterator = iter(inputs)
         while window := list(islice(iterator, _WINDOW)):
             yield from self.encode(window, **kwargs)
@@ -135,11 +155,12 @@ class Embedder:
     def similarity(self, a: Array | Tensor, b: Array | Tensor) -> Any:
         """Compare all of ``a`` with all of ``b``, as the model's embeddings are compared. *Returns:* ``[N, M]``."""
         x, y = self._comparable(a), self._comparable(b)
-        return _like(x @ y.T, a)
+        return _like(x @ (y.T if y.ndim > 1 else y).to(x.device), a)
 
     def similarity_pairwise(self, a: Array | Tensor, b: Array | Tensor) -> Any:
         """Compare row by row. *Returns:* ``[N]``."""
-        return _like((self._comparable(a) * self._comparable(b)).sum(-1), a)
+        x, y = self._comparable(a), self._comparable(b)
+        return _like((x * y.to(x.device)).sum(-1), a)
 
     def save_hf(self, folder: str | Path) -> None:
         """Write a folder that transformers' ``AutoModel`` loads.
@@ -171,7 +192,7 @@ class Embedder:
     def _role_prompt(self, role: str, prompt_name: str | None, kwargs: dict[str, Any]) -> str | None:
         if prompt_name is not None or kwargs.get("prompt") is not None:
             return prompt_name
-        return role if role in self.processor.settings.prompts else None
+        return self.processor.role_prompt(role)
 
     def _comparable(self, x: Array | Tensor) -> Tensor:
         x = torch.as_tensor(x).float()
@@ -180,16 +201,19 @@ class Embedder:
     def _encode(
         self, items: Sequence[Item], prompt: str | None, batch_size: int | None, progress: bool | None
     ) -> Tensor:
-        output = torch.empty(len(items), self.embedding_dim, device=self._device)
-        windows = range(0, len(items), _WINDOW)
-        with ThreadPoolExecutor(1, "vembed-prepare") as pool, _Progress(len(items), bool(progress)) as bar:
+        output = torch.empty(len(items), self.embedding_dim, device=self.device)
+        size = _IMAGE_WINDOW if any(item.images for item in items) else _WINDOW
+        windows = [items[start : start + size] for start in range(0, len(items), size)]
+        with (
+            _evaluating(self.model),
+            ThreadPoolExecutor(1, "vembed-prepare") as pool,
+            _Progress(len(items), bool(progress)) as bar,
+        ):
             pending: Future[EncoderBatch] | None = None
-            for start in windows:
-                window = items[start : start + _WINDOW]
+            for idx, window in enumerate(windows):
                 batch = pending.result() if pending is not None else self._prepare(window, prompt)
-                following = items[start + _WINDOW : start + 2 * _WINDOW]
-                pending = pool.submit(self._prepare, following, prompt) if following else None
-                self._encode_window(batch, output[start : start + _WINDOW], batch_size)
+                pending = pool.submit(self._prepare, windows[idx + 1], prompt) if idx + 1 < len(windows) else None
+                self._encode_window(batch, output[idx * size : idx * size + len(window)], batch_size)
                 bar.advance(len(window))
         return output
 
@@ -198,21 +222,21 @@ class Embedder:
 
     @torch.inference_mode()
     def _encode_window(self, batch: EncoderBatch, output: Tensor, batch_size: int | None) -> None:
-        budget = _BATCH_TOKENS.get(self._device.type, _BATCH_TOKENS["cpu"])
+        budget = _BATCH_TOKENS.get(output.device.type, _BATCH_TOKENS["cpu"])
         for chunk in plan_chunks(batch.costs(), batch.kinds(), budget):
             step = batch_size or len(chunk.rows)
             for start in range(0, len(chunk.rows), step):
                 rows = chunk.rows[start : start + step]
                 part = batch.select(rows)
-                part.to(self._device)
+                part.to(output.device)
                 with self._autocast():
                     values = self.model(part).values
                 output[torch.tensor(rows, device=output.device)] = values.float()
 
-    def _autocast(self) -> ContextManager[Any]:
+    def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(self._device.type, self.autocast_dtype)
+        return torch.autocast(self.device.type, self.autocast_dtype)
 
 
 def load_processor(model: EmbeddingModel, folder: Path, *, max_length: int | None = None) -> Processor:
@@ -233,20 +257,20 @@ def quantize(values: Array, precision: Precision) -> Array:
     255 steps; ``binary`` and ``ubinary`` keep signs, eight to a byte.
     """
     if precision in ("binary", "ubinary"):
-        packed = np.packbits(values > 0, axis=-1)
+        packed: Array = np.packbits(values > 0, axis=-1)
         return (packed - np.uint8(128)).view(np.int8) if precision == "binary" else packed
-    if precision not in ("int8", "uint8"):
-        raise VembedError(f"`precision` must be float32, int8, uint8, binary or ubinary, but is {precision!r}.")
+    if precision == "float32" or not len(values):
+        return values.astype(precision)
     low, high = values.min(axis=0, keepdims=True), values.max(axis=0, keepdims=True)
-    steps = np.where(high > low, (high - low) / 255, 1.0)
-    scaled = (values - low) / steps
-    return scaled.astype(np.uint8) if precision == "uint8" else (scaled - 128).astype(np.int8)
+    steps = np.where(high > low, (high - low) / 255, np.float32(1))
+    buckets: Array = np.clip(np.floor((values - low) / steps), 0, 255)
+    return buckets.astype(np.uint8) if precision == "uint8" else (buckets - 128).astype(np.int8)
 
 
 def _is_single(inputs: object) -> bool:
     if isinstance(inputs, (str, bytes, dict, Item, Path)):
         return True
-    if isinstance(inputs, Sequence):
+    if isinstance(inputs, Iterable) and isinstance(inputs, Sized):
         return False
     if isinstance(inputs, Iterable):
         raise DataError("`inputs` must be one input or a list. For an iterator, use `encode_stream`.")
@@ -254,7 +278,18 @@ def _is_single(inputs: object) -> bool:
 
 
 def _like(result: Tensor, example: Array | Tensor) -> Any:
-    return result if isinstance(example, Tensor) else result.numpy()
+    return result if isinstance(example, Tensor) else result.cpu().numpy()
+
+
+@contextmanager
+def _evaluating(model: EmbeddingModel) -> Iterator[None]:
+    """Turn dropout off for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class _Progress:
