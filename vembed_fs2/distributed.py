@@ -122,11 +122,30 @@ class FsdpSync(GradSync):
     def backward(self, *, last: bool) -> Iterator[None]:
         self._module.set_requires_gradient_sync(last)
         self._module.set_is_last_backward(last)
+        if last:
+            self._unify_gradient_types()
         try:
             yield
         finally:
             self._module.set_requires_gradient_sync(True)
             self._module.set_is_last_backward(True)
+
+    def _unify_gradient_types(self) -> None:
+        """Let all parameters of a group have accumulated gradients, if some have.
+
+        In mixed precision accumulated gradients are float32, and those of
+        parameters that only the last chunk uses (of one tower, say) are not;
+        FSDP2 refuses to reduce both together.
+        """
+        for module in self._module.modules():
+            group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+            params = [p for p in group.fsdp_params if p.sharded_param.requires_grad] if group is not None else []
+            if all(p.unsharded_accumulated_grad is None for p in params):
+                continue
+            for p in params:
+                if p.unsharded_accumulated_grad is None and p.reduce_dtype not in (None, p.param_dtype):
+                    device = p.sharded_param.device
+                    p.unsharded_accumulated_grad = torch.zeros(p._orig_size, dtype=p.reduce_dtype, device=device)
 
     def agree_max(self, values: list[int]) -> list[int]:
         return all_max(values, None)  # Tensor and replica parallel ranks run the same chunks as well.

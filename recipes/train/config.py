@@ -206,7 +206,6 @@ class TrainConfig:
     )
     regime: RegimeSection = field(
         default_factory=lambda: RegimeSection(
-            num_data_epochs=1,
             checkpoint_every_n_data_epochs=1,
             validate_every_n_data_epochs=1,
             publish_metrics_every_n_steps=10,
@@ -222,8 +221,6 @@ class TrainConfig:
             result.add_error("`regime.validate_at_start` needs held-out data in `valid.paths`.")
         if not has_valid and self.regime.score_metric is not None:
             result.add_error("`regime.score_metric` needs held-out data in `valid.paths`.")
-        if self.regime.num_steps is None and self.regime.num_data_epochs is None:
-            result.add_error("`regime.num_steps` or `regime.num_data_epochs` must be specified.")
         if not 0 <= self.common.seed < 2**32:
             result.add_error(f"`common.seed` must be between 0 and 2**32 - 1, but is {self.common.seed} instead.")
         trainer = self.trainer

@@ -250,15 +250,15 @@ def create_reader(
 
 
 def set_num_steps(config: TrainConfig, steps_per_epoch: int) -> None:
-    """Express the length of the training in steps.
+    """Express the length of the training in steps; one epoch, if the configuration names none.
 
     Schedules need the number of steps, and fairseq2 0.8 stops at once when it
     resumes in the last of ``num_data_epochs``.
     """
     regime = config.regime
-    if regime.num_data_epochs is not None:
-        num_steps = regime.num_data_epochs * steps_per_epoch
-        regime.num_steps = num_steps if regime.num_steps is None else min(num_steps, regime.num_steps)
+    if regime.num_steps is None or regime.num_data_epochs is not None:
+        num_steps = (regime.num_data_epochs or 1) * steps_per_epoch
+        regime.num_steps = min(num_steps, regime.num_steps or num_steps)
         regime.num_data_epochs = None
     log.info("Training for %s steps; an epoch has %s.", f"{regime.num_steps:,}", f"{steps_per_epoch:,}")
 

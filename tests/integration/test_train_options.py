@@ -38,12 +38,7 @@ def full_state(run_dir: Path) -> dict[str, Tensor]:
     return load_model(run_dir).state_dict()
 
 
-_FSDP_BF16 = pytest.mark.xfail(
-    strict=True, reason="FSDP2 in bf16 refuses to reduce parameters that only some chunks use (distributed.FsdpSync)"
-)
-
-
-@pytest.mark.parametrize("parallelism", ["ddp", pytest.param("fsdp", marks=_FSDP_BF16)])
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
 def test_run_with_every_option_resumes_exactly(
     parallelism: str, broken_rows: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
