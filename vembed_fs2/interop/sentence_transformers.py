@@ -109,6 +109,20 @@ def read_modules(root: Path) -> SentenceModules:
     )
 
 
+def find_clip(root: Path) -> Path | None:
+    """Return the folder of a CLIP model in transformers' layout, if ``modules.json`` names one.
+
+    :raises ModelLoadError: something else than a normalisation follows the model.
+    """
+    modules = _list_modules(root)
+    kinds = [kind for kind, _ in modules]
+    if kinds[:1] != ["CLIPModel"]:
+        return None
+    if kinds[1:] not in ([], ["Normalize"]):
+        raise ModelLoadError(f"{root / 'modules.json'}: {kinds[1:]} after CLIPModel is not supported.")
+    return modules[0][1]
+
+
 def _list_modules(root: Path) -> list[tuple[str, Path]]:
     """The class name and the folder of each module."""
     file = root / "modules.json"

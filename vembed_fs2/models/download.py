@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, final
 
@@ -39,7 +40,13 @@ class FolderDownloadManager(AssetDownloadManager):
 
     @override
     def download_tokenizer(
-        self, uri: Uri, tokenizer_name: str = "", *, force: bool = False, local_only: bool = False, progress: bool = True
+        self,
+        uri: Uri,
+        tokenizer_name: str = "",
+        *,
+        force: bool = False,
+        local_only: bool = False,
+        progress: bool = True,
     ) -> Path:
         return self._manager.download_tokenizer(
             uri, tokenizer_name, force=force, local_only=local_only, progress=progress
@@ -57,9 +64,7 @@ class FolderDownloadManager(AssetDownloadManager):
         return frozenset(self._manager.supported_schemes)
 
 
-def download_repository(
-    uri: Uri, *, weights: bool = True, force: bool = False, local_only: bool = False
-) -> Path:
+def download_repository(uri: Uri, *, weights: bool = True, force: bool = False, local_only: bool = False) -> Path:
     """Fetch the repository of ``hg://owner/name`` (or ``hg://owner/name@revision``); return its local folder.
 
     :param weights: if ``False``, fetches the small files only.
@@ -69,13 +74,16 @@ def download_repository(
 
     repository, _, revision = str(uri).removeprefix("hg:").lstrip("/").partition("@")
     patterns = list(_FILES)
-    try:
-        if weights and local_only:
-            patterns += _SAFETENSORS + _PICKLED
-        elif weights:
+    if weights:
+        patterns += _SAFETENSORS + _PICKLED
+    if weights and not local_only:
+        # Without a connection there is no list, but what was fetched before may be enough. The download itself
+        # says what else is wrong.
+        with suppress(Exception):
             names = list_repo_files(repository, revision=revision or None)
             has_safetensors = any(n.startswith("model") and n.endswith(".safetensors") for n in names)
-            patterns += _SAFETENSORS if has_safetensors else _PICKLED
+            patterns = [*_FILES, *(_SAFETENSORS if has_safetensors else _PICKLED)]
+    try:
         folder = snapshot_download(
             repository,
             revision=revision or None,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from pickle import UnpicklingError
 from typing import Any, Final, final
 
@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json
-from vembed_fs2.interop.sentence_transformers import SentenceModules, read_modules
+from vembed_fs2.interop.sentence_transformers import SentenceModules, find_clip, read_modules
 
 _WEIGHT_FILES: Final = (
     "model.safetensors.index.json",
@@ -39,8 +39,11 @@ class ModelFolder:
     """A folder with a model in the layout of transformers or sentence-transformers."""
 
     root: Path
-    modules: SentenceModules | None = field(default=None)
-    """What ``modules.json`` says, in a sentence-transformers folder."""
+    backbone: Path
+    """The folder of the Transformer itself."""
+
+    modules: SentenceModules | None = None
+    """What ``modules.json`` says about a text model, in a sentence-transformers folder."""
 
     @staticmethod
     def open(path: Path) -> ModelFolder:
@@ -52,13 +55,12 @@ class ModelFolder:
             raise ModelLoadError(f"{path} is not a folder.")
         if not is_model_folder(path):
             raise ModelLoadError(f"{path} has no config.json: it is not a Hugging Face model folder.")
-        has_modules = path.joinpath("modules.json").is_file()
-        return ModelFolder(path, read_modules(path) if has_modules else None)
-
-    @property
-    def backbone(self) -> Path:
-        """The folder of the Transformer itself."""
-        return self.root if self.modules is None else self.modules.backbone
+        if not path.joinpath("modules.json").is_file():
+            return ModelFolder(path, path)
+        if clip := find_clip(path):
+            return ModelFolder(path, clip)
+        modules = read_modules(path)
+        return ModelFolder(path, modules.backbone, modules)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class ModelFolder:
         """The names of the tensors, where they can be told without loading them; else all of them."""
         file = self._weight_file()
         if file.name.endswith(".index.json"):
-            return frozenset(read_json(file).get("weight_map", {}))
+            return frozenset(_read_index(file))
         if file.suffix == ".safetensors":
             with _open_errors(file), safe_open(file, framework="pt") as f:
                 return frozenset(f.keys())
@@ -86,12 +88,11 @@ class ModelFolder:
         """Load all tensors: those of the backbone, and ``head.dense.N.weight|bias`` of dense modules."""
         file = self._weight_file()
         state: dict[str, object] = {}
+        shards = [file]
         if file.name.endswith(".index.json"):
-            weight_map = read_json(file).get("weight_map", {})
-            for name in sorted(set(weight_map.values())):
-                state.update(_load_weights(file.with_name(name)))
-        else:
-            state.update(_load_weights(file))
+            shards = [file.with_name(name) for name in sorted(set(_read_index(file).values()))]
+        for shard in shards:
+            state.update(_load_weights(shard))
         for idx, folder in enumerate(self.modules.dense_folders if self.modules else ()):
             for key, value in _load_weights(_find_weights(folder)).items():
                 state[f"head.dense.{idx}.{key.removeprefix('linear.')}"] = value
@@ -106,6 +107,17 @@ def _find_weights(folder: Path) -> Path:
         if folder.joinpath(name).is_file():
             return folder / name
     raise ModelLoadError(f"{folder} has no weights: none of {', '.join(_WEIGHT_FILES)} is there.")
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelLoadError(f"{file} has no `weight_map`.")
+    for name in weight_map.values():
+        if not isinstance(name, str) or PurePath(name).name != name:
+            raise ModelLoadError(f"{file} must name files in its own folder, but names {name!r}.")
+    return weight_map
 
 
 class _open_errors:
@@ -129,9 +141,10 @@ def _load_weights(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         # Pickled tensors only: arbitrary objects in a checkpoint are refused.
-        state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-        return state
-    raise AssertionError("unreachable")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ModelLoadError(f"{file} must hold tensors by name.")
+    return state
 
 
 @final

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,10 @@ def load_source(
 
 def _open_card(name: str, resolver: DependencyResolver) -> ModelSource:
     store = resolver.resolve(AssetStore)
-    card = store.maybe_retrieve_card(name)
+    try:
+        card = store.maybe_retrieve_card(name)
+    except AssetCardError as ex:
+        raise ModelLoadError(f"Card {name} cannot be read: {ex}") from ex
     if card is None:
         nearest = get_close_matches(name, store.asset_names, 3, 0.5)
         hint = f" Did you mean {' or '.join(n.removesuffix('@') for n in nearest)}?" if nearest else ""
@@ -153,10 +157,16 @@ def local_folder(card: AssetCard) -> Path | None:
 
 def _open_folder(name: str, path: Path, resolver: DependencyResolver) -> ModelSource:
     folder = ModelFolder.open(path)
-    family = find_family(folder.model_type, resolver)
-    checkpoint_format = get_checkpoint_format(family, resolver)
-    assert checkpoint_format is not None
-    return ModelSource(name, family, read_folder_config(path, checkpoint_format), path, path)
+    model_type = folder.model_type
+    try:
+        family = find_family(model_type, resolver)
+        checkpoint_format = get_checkpoint_format(family, resolver)
+        assert checkpoint_format is not None
+        config = read_folder_config(path, checkpoint_format)
+    except ModelLoadError as ex:
+        # Families see the content of files, and not where they are.
+        raise ex if str(path) in str(ex) else ModelLoadError(f"{path}: {ex}") from None
+    return ModelSource(name, family, config, path, path)
 
 
 def _find_run(path: Path) -> tuple[Path, Path | None] | None:
@@ -170,7 +180,7 @@ def _find_run(path: Path) -> tuple[Path, Path | None] | None:
 def _open_run(name: str, checkpoints: Path, step: Path | None, resolver: DependencyResolver) -> ModelSource:
     file = checkpoints / "model.yaml"
     try:
-        metadata = resolver.resolve(YamlLoader).load(file)[0]
+        metadata: Any = resolver.resolve(YamlLoader).load(file)[0]
         family_name = metadata["model_family"]
         family = resolver.maybe_resolve(ModelFamily, key=family_name)
         if family is None:
@@ -179,7 +189,10 @@ def _open_run(name: str, checkpoints: Path, step: Path | None, resolver: Depende
     except (YamlError, LookupError, TypeError, StructureError, OSError) as ex:
         raise ModelLoadError(f"{file} is broken: {ex}") from ex
     step = step or _best_step(checkpoints)
-    return ModelSource(name, family_name, config, (step / "model").resolve(), checkpoints.parent / "processor")
+    weights = (step / "model").resolve()
+    if not weights.is_dir():
+        raise ModelLoadError(f"{step} has no model.")
+    return ModelSource(name, family_name, config, weights, checkpoints.parent / "processor")
 
 
 def _best_step(checkpoints: Path) -> Path:
@@ -190,7 +203,13 @@ def _best_step(checkpoints: Path) -> Path:
     scores = {}
     for number in steps:
         file = checkpoints / "scores" / f"step_{number}.txt"
-        if file.is_file():
+        try:
             scores[number] = float(file.read_text())
+        except FileNotFoundError:
+            continue
+        except ValueError as ex:
+            raise ModelLoadError(f"{file} must hold a number: {ex}.") from None
+    # A score that is no number is of a model that is broken.
+    scores = {number: score for number, score in scores.items() if not isnan(score)}
     # Of equal scores the earlier step wins: less trained, and the same.
     return steps[max(sorted(scores), key=scores.__getitem__) if scores else max(steps)]

@@ -160,12 +160,12 @@ class Processor:
         :param model_max_length: the longest text that the model can take at all.
         :raises ModelLoadError: a file is missing or broken.
         """
-        settings, text_folder = _read_settings(folder)
+        settings, folder = _read_settings(folder)
         lengths = [n for n in (max_length or settings.max_length, model_max_length) if n is not None]
         text = image = None
         if "text" in modalities:
             limit = min(lengths) if lengths else None
-            text = TextProcessor.load(text_folder, max_length=limit, do_lower_case=settings.do_lower_case)
+            text = TextProcessor.load(folder, max_length=limit, do_lower_case=settings.do_lower_case)
             settings.max_length = text.max_length
         if "image" in modalities:
             image = ImageProcessor.load(folder)
@@ -173,6 +173,7 @@ class Processor:
 
 
 def _read_settings(folder: Path) -> tuple[ProcessorSettings, Path]:
+    """The settings, and the folder with the tokenizer's and the image processor's files."""
     file = folder / _SETTINGS_FILE
     if file.is_file():
         values = read_json(file)
@@ -182,8 +183,10 @@ def _read_settings(folder: Path) -> tuple[ProcessorSettings, Path]:
         return _check_types(ProcessorSettings(**values), file), folder
     if not folder.joinpath("modules.json").is_file():
         return ProcessorSettings(), folder
-    modules = ModelFolder.open(folder).modules
-    assert modules is not None
+    opened = ModelFolder.open(folder)
+    modules = opened.modules
+    if modules is None:
+        return ProcessorSettings(), opened.backbone
     settings = ProcessorSettings(
         max_length=modules.max_length,
         prompts=dict(modules.prompts),
@@ -191,7 +194,7 @@ def _read_settings(folder: Path) -> tuple[ProcessorSettings, Path]:
         do_lower_case=modules.do_lower_case,
         include_prompt=modules.head.include_prompt,
     )
-    return settings, modules.backbone
+    return settings, opened.backbone
 
 
 def _check_types(settings: ProcessorSettings, file: Path) -> ProcessorSettings:
