@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
 from vembed_fs2 import Embedder, GradCache
 from vembed_fs2.commands.demo import minilm_folder
 from vembed_fs2.data.example import Item

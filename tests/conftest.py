@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
 import vembed_fs2  # noqa: F401  (loads libsndfile before any test imports fairseq2)
 
 

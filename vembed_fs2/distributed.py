@@ -137,7 +137,8 @@ class FsdpSync(GradSync):
         parameters that only the last chunk uses (of one tower, say) are not;
         FSDP2 refuses to reduce both together.
         """
-        for module in self._module.modules():
+        root: Any = self._module  # Also a `Module`, which its type does not say.
+        for module in root.modules():
             group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
             params = [p for p in group.fsdp_params if p.sharded_param.requires_grad] if group is not None else []
             if all(p.unsharded_accumulated_grad is None for p in params):

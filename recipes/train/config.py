@@ -28,7 +28,10 @@ from vembed_fs2.recipes.optim import ADAMW, WARMUP_DECAY, EmbeddingAdamWConfig, 
 
 @dataclass(kw_only=True)
 class EmbeddingModelSection(ModelSection):
-    """Which model to train: ``name`` (a card), ``path`` (a folder or a run), or ``family`` and ``arch`` (from random weights)."""
+    """Which model to train.
+
+    ``name`` (a card), ``path`` (a folder or a run), or ``family`` and ``arch`` (random weights).
+    """
 
     @override
     def validate(self) -> ValidationResult:
@@ -182,7 +185,7 @@ def _default_trainer() -> TrainerSection:
 def has_fast_bf16() -> bool:
     """Whether the hardware multiplies bfloat16 matrices natively."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import vembed_fs2  # noqa: F401
 from fairseq2.gang import Gangs, ProcessGroupGang, create_fake_gangs, create_fsdp_gangs, create_parallel_gangs
 from fairseq2.models import ModelFamily
 from fairseq2.nn.ddp import to_ddp
 from fairseq2.nn.fsdp import to_fsdp
 from torch import Tensor
 from torch.nn import Module
+
+import vembed_fs2  # noqa: F401
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.gradcache.planner import Chunk, match_counts, plan_chunks
 from vembed_fs2.losses import InfoNCE, InfoNCEConfig, RowInfo
@@ -85,7 +86,8 @@ def rank_batch(config: object, rank: int, rows: int, seed: int) -> tuple[Encoder
     info = RowInfo.distinct(rows, document.num_rows)
     offset = 10_000 * (rank + 1)
     labels = torch.tensor([i % 3 for i in range(rows)])  # 0: no label
-    return query, document, replace(info, query_ids=info.query_ids + offset, document_ids=info.document_ids + offset, labels=labels)
+    ids = {"query_ids": info.query_ids + offset, "document_ids": info.document_ids + offset}
+    return query, document, replace(info, **ids, labels=labels)
 
 
 LOSS = InfoNCEConfig(learn_temperature=True, directions="both")
@@ -136,7 +138,9 @@ def reference_gradient(
         sizes = [q.size(0) for q in queries]
         info = RowInfo(
             torch.cat([i.query_ids for i in infos]),
-            torch.cat([i.document_ids[:n] for i, n in zip(infos, sizes)] + [i.document_ids[n:] for i, n in zip(infos, sizes)]),
+            torch.cat(
+                [i.document_ids[:n] for i, n in zip(infos, sizes)] + [i.document_ids[n:] for i, n in zip(infos, sizes)]
+            ),
             torch.cat([i.labels for i in infos]),
         )
         output = InfoNCE(LOSS)(torch.cat(queries), torch.cat(documents + negatives), info, scale)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.gradcache import GradCache
 

@@ -279,7 +279,7 @@ def _apply_layerwise_ac(model: EmbeddingModel, every_nth_layer: int) -> Module:
 def _compile(model: EmbeddingModel, *args: Any, **kwargs: Any) -> None:
     for stack in model.layer_stacks():
         for layer in stack:
-            layer.compile(*args, **kwargs)
+            layer.compile(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def get_checkpoint_format(family: str, resolver: DependencyResolver | None = None) -> CheckpointFormat | None:

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple, final
 
 import numpy as np
 import torch
-from tokenizers import Encoding, Tokenizer, normalizers  # type: ignore[import-untyped]
+from tokenizers import Encoding, Tokenizer, normalizers
 from torch import Tensor
 from transformers import AutoTokenizer
 
