@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
+import fairseq2.recipe  # noqa: F401  (before the evaluator, which imports it in a circle)
 import torch
 from fairseq2.datasets import DataReader
 from fairseq2.device import SupportsDeviceTransfer
