@@ -65,6 +65,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        # Some writers make files private; these are as open as the folder.
+        mode = temporary.stat().st_mode & 0o666
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
         if path.exists():
             path.rmdir()
         temporary.rename(path)

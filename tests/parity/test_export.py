@@ -110,6 +110,20 @@ def test_transformers_loads_every_tensor(name: str, pooler: bool, tmp_path: Path
     assert np.array_equal(again.encode(TEXTS), embedder.encode(TEXTS))
 
 
+def test_a_pooling_that_only_we_have_is_kept_in_transformers_layout(tmp_path: Path) -> None:
+    embedder = create(HeadConfig(pooling="pooler", normalize=False))
+    embedder.save_hf(tmp_path / "out")
+    again = Embedder.load(tmp_path / "out", device="cpu")
+    assert np.array_equal(again.encode(TEXTS), embedder.encode(TEXTS))
+
+
+def test_exported_files_are_as_open_as_other_files(tmp_path: Path) -> None:
+    create(HEADS[next(iter(HEADS))]).save_hf(tmp_path / "out")
+    tmp_path.joinpath("other").write_text("")
+    expected = tmp_path.joinpath("other").stat().st_mode
+    assert {f.stat().st_mode for f in (tmp_path / "out").rglob("*") if f.is_file()} == {expected}
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
     folder = tmp_path_factory.mktemp("clip") / "model"

@@ -311,6 +311,7 @@ def write(tiny: Path, root: Path, head: HeadConfig, dense_state: dict[str, Tenso
         "default_prompt_name": "query",
         "do_lower_case": True,
         "similarity": "dot",
+        "embedding_dim": json.loads((tiny / "config.json").read_text())["hidden_size"],
     }
     write_modules(root, head=head, dense_state=dense_state, **{**options, **changes})
     return root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from vembed_fs2.errors import VembedError
 from vembed_fs2.files import new_folder, write_json
-from vembed_fs2.interop.sentence_transformers import write_modules
+from vembed_fs2.interop.sentence_transformers import has_pooling, write_modules
 from vembed_fs2.models.family import get_checkpoint_format, head_of
+from vembed_fs2.models.folder import HEAD_FILE
 
 if TYPE_CHECKING:
     from vembed_fs2.embedder import Embedder
@@ -21,12 +23,16 @@ def save_hf(embedder: Embedder, folder: Path) -> None:
     """Write configuration, weights, tokenizer and image processor in transformers' layout.
 
     What follows a text backbone (pooling, dense layers) has no place in that
-    layout and is written as sentence-transformers' modules beside it.
+    layout and is written as sentence-transformers' modules beside it, or in a
+    file of our own where they have no such pooling.
     """
+    head = head_of(embedder.source.config)
     with new_folder(folder) as out:
         _write_backbone(embedder, out)
-        if head_of(embedder.source.config) is not None:
+        if head is not None and (has_pooling(head) or head.dense):
             _write_head(embedder, out)
+        elif head is not None:
+            write_json(out / HEAD_FILE, asdict(head))
         embedder.processor.save(out)
 
 
@@ -56,6 +62,7 @@ def _write_head(embedder: Embedder, folder: Path) -> None:
         do_lower_case=settings.do_lower_case,
         similarity=embedder.model.similarity,
         dense_state={k: v.cpu() for k, v in embedder.model.state_dict().items() if k.startswith("head.dense.")},
+        embedding_dim=embedder.embedding_dim,
     )
 
 

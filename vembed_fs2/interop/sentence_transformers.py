@@ -260,6 +260,11 @@ def _read(file: Path, config: Mapping[str, Any], key: str, kls: type, default: o
     return value
 
 
+def has_pooling(head: HeadConfig) -> bool:
+    """Whether sentence-transformers has the pooling of ``head``."""
+    return head.pooling in _POOLINGS.values()
+
+
 def write_modules(
     root: Path,
     *,
@@ -270,6 +275,7 @@ def write_modules(
     do_lower_case: bool,
     similarity: Similarity,
     dense_state: Mapping[str, Tensor],
+    embedding_dim: int,
 ) -> None:
     """Write the files that make a Hugging Face folder a sentence-transformers folder.
 
@@ -277,13 +283,14 @@ def write_modules(
 
     :param root: the folder with ``config.json``, the weights and the tokenizer.
     :param dense_state: the tensors ``head.dense.N.weight|bias``.
+    :param embedding_dim: the size of an embedding, after all dense layers.
     :raises ConfigError: sentence-transformers has no such pooling or similarity.
     """
-    if head.pooling not in _POOLINGS.values():
+    if not has_pooling(head):
         raise ConfigError(f"`head.pooling` is '{head.pooling}', which sentence-transformers does not have.")
     if similarity == "maxsim":
         raise ConfigError("The similarity is 'maxsim', which sentence-transformers does not have.")
-    dim = head.dense[0].input_dim if head.dense else _read_dim(root / "config.json")
+    dim = head.dense[0].input_dim if head.dense else embedding_dim
     folders = [("Transformer", ""), ("Pooling", "1_Pooling")]
     _write_pooling(root / "1_Pooling", head, dim)
     for idx, dense in enumerate(head.dense):
@@ -305,12 +312,6 @@ def write_modules(
             for idx, (kind, path) in enumerate(folders)
         ],
     )
-
-
-def _read_dim(file: Path) -> int:
-    """The size of the token states."""
-    config = read_json(file)
-    return int(_read(file, config.get("text_config", config), "hidden_size", int))
 
 
 def _write_pooling(folder: Path, head: HeadConfig, dim: int) -> None:

@@ -252,8 +252,7 @@ class _FolderConfigLoader(AssetConfigLoader):
 def read_folder_config(path: Path, checkpoint_format: CheckpointFormat) -> Any:
     """Read the model configuration of a Hugging Face or sentence-transformers folder."""
     folder = ModelFolder.open(path)
-    head = folder.modules.head if folder.modules is not None else None
-    return checkpoint_format.from_hf_config(folder.config, head=head, keys=folder.keys())
+    return checkpoint_format.from_hf_config(folder.config, head=folder.head(), keys=folder.keys())
 
 
 def logit_scale_init_of(config: object) -> float | None:

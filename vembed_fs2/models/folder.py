@@ -20,6 +20,10 @@ from typing_extensions import override
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json
 from vembed_fs2.interop.sentence_transformers import SentenceModules, find_clip, read_modules
+from vembed_fs2.models.embedding import HeadConfig
+
+HEAD_FILE: Final = "vembed_head.json"
+"""What follows the backbone, in a folder of transformers' layout that we wrote."""
 
 _WEIGHT_FILES: Final = (
     "model.safetensors.index.json",
@@ -66,6 +70,18 @@ class ModelFolder:
     def config(self) -> dict[str, Any]:
         """The content of ``config.json``."""
         return read_json(self.backbone / "config.json")
+
+    def head(self) -> HeadConfig | None:
+        """What follows the backbone, where the folder says it."""
+        if self.modules is not None:
+            return self.modules.head
+        file = self.root / HEAD_FILE
+        if not file.is_file():
+            return None
+        try:
+            return HeadConfig(**read_json(file))
+        except TypeError as ex:
+            raise ModelLoadError(f"{file} is not valid: {ex}.") from None
 
     @property
     def model_type(self) -> str:
