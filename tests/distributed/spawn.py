@@ -18,8 +18,16 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         port = s.getsockname()[1]
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    mp.spawn(_run, (world_size, port, function, args, results), nprocs=world_size, join=True)
-    by_rank = dict(results.get() for _ in range(world_size))
+    processes = mp.spawn(_run, (world_size, port, function, args, results), nprocs=world_size, join=False)
+    by_rank: dict[int, Any] = {}
+    # Read while they run: a process with a large result does not end before it is read.
+    while not processes.join(timeout=0.1):
+        while not results.empty():
+            rank, result = results.get()
+            by_rank[rank] = result
+    while not results.empty():
+        rank, result = results.get()
+        by_rank[rank] = result
     return [by_rank[r] for r in range(world_size)]
 
 

@@ -113,7 +113,12 @@ class EncoderBatch:
         return [int(k) for k in kind]
 
     def select(self, rows: Sequence[int]) -> EncoderBatch:
-        """Return the given rows, in that order, without padding that they do not need."""
+        """Return the given rows, in that order, without padding that they do not need.
+
+        :raises ValueError: a row is asked for twice.
+        """
+        if len(set(rows)) != len(rows):
+            raise ValueError("`rows` must not name a row twice.")
         position = torch.full((self.num_rows,), -1, dtype=torch.int64)
         position[list(rows)] = torch.arange(len(rows))
         batch = EncoderBatch(len(rows), tokens_per_image=self.tokens_per_image)
@@ -140,12 +145,10 @@ class EncoderBatch:
 
     @staticmethod
     def concat(batches: Sequence[EncoderBatch]) -> EncoderBatch:
-        """Append batches; texts are padded to the longest."""
+        """Append batches (at least one); texts are padded to the longest."""
         if len(batches) == 1:
             return batches[0]
-        out = EncoderBatch(
-            sum(b.num_rows for b in batches), tokens_per_image=max(b.tokens_per_image for b in batches)
-        )
+        out = EncoderBatch(sum(b.num_rows for b in batches), tokens_per_image=max(b.tokens_per_image for b in batches))
         offsets = [sum(b.num_rows for b in batches[:i]) for i in range(len(batches))]
         for name in ("text_rows", "image_rows"):
             rows = [getattr(b, name) + o for b, o in zip(batches, offsets) if getattr(b, name) is not None]
