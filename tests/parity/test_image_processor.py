@@ -154,7 +154,7 @@ def test_pixels_equal_transformers(name: str, tmp_path: Path) -> None:
         assert float((pixels - expected_pixels(name, image)).abs().max()) <= 1e-6, kind
 
 
-@pytest.mark.parametrize("kind", IMAGES.keys() - {"one_high", "one_wide", "three_high", "one_pixel"})
+@pytest.mark.parametrize("kind", sorted(IMAGES.keys() - {"one_high", "one_wide", "three_high", "one_pixel"}))
 def test_clip_converts_as_transformers_itself_does(kind: str, tmp_path: Path) -> None:
     processor = ImageProcessor.load(write_config(tmp_path, CONFIGS["clip"]))
     reference = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)

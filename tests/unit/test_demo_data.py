@@ -81,7 +81,15 @@ def test_near_duplicates_are_the_components_of_all_similar_pairs(texts: list[str
     assert {frozenset(g) for g in text.near_duplicates(texts)} == expected
 
 
-def test_near_duplicates_fall_on_the_same_side() -> None:
+def test_short_documents_are_trained_on_only() -> None:
+    pairs = [{"query": f"q{i}", "positive": f"word{i} " * (20 if i % 2 else 80)} for i in range(60)]
+    train, held_out = text.split_pairs(pairs, num_held_out=20)
+    assert {len(row["positive"]) >= text.SEARCHED_LENGTH for row in held_out} == {True}
+    assert len(train) + len(held_out) == len(pairs)
+
+
+def test_near_duplicates_fall_on_the_same_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "SEARCHED_LENGTH", 1)
     words = [f"{chr(97 + i % 26)}{i}" for i in range(400)]
     pairs = []
     for i in range(0, 120, 3):
@@ -107,7 +115,9 @@ def test_the_pairs_of_this_installation(tmp_path: Path, monkeypatch: pytest.Monk
     train, queries, corpus = rows_of(files.train), rows_of(files.queries), rows_of(files.corpus)
     assert len(queries) == 500
     assert len(train) >= 1500
-    assert len(corpus) == len(train) + len(queries)
+    searched = [row for row in train if len(row["positive"]) >= text.SEARCHED_LENGTH]
+    assert len(corpus) == len(searched) + len(queries)
+    assert all(len(row["text"]) >= text.SEARCHED_LENGTH for row in corpus)
     low, high = text.QUERY_LENGTH
     assert all(low <= len(row["query"]) <= high for row in train)
     assert len({row["text"] for row in corpus}) == len(corpus)
