@@ -107,9 +107,7 @@ def _is_slow_on_cpu(q: Tensor) -> bool:
     return q.device == CPU and q.dtype != torch.float32 and q.requires_grad and q.size(2) <= _MATMUL_WIDTH
 
 
-def _attend_by_matmul(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, causal: bool
-) -> Tensor:
+def _attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, causal: bool) -> Tensor:
     """Attention as two matrix products. *Shape:* all ``[N, H, S, K]``; the mask ``[N, S]``."""
     # Autocast would make float32 of the weights; softmax itself rounds only its result.
     with torch.autocast("cpu", enabled=False):
