@@ -185,8 +185,8 @@ def load_config(recipe: str, kls: type[Any], args: argparse.Namespace) -> Any:
     :raises ConfigError: lists everything that is wrong.
     """
     from fairseq2.utils.structured import StandardValueConverter
-    from fairseq2.utils.validation import StandardObjectValidator, ValidationError
 
+    from vembed_fs2.models.family import config_errors
     from vembed_fs2.recipes.layers import load_yaml, merge_layers, parse_overrides, structure
 
     layers: list[Mapping[str, Any]] = []
@@ -201,18 +201,9 @@ def load_config(recipe: str, kls: type[Any], args: argparse.Namespace) -> Any:
     assert isinstance(defaults, Mapping)
     config = structure(kls, merge_layers(defaults, layers), component_config)
     resolve_components(config)
-    try:
-        StandardObjectValidator().validate(config)
-    except ValidationError as ex:
-        raise ConfigError(_validation_errors(ex.result, "")) from None
+    if errors := config_errors(config):
+        raise ConfigError(errors)
     return config
-
-
-def _validation_errors(result: Any, path: str) -> list[str]:
-    errors = [f"`{path.rstrip('.')}`: {e}" if path else e for e in result.errors]
-    for name, sub_result in result.sub_results.items():
-        errors += _validation_errors(sub_result, f"{path}{name}.")
-    return errors
 
 
 def component_config(section: str, name: str) -> type[Any] | None:

@@ -85,8 +85,8 @@ def test_images_as_bytes(root: Path) -> None:
 
 
 def test_a_text_with_a_slash_is_a_text() -> None:
-    example = parse({"query": "a/b.png", "positive": "/tmp/x.jpg", "negatives": ["http://x/y.png"]}, mode="t2t")
-    assert (example.query, example.positive) == (Item("a/b.png"), Item("/tmp/x.jpg"))
+    example = parse({"query": "a/b.png", "positive": "/pictures/x.jpg", "negatives": ["http://x/y.png"]}, mode="t2t")
+    assert (example.query, example.positive) == (Item("a/b.png"), Item("/pictures/x.jpg"))
 
 
 def test_columns(root: Path) -> None:
