@@ -128,7 +128,7 @@ def test_epochs_end_until_reset() -> None:
     data.close()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     steps=st.integers(0, 25),
     workers=st.integers(0, 3),

@@ -78,7 +78,7 @@ def test_every_format_gives_the_same_examples(tmp_path: Path, suffix: str) -> No
     assert [e.label for e in (actual[0], actual[1])] == ["1", None]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows_of_texts)
 def test_texts_survive_every_format(rows: list[dict]) -> None:
     with TemporaryDirectory() as folder:

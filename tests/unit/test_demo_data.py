@@ -65,7 +65,7 @@ def test_docstrings_of_no_use_are_left_out(docstring: str) -> None:
     assert text.split_docstring(docstring) is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=9).map(" ".join), max_size=12))
 def test_near_duplicates_are_the_components_of_all_similar_pairs(texts: list[str]) -> None:
     def triples(words: list[str]) -> set[str]:

@@ -160,16 +160,16 @@ def test_rows_of_texts_only_images_only_and_both_each_get_their_embedding(clip: 
         return torch.stack([normalize(p, dim=-1) for p in parts]).sum(0)
 
     expected = torch.stack([text[0], image[0], fused(text[1], image[1]), fused(text[2], image[2], image[3])])
-    torch.testing.assert_close(clip(mixed).values, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(clip(mixed).values, expected, rtol=1e-6, atol=1e-6)
     order = [3, 0, 2, 1]
-    torch.testing.assert_close(clip(mixed.select(order)).values, expected[order], rtol=0, atol=1e-6)
+    torch.testing.assert_close(clip(mixed.select(order)).values, expected[order], rtol=1e-6, atol=1e-6)
     for i in range(4):
-        torch.testing.assert_close(clip(mixed.select([i])).values, expected[i : i + 1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(clip(mixed.select([i])).values, expected[i : i + 1], rtol=1e-6, atol=1e-6)
     both = EncoderBatch.concat([texts, images])
-    torch.testing.assert_close(clip(both).values, torch.cat([text, image]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(clip(both).values, torch.cat([text, image]), rtol=1e-6, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=6), st.randoms())
 def test_an_embedding_does_not_depend_on_the_other_rows(clip: EmbeddingModel, lengths: list[int], random: Any) -> None:
     batch = clip_text(*lengths)
@@ -178,5 +178,5 @@ def test_an_embedding_does_not_depend_on_the_other_rows(clip: EmbeddingModel, le
     with torch.inference_mode():
         together = clip(batch).values
         for i in order:
-            torch.testing.assert_close(clip(batch.select([i])).values[0], together[i], rtol=0, atol=1e-6)
-        torch.testing.assert_close(clip(batch.select(order)).values, together[order], rtol=0, atol=1e-6)
+            torch.testing.assert_close(clip(batch.select([i])).values[0], together[i], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(clip(batch.select(order)).values, together[order], rtol=1e-6, atol=1e-6)

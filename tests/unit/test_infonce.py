@@ -59,7 +59,7 @@ def cases(draw: st.DrawFn) -> tuple[int, int, RowInfo, int]:
     return num, num + extra, RowInfo(*(torch.tensor(x) for x in (ids, docs, labels))), draw(st.integers(0, 99))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases(), st.booleans(), st.booleans())
 def test_value_gradient_and_metrics_are_those_of_the_formula(
     case: tuple[int, int, RowInfo, int], both: bool, cosine: bool

@@ -49,7 +49,7 @@ def trec_eval(lists: list[list[int]], judgements: list[dict[int, int]]) -> dict[
     return dict(pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(run))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(judged_rankings())
 def test_every_metric_equals_trec_eval(case: tuple[list[list[int]], list[dict[int, int]]]) -> None:
     lists, judgements = case

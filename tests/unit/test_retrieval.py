@@ -36,7 +36,7 @@ from vembed_fs2.evaluation import (
 torch.set_num_threads(1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.booleans(), st.integers(1, 40))
 def test_results_equal_trec_eval(seed: int, exclude_self: bool, query_block: int) -> None:
     pytrec_eval: Any = pytest.importorskip("pytrec_eval")

@@ -48,7 +48,7 @@ def full_order(scores: Tensor, exclude: Tensor | None) -> list[list[int]]:
     return orders
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(whole_numbers(), st.integers(1, 30))
 def test_search_equals_sorting_the_full_matrix(case: dict[str, Any], k: int) -> None:
     scores = case["queries"] @ case["documents"].T
@@ -61,7 +61,7 @@ def test_search_equals_sorting_the_full_matrix(case: dict[str, Any], k: int) -> 
         assert found.scores[i].tolist() == [scores[i, d].item() for d in order[:width]] + [-math.inf] * missing
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(whole_numbers(), st.integers(1, 5), st.integers(0, 2**31))
 def test_ranks_equal_positions_in_the_full_order(case: dict[str, Any], width: int, seed: int) -> None:
     num_queries, num_documents = case["queries"].size(0), case["documents"].size(0)
