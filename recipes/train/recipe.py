@@ -24,7 +24,7 @@ from vembed_fs2.distributed import RowGather
 from vembed_fs2.embedder import load_processor
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.evaluation.datasets import RetrievalTask, task_from_examples
-from vembed_fs2.losses import ContrastiveLoss, create_loss
+from vembed_fs2.losses import Objective, create_loss
 from vembed_fs2.models.embedding import EmbeddingModel
 from vembed_fs2.models.family import logit_scale_init_of
 from vembed_fs2.models.hub import find_model, get_resolver
@@ -126,7 +126,7 @@ class TrainRecipe(Recipe):
         set_num_steps(config, reader.steps_per_epoch)
 
         gather = RowGather(gangs.dp.as_process_group() if gangs.dp.size > 1 else None)
-        loss: ContrastiveLoss = create_loss(config.loss.name, config.loss.config, gather)
+        loss: Objective = create_loss(config.loss.name, config.loss.config, gather)
         unit = ContrastiveTrainUnit(context.get_data_parallel_model(), loss, config.grad_cache, self.stop)
 
         valid_units, valid_readers = [], []

@@ -15,7 +15,7 @@ from torch.nn import Module
 from typing_extensions import override
 
 from vembed_fs2.gradcache import GradCache
-from vembed_fs2.losses import MAX_LOGIT_SCALE, ContrastiveLoss, LossOutput, RowInfo
+from vembed_fs2.losses import MAX_LOGIT_SCALE, LossOutput, Objective, RowInfo
 from vembed_fs2.models.embedding import Embeddings
 from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.train.config import GradCacheSection
@@ -30,9 +30,7 @@ _PER_BATCH: Final = ("num_chunks", "kept_fraction", "padding_fraction")
 class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
     """One optimizer update: encode queries and documents, compare them over all ranks, carry the gradient back."""
 
-    def __init__(
-        self, dp_model: Module, loss: ContrastiveLoss, grad_cache: GradCacheSection, stop: StopRequest
-    ) -> None:
+    def __init__(self, dp_model: Module, loss: Objective, grad_cache: GradCacheSection, stop: StopRequest) -> None:
         self._model = dp_model
         self._loss = loss
         self._step = GradCache(

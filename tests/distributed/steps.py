@@ -18,10 +18,13 @@ import vembed_fs2  # noqa: F401
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.gradcache.planner import Chunk, match_counts, plan_chunks
 from vembed_fs2.losses import InfoNCE, InfoNCEConfig, RowInfo
+from vembed_fs2.losses.infonce import Direction
 from vembed_fs2.models.bert import BertConfig
 from vembed_fs2.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
 from vembed_fs2.models.hub import get_resolver
+
+BOTH: tuple[Direction, ...] = ("query_to_document", "document_to_query")
 
 CPU = torch.device("cpu")
 
@@ -90,7 +93,7 @@ def rank_batch(config: object, rank: int, rows: int, seed: int) -> tuple[Encoder
     return query, document, replace(info, **ids, labels=labels)
 
 
-LOSS = InfoNCEConfig(learn_temperature=True, directions="both")
+LOSS = InfoNCEConfig(learn_temperature=True, directions=BOTH)
 
 
 def loss_of(gather: RowGather | None = None) -> Callable[..., Tensor]:

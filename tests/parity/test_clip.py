@@ -277,8 +277,12 @@ def test_padding_does_not_change_the_embedding(eos: int, pad: int) -> None:
             right = torch.nn.functional.pad(text, (0, width - 4), value=pad)
             left = torch.nn.functional.pad(text, (width - 4, 0), value=pad)
             mask = torch.arange(width)[None] < 4
-            torch.testing.assert_close(model.encode_text(EncoderBatch.of_text(right, mask)), alone, rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(model.encode_text(EncoderBatch.of_text(left, mask.flip(1))), alone, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                model.encode_text(EncoderBatch.of_text(right, mask)), alone, rtol=1e-6, atol=1e-6
+            )
+            torch.testing.assert_close(
+                model.encode_text(EncoderBatch.of_text(left, mask.flip(1))), alone, rtol=1e-6, atol=1e-6
+            )
 
 
 def test_embedding_is_independent_of_the_batch() -> None:

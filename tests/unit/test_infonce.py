@@ -15,6 +15,9 @@ from torch.nn.functional import normalize
 
 from vembed_fs2.distributed import _GatherRows
 from vembed_fs2.losses import MAX_LOGIT_SCALE, InfoNCE, InfoNCEConfig, RowInfo, create_loss
+from vembed_fs2.losses.infonce import Direction
+
+BOTH: tuple[Direction, ...] = ("query_to_document", "document_to_query")
 
 
 def embeddings(rows: int, seed: int, dim: int = 6) -> Tensor:
@@ -67,7 +70,7 @@ def test_value_gradient_and_metrics_are_those_of_the_formula(
     num, total, rows, seed = case
     q, d = embeddings(num, seed), embeddings(total, seed + 100)
     config = InfoNCEConfig(
-        temperature=0.2, directions="both" if both else "query_to_document", similarity="cosine" if cosine else "dot"
+        temperature=0.2, directions=BOTH if both else BOTH[:1], similarity="cosine" if cosine else "dot"
     )
     output = InfoNCE(config)(q, d, rows)
     grads = torch.autograd.grad(output.loss, [q, d])
@@ -103,7 +106,7 @@ def test_two_directions_equal_clip() -> None:
     logits = normalize(q, dim=-1) @ normalize(d, dim=-1).T * scale.exp()
     # Theirs compares texts with images and images with texts; the mean of both is the same.
     expected = clip_loss(logits)
-    loss = InfoNCE(InfoNCEConfig(learn_temperature=True, directions="both"))
+    loss = InfoNCE(InfoNCEConfig(learn_temperature=True, directions=BOTH))
     output = loss(q, d, RowInfo.distinct(7, 7), scale)
     assert float(output.loss.detach() / 7) == pytest.approx(float(expected.detach()), rel=1e-6)
     grads = torch.autograd.grad(output.loss / 7, [q, d, scale])
@@ -172,7 +175,7 @@ def test_a_learned_temperature_starts_from_the_configuration() -> None:
 
 def test_no_queries_give_a_loss_of_zero() -> None:
     q, d = embeddings(0, 1), embeddings(0, 2)
-    output = InfoNCE(InfoNCEConfig(directions="both"))(q, d, RowInfo.distinct(0, 0))
+    output = InfoNCE(InfoNCEConfig(directions=BOTH))(q, d, RowInfo.distinct(0, 0))
     output.loss.backward()
     assert float(output.loss.detach()) == 0.0
     assert not any(float(v) for v in output.metrics.values())
@@ -183,7 +186,7 @@ def test_no_queries_give_a_loss_of_zero() -> None:
     [
         ({"temperature": 0.0}, "`temperature` must be positive"),
         ({"temperature": math.nan}, "`temperature` must be positive"),
-        ({"directions": "two"}, "`directions` must be one of query_to_document, both, but is 'two'"),
+        ({"directions": "two"}, "`directions` must be a list, but is 'two'"),
         ({"similarity": "l2"}, "`similarity` must be one of cosine, dot"),
         ({"negatives": "all"}, "`negatives` must be one of global, local"),
     ],

@@ -2,21 +2,24 @@
 
 Legend: b queries of this rank, m documents of this rank (the b positives, in
 query order, then the explicit negatives), B and M those of all ranks, D
-embedding size.
+embedding size, L and K vectors per query and document of multi-vector models.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, Literal, TypeAlias, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.losses.similarity import DotProduct, MaxSim, Similarity, SimilarityName
+from vembed_fs2.losses.tiles import Block
 
 MAX_LOGIT_SCALE: Final = math.log(100.0)
 """CLIP's bound of a learned scale: a temperature below 0.01 makes training unstable.
@@ -24,6 +27,8 @@ MAX_LOGIT_SCALE: Final = math.log(100.0)
 A parameter above it has no gradient; like CLIP's own training, keep it below by
 ``logit_scale.clamp_(max=MAX_LOGIT_SCALE)`` in each step.
 """
+
+Negatives: TypeAlias = Literal["global", "local"]
 
 
 @dataclass
@@ -38,6 +43,20 @@ class RowInfo:
 
     labels: Tensor
     """Class of each row; 0 if it has none. *Shape:* ``[b]``, int64."""
+
+    negative_rows: Tensor | None = None
+    """The row that each explicit negative belongs to; rows may have different numbers of them. By default, each row's
+    first negative comes first, in row order, then each row's second. *Shape:* ``[m - b]``, int64."""
+
+    scores: Tensor | None = None
+    """Scores of the documents for the queries of their rows, by a teacher or a human; NaN where there is none.
+    *Shape:* ``[m]``, float."""
+
+    teacher_query: Tensor | None = None
+    """A teacher's embeddings of the queries. *Shape:* ``[b, T]``, float."""
+
+    teacher_document: Tensor | None = None
+    """A teacher's embeddings of the documents. *Shape:* ``[m, T]``, float."""
 
     @staticmethod
     def distinct(num_queries: int, num_documents: int, device: torch.device | None = None) -> RowInfo:
@@ -61,6 +80,30 @@ class RowInfo:
                 f"There are {num_queries} queries and {num_documents} documents, but `rows` has {sizes[0]} query ids,"
                 f" {sizes[1]} labels and {sizes[2]} document ids."
             )
+        expected = {"negative_rows": num_documents - num_queries, "scores": num_documents}
+        expected |= {"teacher_query": num_queries, "teacher_document": num_documents}
+        for name, size in expected.items():
+            value = getattr(self, name)
+            if value is not None and value.size(0) != size:
+                raise ValueError(f"`rows.{name}` must have {size} entries, but has {value.size(0)}.")
+
+    def document_rows(self) -> Tensor:
+        """The row that each document belongs to; -1 where that is not known. *Returns:* ``[m]``, int64."""
+        num_queries, num_documents = self.query_ids.size(0), self.document_ids.size(0)
+        own = torch.arange(num_queries, device=self.query_ids.device)
+        negative_rows, num_negatives = self.negative_rows, num_documents - num_queries
+        if negative_rows is None and num_negatives % max(num_queries, 1) == 0:
+            negative_rows = own.repeat(num_negatives // max(num_queries, 1))
+        if negative_rows is None:
+            negative_rows = own.new_full((num_negatives,), -1)
+        return torch.cat([own, negative_rows])
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> None:
+        """Move all tensors in place."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                setattr(self, field.name, value.to(device, non_blocking=non_blocking))
 
 
 @dataclass
@@ -74,26 +117,221 @@ class LossOutput:
     """Sums over this rank's queries. Scalars without a graph."""
 
 
-class ContrastiveLoss(ABC):
-    """An objective over queries and documents."""
+@dataclass
+class LossInput:
+    """What an objective sees of a rank's rows."""
 
-    @abstractmethod
+    query: Tensor
+    """*Shape:* ``[b, D]``, or ``[b, L, D]`` for multi-vector models."""
+
+    document: Tensor
+    """The positive of each query, in query order, then explicit negatives. *Shape:* ``[m, D]`` or ``[m, K, D]``."""
+
+    rows: RowInfo
+
+    logit_scale: Tensor | None = None
+    """Log of the inverse temperature, where the model learns it. *Shape:* ``[1]``."""
+
+    logit_bias: Tensor | None = None
+    """Bias of the logits, where the model learns it. *Shape:* ``[1]``."""
+
+    query_mask: Tensor | None = None
+    """The vectors of a query that count. *Shape:* ``[b, L]``, bool."""
+
+    document_mask: Tensor | None = None
+    """The vectors of a document that count. *Shape:* ``[m, K]``, bool."""
+
+    teacher_projection: Tensor | None = None
+    """Takes embeddings to the size of a teacher's, where the model learns it. *Shape:* ``[T, D]``."""
+
+    @property
+    def num_queries(self) -> int:
+        return self.query.size(0)
+
+    def truncated(self, dim: int) -> LossInput:
+        """The same with the first ``dim`` dimensions of each embedding."""
+        projection = None if self.teacher_projection is None else self.teacher_projection[..., :dim]
+        query, document = self.query[..., :dim], self.document[..., :dim]
+        return replace(self, query=query, document=document, teacher_projection=projection)
+
+
+class Objective(ABC):
+    """A loss over the queries and documents of a step.
+
+    Subclasses implement :meth:`compute`. It must run the same collectives on
+    all ranks, whatever their rows.
+    """
+
     def __call__(
-        self, query_bD: Tensor, document_mD: Tensor, rows: RowInfo, logit_scale: Tensor | None = None
+        self,
+        query: Tensor,
+        document: Tensor,
+        rows: RowInfo | None = None,
+        logit_scale: Tensor | None = None,
+        **more: Tensor | None,
     ) -> LossOutput:
         """
-        :param query_bD: embeddings of this rank's queries.
-        :param document_mD: embeddings of this rank's documents: the positive of
-            each query, in query order, then explicit negatives.
+        :param query: embeddings of this rank's queries. *Shape:* ``[b, D]`` or ``[b, L, D]``.
+        :param document: embeddings of this rank's documents: the positive of
+            each query, in query order, then explicit negatives. *Shape:* ``[m, D]`` or ``[m, K, D]``.
+        :param rows: what is known of them; ``None`` if no row is like another.
         :param logit_scale: log of the inverse temperature, where it is learned. *Shape:* ``[1]``.
+        :param more: other fields of :class:`LossInput`.
         """
+        if rows is None:
+            rows = RowInfo.distinct(query.size(0), document.size(0), query.device)
+        rows.check(query.size(0), document.size(0))
+        # Autocast would round similarities to 8 bits before the temperature enlarges them.
+        with torch.autocast(query.device.type, enabled=False):
+            return self.compute(LossInput(query, document, rows, logit_scale, **more))
+
+    @abstractmethod
+    def compute(self, inputs: LossInput) -> LossOutput:
+        """Compute the loss, without autocast."""
 
     @property
     def initial_logit_scale(self) -> float | None:
         """The log inverse temperature to start from, if it is to be learned; else ``None``."""
         return None
 
+    @property
+    def initial_logit_bias(self) -> float | None:
+        """The bias of the logits to start from, if it is to be learned; else ``None``."""
+        return None
 
-def gather_rows(rows: RowInfo, gather: RowGather, counts_b: list[int], counts_m: list[int]) -> RowInfo:
-    """Return the same facts about the rows of all ranks."""
-    return RowInfo(gather(rows.query_ids, counts_b), gather(rows.document_ids, counts_m), gather(rows.labels, counts_b))
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether rows need a teacher's embeddings."""
+        return False
+
+
+def scope(gather: RowGather | None, negatives: Negatives) -> RowGather:
+    """Return what gathers the rows that an objective compares: those of all ranks, or its own."""
+    return gather if gather is not None and negatives == "global" else RowGather()
+
+
+def choice_errors(config: Any, names: Sequence[str]) -> list[str]:
+    """What is wrong with fields of a configuration that are one of a few words."""
+    hints, errors = get_type_hints(type(config)), []
+    for name in names:
+        value, known = getattr(config, name), get_args(hints[name])
+        if value not in known:
+            errors.append(f"`{name}` must be one of {', '.join(map(str, known))}, but is {value!r}.")
+    return errors
+
+
+def positive_errors(config: Any, names: Sequence[str]) -> list[str]:
+    """What is wrong with fields of a configuration that must be positive."""
+    values = {name: getattr(config, name) for name in names}
+    return [f"`{n}` must be positive, but is {v}." for n, v in values.items() if not v > 0.0]
+
+
+@dataclass
+class GlobalRows:
+    """The rows of all ranks, in rank order: what this rank's rows are compared with."""
+
+    inputs: LossInput
+    """This rank's."""
+
+    query: Tensor
+    """*Shape:* ``[B, D]`` or ``[B, L, D]``."""
+
+    query_mask: Tensor | None
+    document: Tensor
+    """Of each rank its positives, then its explicit negatives. *Shape:* ``[M, D]`` or ``[M, K, D]``."""
+
+    document_mask: Tensor | None
+    rows: RowInfo
+    """``negative_rows`` is not set; see :attr:`document_row`."""
+
+    _document_row: Tensor
+
+    positive: Tensor
+    """The column of the positive of each of the B queries. *Shape:* ``[B]``."""
+
+    start: int
+    """The row of this rank's first query among all."""
+
+    @property
+    def document_row(self) -> Tensor:
+        """The row (from 0 to B - 1) that each document belongs to. *Returns:* ``[M]``.
+
+        :raises ValueError: it is not known of some.
+        """
+        if bool((self._document_row < 0).any()):
+            raise ValueError(
+                "Rows have different numbers of explicit negatives: `rows.negative_rows` must say whose they are."
+            )
+        return self._document_row
+
+    @property
+    def row(self) -> Tensor:
+        """The rows of this rank's queries among all. *Returns:* ``[b]``."""
+        return torch.arange(self.start, self.start + self.inputs.num_queries, device=self.positive.device)
+
+    @property
+    def target(self) -> Tensor:
+        """The columns of the positives of this rank's queries. *Returns:* ``[b]``."""
+        return self.positive[self.row]
+
+    def block(
+        self,
+        anchors: Literal["query", "document"],
+        columns: Literal["query", "document"],
+        similarity: SimilarityName,
+    ) -> Block:
+        """Compare this rank's queries (or positives) with all queries (or documents)."""
+        inputs = self.inputs
+        num_queries = inputs.num_queries
+        anchor, anchor_mask = inputs.query, inputs.query_mask
+        if anchors == "document":
+            anchor = inputs.document[:num_queries]
+            anchor_mask = None if inputs.document_mask is None else inputs.document_mask[:num_queries]
+        column, column_mask = (self.query, self.query_mask)
+        if columns == "document":
+            column, column_mask = self.document, self.document_mask
+        kind: Similarity = DotProduct()
+        if similarity == "maxsim":
+            # The vectors of a query look for their nearest, on whichever side it stands.
+            kind = MaxSim(anchors_query=(anchors, columns) != ("document", "query"))
+        return Block(anchor, column, kind, similarity != "dot", anchor_mask, column_mask)
+
+
+def gather_all(inputs: LossInput, gather: RowGather) -> GlobalRows:
+    """Gather the rows of all ranks. Gradients flow back to the ranks that they come from."""
+    rows, num_queries = inputs.rows, inputs.num_queries
+    counts_b, counts_m = gather.counts(num_queries), gather.counts(inputs.document.size(0))
+    start = sum(counts_b[: gather.rank])
+    positive, column = [], 0
+    for queries, documents in zip(counts_b, counts_m):
+        positive.append(torch.arange(column, column + queries, device=inputs.query.device))
+        column += documents
+    query, query_mask = _gather_vectors(inputs.query, inputs.query_mask, gather, counts_b)
+    document, document_mask = _gather_vectors(inputs.document, inputs.document_mask, gather, counts_m)
+    info = RowInfo(
+        gather(rows.query_ids, counts_b),
+        gather(rows.document_ids, counts_m),
+        gather(rows.labels, counts_b),
+        scores=None if rows.scores is None else gather(rows.scores, counts_m),
+        teacher_query=None if rows.teacher_query is None else gather(rows.teacher_query, counts_b),
+        teacher_document=None if rows.teacher_document is None else gather(rows.teacher_document, counts_m),
+    )
+    own = rows.document_rows()
+    document_row = gather(torch.where(own < 0, own, own + start), counts_m)
+    return GlobalRows(
+        inputs, query, query_mask, document, document_mask, info, document_row, torch.cat(positive), start
+    )
+
+
+def _gather_vectors(
+    x: Tensor, mask: Tensor | None, gather: RowGather, counts: list[int]
+) -> tuple[Tensor, Tensor | None]:
+    if gather.size == 1 or x.ndim == 2:
+        return gather(x, counts), None if mask is None else gather(mask, counts)
+    # Ranks have texts of different lengths; what fills them up is masked.
+    width = max(gather.counts(x.size(1)))
+    if mask is None:
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    x = torch.nn.functional.pad(x, (0, 0, 0, width - x.size(1)))
+    mask = torch.nn.functional.pad(mask, (0, width - mask.size(1)))
+    return gather(x, counts), gather(mask, counts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.losses.common import ContrastiveLoss
+from vembed_fs2.losses.common import Objective
 from vembed_fs2.losses.infonce import InfoNCE, InfoNCEConfig
 
 
@@ -18,7 +18,7 @@ class LossEntry:
     config_kls: type[Any]
     """Its configuration; must have a method ``errors() -> list[str]``."""
 
-    factory: Callable[[Any, RowGather], ContrastiveLoss]
+    factory: Callable[[Any, RowGather], Objective]
 
 
 LOSSES: Final[dict[str, LossEntry]] = {
@@ -27,7 +27,7 @@ LOSSES: Final[dict[str, LossEntry]] = {
 """The objectives that ``loss.name`` accepts. Add to it to register one."""
 
 
-def create_loss(name: str, config: object, gather: RowGather | None = None) -> ContrastiveLoss:
+def create_loss(name: str, config: object, gather: RowGather | None = None) -> Objective:
     """Create the objective ``name``.
 
     :raises KeyError: there is no objective of that name.
