@@ -14,6 +14,7 @@ from vembed_fs2._libsndfile import preload_libsndfile
 
 if TYPE_CHECKING:
     from vembed_fs2 import evaluation as evaluation
+    from vembed_fs2 import gradcache as gradcache
     from vembed_fs2 import losses as losses
     from vembed_fs2.embedder import Embedder as Embedder
     from vembed_fs2.gradcache import GradCache as GradCache
@@ -38,7 +39,7 @@ _EXPORTS = {
     "load_model": "vembed_fs2.models.hub",
 }
 
-_SUBMODULES = ("evaluation", "losses")
+_SUBMODULES = ("evaluation", "gradcache", "losses")
 
 __all__ = sorted([*_EXPORTS, *_SUBMODULES])
 

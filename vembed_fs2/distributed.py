@@ -22,10 +22,16 @@ _BUCKET_SIZE: Final = 8 * 2**20
 
 
 class GradSync(ABC):
-    """How the gradients of one encoder are reduced over ranks: once per step, after the last chunk."""
+    """How the gradients of one encoder are reduced over ranks: once per step, after the last chunk, by default."""
 
     runs_in_step: bool = False
     """If ``True``, a forward or backward pass of a chunk has collectives, so all ranks must run the same ones."""
+
+    can_reduce_chunks: bool = False
+    """If ``True``, gradients can be reduced after each chunk instead of once."""
+
+    reduces_chunks: bool = False
+    """If ``True``, they are."""
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Wraps each forward pass."""
@@ -114,15 +120,16 @@ class FsdpSync(GradSync):
     """FSDP2: the last backward pass of a step reduces and scatters what all of them accumulated."""
 
     runs_in_step = True
+    can_reduce_chunks = True
 
     def __init__(self, module: FSDPModule) -> None:
         self._module = module
 
     @contextmanager
     def backward(self, *, last: bool) -> Iterator[None]:
-        self._module.set_requires_gradient_sync(last)
+        self._module.set_requires_gradient_sync(last or self.reduces_chunks)
         self._module.set_is_last_backward(last)
-        if last:
+        if last and not self.reduces_chunks:
             self._unify_gradient_types()
         try:
             yield

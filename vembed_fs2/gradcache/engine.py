@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from torch.autograd.function import once_differentiable
 from vembed_fs2.distributed import GradSync, grad_sync_of
 from vembed_fs2.gradcache.group import EncodedChunk, Group
 from vembed_fs2.gradcache.planner import Budget, count_kept, match_counts, parse_budget, plan_chunks
-from vembed_fs2.gradcache.replay import SavedBytes
+from vembed_fs2.gradcache.replay import RngState, SavedBytes, is_out_of_memory
 from vembed_fs2.gradcache.rows import as_rows
+
+log = logging.getLogger("vembed_fs2")
 
 
 @dataclass
@@ -29,6 +32,9 @@ class StepStats:
     num_padded_tokens: int = 0
     """Tokens with padding."""
 
+    graph_bytes: int = 0
+    """What the graphs of all chunks would hold, by what those of the first step held."""
+
     @property
     def kept_fraction(self) -> float:
         """The fraction of chunks whose graph was kept."""
@@ -38,6 +44,11 @@ class StepStats:
     def padding_fraction(self) -> float:
         """The fraction of encoded tokens that was padding."""
         return 1.0 - self.num_tokens / max(self.num_padded_tokens, 1)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """What a kept graph holds per token, padding included."""
+        return self.graph_bytes / max(self.num_padded_tokens, 1)
 
 
 class GradCache:
@@ -66,12 +77,19 @@ class GradCache:
         ``encode`` returns, for all rows of each role. It may have parameters.
     :param chunk_tokens: the cost of a chunk, padding included, in tokens. A row
         without tokens costs 1.
+    :param chunk_patches: the cost of a chunk of rows with images, in patches;
+        ``None`` if it is ``chunk_tokens``.
     :param activation_budget: the memory for graphs that are kept instead of
         recomputed: ``"auto"`` (half of what is free), ``"all"``, ``0`` or a size
         such as ``"4GiB"``. The first graph of each encoder and kind of rows is
-        kept in any case, and is not counted.
+        kept in any case, and is not counted. When memory runs out while a
+        graph is kept, that chunk is encoded anew and fewer are kept from then
+        on; not with FSDP2, whose ranks cannot repeat a forward pass alone.
+    :param grad_sync: when FSDP2 reduces gradients: after the ``"last"`` chunk,
+        with whole gradients in memory until then, or after ``"every_chunk"``,
+        with the least memory and the most communication.
     :param sync: how gradients are reduced; found from ``encode`` if ``None``.
-    :raises ValueError: ``chunk_tokens`` or ``activation_budget`` is not valid.
+    :raises ValueError: one of the sizes or ``grad_sync`` is not valid.
     """
 
     def __init__(
@@ -80,19 +98,31 @@ class GradCache:
         loss: Callable[..., Tensor],
         *,
         chunk_tokens: int = 2048,
+        chunk_patches: int | None = None,
         activation_budget: Budget = "auto",
+        grad_sync: Literal["last", "every_chunk"] = "last",
         sync: GradSync | None = None,
     ) -> None:
-        if chunk_tokens < 1:
-            raise ValueError(f"`chunk_tokens` must be greater than or equal to 1, but is {chunk_tokens} instead.")
+        for name, size in (("chunk_tokens", chunk_tokens), ("chunk_patches", chunk_patches)):
+            if size is not None and size < 1:
+                raise ValueError(f"`{name}` must be greater than or equal to 1, but is {size} instead.")
+        if grad_sync not in ("last", "every_chunk"):
+            raise ValueError(f"`grad_sync` must be 'last' or 'every_chunk', but is {grad_sync!r}.")
         parse_budget(activation_budget, torch.device("cpu"))
         self._encode = encode
         self._loss = loss
         self._chunk_tokens = chunk_tokens
+        self._chunk_patches = chunk_patches
         self._budget: Budget = activation_budget
+        self._budget_limit = 2**62  # Lowered when memory runs out.
+        self._grad_sync = grad_sync
         self._bytes_per_token: dict[tuple[int, int], float] = {}
         self._sync = sync
         self.stats = StepStats()
+
+    def rebind(self, encode: Callable[[Any], Any] | Sequence[Callable[[Any], Any]], loss: Callable[..., Tensor]) -> None:
+        """Go on with another encode and loss call on the same models; what was measured is kept."""
+        self._encode, self._loss = encode, loss
 
     def __call__(self, *roles: Any, **loss_kwargs: Any) -> Tensor:
         """Run the step's forward passes and its loss.
@@ -131,6 +161,9 @@ class GradCache:
             group = groups.get(id(encoder))
             if group is None:
                 sync = self._sync if self._sync is not None else grad_sync_of(encoder)
+                if self._grad_sync == "every_chunk" and not sync.can_reduce_chunks:
+                    raise ValueError("`grad_sync` can be 'every_chunk' with FSDP2 only.")
+                sync.reduces_chunks = self._grad_sync == "every_chunk"
                 group = groups[id(encoder)] = Group(len(groups), encoder, sync)
             group.add(idx, as_rows(role))
         return list(groups.values())
@@ -140,7 +173,7 @@ class GradCache:
         costs, kinds = rows.costs(), rows.kinds()
         if not costs:
             raise ValueError("A step needs at least one row for each encoder.")
-        chunks = plan_chunks(costs, kinds, self._chunk_tokens)
+        chunks = plan_chunks(costs, kinds, self._chunk_tokens, self._chunk_patches)
         if group.sync.runs_in_step:
             own = {kind: sum(c.kind == kind for c in chunks) for kind in set(kinds)}
             chunks = match_counts(chunks, group.sync.agree_counts(own), costs)
@@ -162,14 +195,19 @@ class GradCache:
         # Kept chunks run first: under autocast, a weight cast without grad mode
         # would be cached and cut the graphs of the chunks that come after it.
         rest = [e for idx, e in enumerate(group.chunks) if idx not in firsts]
-        num_kept = self._count_kept(group, rest)
+        sizes = group.sync.agree_max([self._graph_size(group, e) for e in rest])
+        num_kept = self._count_kept(group, sizes)
         for position, encoded in enumerate(rest):
-            group.encode(encoded, keep=position < num_kept)
+            if position < num_kept and not self._keep(group, encoded, kept=sum(sizes[:position])):
+                num_kept = position
+            if position >= num_kept:
+                group.encode(encoded, keep=False)
         self.stats.num_kept += len(firsts) + num_kept
+        self.stats.graph_bytes += sum(self._graph_size(group, e) for e in group.chunks)
 
     def _encode_first(self, group: Group, encoded: EncodedChunk) -> None:
         key = (group.index, encoded.chunk.kind)
-        if key in self._bytes_per_token or self._budget in (0, "all"):
+        if key in self._bytes_per_token:
             group.encode(encoded, keep=True)
             return
         saved = SavedBytes()
@@ -177,15 +215,42 @@ class GradCache:
             group.encode(encoded, keep=True)
         self._bytes_per_token[key] = saved.total / max(encoded.chunk.tokens, 1)
 
-    def _count_kept(self, group: Group, chunks: Sequence[EncodedChunk]) -> int:
-        sync = group.sync
+    def _graph_size(self, group: Group, encoded: EncodedChunk) -> int:
+        per_token = self._bytes_per_token.get((group.index, encoded.chunk.kind), 0.0)
+        return int(encoded.chunk.tokens * per_token) + 1
+
+    def _count_kept(self, group: Group, sizes: Sequence[int]) -> int:
         # Asked anew in each step: "auto" depends on what else is in memory by now.
-        budget = -sync.agree_max([-parse_budget(self._budget, group.device)])[0]
-        if budget == 0 or not chunks:
-            return 0
-        per_token = self._bytes_per_token
-        sizes = [int(e.chunk.tokens * per_token.get((group.index, e.chunk.kind), 0.0)) + 1 for e in chunks]
-        return count_kept(sync.agree_max(sizes), budget)
+        budget = min(parse_budget(self._budget, group.device), self._budget_limit)
+        budget = -group.sync.agree_max([-budget])[0]
+        return count_kept(sizes, budget) if budget > 0 else 0
+
+    def _keep(self, group: Group, encoded: EncodedChunk, *, kept: int) -> bool:
+        """Encode a chunk with its graph; return whether memory was enough.
+
+        :param kept: the bytes of the graphs that are kept already.
+        """
+        if group.sync.runs_in_step:
+            group.encode(encoded, keep=True)
+            return True
+        before = RngState(group.device)
+        try:
+            group.encode(encoded, keep=True)
+            return True
+        except (torch.OutOfMemoryError, RuntimeError) as ex:
+            if not is_out_of_memory(ex):
+                raise
+        # Only here: while the exception is handled, its traceback holds the graph.
+        before.set()
+        if group.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self._budget_limit == 2**62:
+            log.warning(
+                "Memory ran out while the graphs of chunks were kept. From now on fewer are kept, and more are"
+                " recomputed; `activation_budget` or `chunk_tokens` can be made smaller."
+            )
+        self._budget_limit = kept * 3 // 4
+        return False
 
 
 class _Step:

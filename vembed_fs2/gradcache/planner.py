@@ -36,11 +36,15 @@ class Chunk:
     """If ``True``, the output is not used; it makes all ranks run the same number of chunks."""
 
 
-def plan_chunks(costs: Sequence[int], kinds: Sequence[int], chunk_tokens: int) -> list[Chunk]:
+def plan_chunks(
+    costs: Sequence[int], kinds: Sequence[int], chunk_tokens: int, chunk_patches: int | None = None
+) -> list[Chunk]:
     """Cut rows, sorted by cost, into chunks of at most ``chunk_tokens`` tokens with padding.
 
     Long rows come first, so that running out of memory shows at once. A row
     longer than ``chunk_tokens`` has a chunk of its own.
+
+    :param chunk_patches: the limit of chunks with images; ``None`` if it is that of texts.
     """
     order = sorted(range(len(costs)), key=lambda i: (kinds[i], -costs[i], i))
     chunks: list[Chunk] = []
@@ -49,7 +53,8 @@ def plan_chunks(costs: Sequence[int], kinds: Sequence[int], chunk_tokens: int) -
         first = order[start]
         width = max(costs[first], 1)
         stop = start + 1
-        limit = start + max(chunk_tokens // width, 1)
+        size = chunk_patches if chunk_patches is not None and kinds[first] in (2, 3) else chunk_tokens
+        limit = start + max(size // width, 1)
         while stop < min(limit, len(order)) and kinds[order[stop]] == kinds[first]:
             stop += 1
         chunks.append(Chunk(tuple(order[start:stop]), kinds[first], (stop - start) * width))

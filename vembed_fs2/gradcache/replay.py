@@ -18,14 +18,18 @@ class RngState:
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
+    def set(self) -> None:
+        """Go back to this state."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Go back to this state; afterwards the generators are as they were before."""
         devices = [self._device] if self._cuda is not None else []
         with torch.random.fork_rng(devices=devices):
-            torch.set_rng_state(self._cpu)
-            if self._cuda is not None:
-                torch.cuda.set_rng_state(self._cuda, self._device)
+            self.set()
             yield
 
 
@@ -40,6 +44,12 @@ class Autocast:
     def entered(self) -> AbstractContextManager[Any]:
         # Where it was off it must be turned off: the backward pass may run inside an autocast of its own.
         return torch.autocast(self._type, dtype=self._dtype, enabled=self._enabled)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that there is no memory, on whatever device."""
+    # On CPUs it is a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class SavedBytes:
