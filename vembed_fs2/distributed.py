@@ -27,8 +27,8 @@ class GradSync(ABC):
     runs_in_step: bool = False
     """If ``True``, a forward or backward pass of a chunk has collectives, so all ranks must run the same ones."""
 
-    can_reduce_chunks: bool = False
-    """If ``True``, gradients can be reduced after each chunk instead of once."""
+    can_reduce_chunks: bool = True
+    """If ``False``, gradients cannot be reduced after each chunk instead of once."""
 
     reduces_chunks: bool = False
     """If ``True``, they are."""
@@ -73,6 +73,8 @@ class DdpSync(GradSync):
     chunk holds texts). Reducing here has neither problem, and lets every chunk
     keep its graph.
     """
+
+    can_reduce_chunks = False
 
     def __init__(self, module: DistributedDataParallel) -> None:
         self._module = module
@@ -120,7 +122,6 @@ class FsdpSync(GradSync):
     """FSDP2: the last backward pass of a step reduces and scatters what all of them accumulated."""
 
     runs_in_step = True
-    can_reduce_chunks = True
 
     def __init__(self, module: FSDPModule) -> None:
         self._module = module
@@ -218,7 +219,7 @@ def _used_by(function: FunctionType) -> Iterator[Any]:
             yield value
 
 
-def average_gradients(parameters: Sequence[Parameter], group: ProcessGroup | None) -> None:
+def average_gradients(parameters: Sequence[Parameter], group: ProcessGroup | None = None) -> None:
     """Average the gradients over ``group``, each exactly once.
 
     A parameter that has a gradient on some ranks only counts as zero on the

@@ -163,13 +163,21 @@ class GradCacheSection:
     chunk_tokens: int = 2048 if not torch.cuda.is_available() else 65536
     """The cost of a chunk in tokens, padding included; an image costs its number of patches."""
 
+    chunk_patches: int | None = None
+    """The cost of a chunk of rows with images; ``chunk_tokens`` if it is not given."""
+
     activation_budget: int | str = "auto"
     """The memory for graphs that are kept instead of recomputed: 'auto', 'all', 0 or a size such as '4GiB'."""
 
+    grad_sync: Literal["last", "every_chunk"] = "last"
+    """When FSDP reduces gradients: after the last chunk, or after every one, which takes the least memory."""
+
     def validate(self) -> ValidationResult:
         result = ValidationResult()
-        if self.chunk_tokens < 1:
-            result.add_error(f"`chunk_tokens` must be greater than or equal to 1, but is {self.chunk_tokens} instead.")
+        for name in ("chunk_tokens", "chunk_patches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                result.add_error(f"`{name}` must be greater than or equal to 1, but is {value} instead.")
         try:
             parse_budget(self.activation_budget, torch.device("cpu"))
         except ValueError as ex:
@@ -233,4 +241,6 @@ class TrainConfig:
             result.add_error("`trainer.fsdp.version` must be 'v2': FSDP1 has no gradient accumulation over chunks.")
         if trainer.data_parallelism == "fsdp" and trainer.grad_accumulation.no_sync:
             result.add_error("`trainer.grad_accumulation.no_sync` works with DDP only.")
+        if self.grad_cache.grad_sync == "every_chunk" and trainer.data_parallelism != "fsdp":
+            result.add_error("`grad_cache.grad_sync` can be 'every_chunk' with `trainer.data_parallelism=fsdp` only.")
         return result

@@ -23,7 +23,7 @@ from vembed_fs2.recipes.train.dataset import ContrastiveBatch
 
 # Sums over queries and over batches; divided when they are published.
 _PER_QUERY: Final = ("loss", "accuracy", "num_negatives", "masked_fraction", "temperature")
-_PER_BATCH: Final = ("num_chunks", "kept_fraction", "padding_fraction")
+_PER_BATCH: Final = ("num_chunks", "kept_fraction", "padding_fraction", "bytes_per_token")
 
 
 @final
@@ -37,7 +37,9 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
             dp_model,
             self._compute_loss,
             chunk_tokens=grad_cache.chunk_tokens,
+            chunk_patches=grad_cache.chunk_patches,
             activation_budget=grad_cache.activation_budget,
+            grad_sync=grad_cache.grad_sync,
         )
         self._stop = stop
         self._output: LossOutput | None = None
@@ -90,6 +92,7 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
             "num_chunks": stats.num_chunks,
             "kept_fraction": stats.kept_fraction,
             "padding_fraction": stats.padding_fraction,
+            "bytes_per_token": stats.bytes_per_token,
         }
         for name, value in sums.items():
             metric_bag.get(name, Sum).update(value)

@@ -390,7 +390,6 @@ def test_the_bytes_of_a_token_are_reported() -> None:
     ("options", "message"),
     [
         ({"grad_sync": "first"}, "`grad_sync` must be 'last' or 'every_chunk'"),
-        ({"grad_sync": "every_chunk"}, "with FSDP2 only"),
         ({"chunk_patches": 0}, "`chunk_patches` must be greater"),
     ],
 )

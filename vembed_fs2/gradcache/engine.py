@@ -162,7 +162,7 @@ class GradCache:
             if group is None:
                 sync = self._sync if self._sync is not None else grad_sync_of(encoder)
                 if self._grad_sync == "every_chunk" and not sync.can_reduce_chunks:
-                    raise ValueError("`grad_sync` can be 'every_chunk' with FSDP2 only.")
+                    raise ValueError("`grad_sync` must be 'last' with DDP, which averages gradients once.")
                 sync.reduces_chunks = self._grad_sync == "every_chunk"
                 group = groups[id(encoder)] = Group(len(groups), encoder, sync)
             group.add(idx, as_rows(role))
