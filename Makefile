@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .venv-peers
+PEERS_STAMP := $(PEERS)/.installed
 
-.PHONY: demo test test-full lint format bench clean
+.PHONY: demo test test-full lint format bench bench-quality clean
 
 demo: $(STAMP)
 	rm -rf demo-text
@@ -29,11 +31,19 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)
+# About 20 minutes, on a machine that does nothing else.
+bench: $(STAMP) $(PEERS_STAMP)
+	$(BIN)/python benchmarks/train_step.py --check --repeats 0
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/loss_memory.py
+	$(BIN)/python benchmarks/scaling.py --min 256 --max 16384 --repeats 1
+
+# About an hour.
+bench-quality: $(STAMP) $(PEERS_STAMP)
+	$(BIN)/python benchmarks/quality.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-text demo-images .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info demo-text demo-images .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # Anew when the dependencies changed.
 $(STAMP): pyproject.toml
@@ -41,4 +51,12 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+# Anew when what the benchmarks compare with changed.
+$(PEERS_STAMP): benchmarks/peers.txt
+	rm -rf $(PEERS)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(PEERS)/bin/python -m pip install --quiet -r benchmarks/peers.txt
 	touch $@

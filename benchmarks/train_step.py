@@ -1,121 +1,163 @@
-"""The cost of a cached contrastive step: all-MiniLM-L6-v2 on pairs of Python documentation.
+"""The cost of one contrastive step, forward and backward: ours against sentence-transformers and GradCache.
 
-Prints seconds per step (median of alternating runs) of the plain step and of
-the gradient cache with everything and with nothing kept, their ratio to the
-plain step, and the peak memory above that before the step.
+The same weights, texts, batch, threads, type and dropout for all. Two
+processes, each with the environment of one side, run single steps in turns,
+and sleep while the other runs. Prints medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import tempfile
-import threading
-import time
-from collections.abc import Callable
-from functools import partial
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
+from measure import encoder_flops, hardware, matmul_rate, print_table
+from texts import add_data_arguments, read_pairs, write_pairs
+from workers import Measured, Worker
 
-from vembed_fs2 import Embedder, GradCache
-from vembed_fs2.commands.demo import minilm_folder
-from vembed_fs2.data.example import Item
-from vembed_fs2.demo.text import write_pairs
-from vembed_fs2.losses import InfoNCE, RowInfo
-from vembed_fs2.models.embedding import EmbeddingModel, Embeddings, EncoderBatch
+PEERS = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
+
+
+@dataclass
+class Results:
+    """What was measured of a step."""
+
+    times: list[float] = field(default_factory=list)
+    last: Measured = field(default_factory=Measured)
+    peak: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.times) if self.times else float("nan")
 
 
 def main() -> None:
+    args = parse_arguments()
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        data = Path(folder) / "pairs.jsonl"
+        write_pairs(data, read_pairs(args.data), args.pairs)
+        settings = {**vars(args), "data": str(data), "model": str(args.model), "dropout": not args.check}
+        settings = {k: v for k, v in settings.items() if k != "peers"}
+        workers = [stack.enter_context(Worker(sys.executable, "ours.py", settings))]
+        if args.peers.is_file():
+            workers.append(stack.enter_context(Worker(args.peers, "peers.py", settings)))
+        else:
+            print(f"There is no {args.peers}, so only our own steps run. `make bench` creates it.")
+        lengths = same_lengths(workers)
+        rate = matmul_rate(torch.device(args.device), torch.bfloat16 if args.bf16 else torch.float32)
+        print_heading(args, lengths, rate, workers)
+        results = measure(workers, args.repeats, args.steps)
+    flops = encoder_flops(json.loads((args.model / "config.json").read_text()), lengths)
+    print_results(results, sum(lengths), flops / rate)
+    if args.check:
+        check(results, 2e-2 if args.bf16 else 1e-4)
+    elif args.repeats:
+        print_ratios(results)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--chunk-tokens", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--bf16", action="store_true")
-    args = parser.parse_args()
-
-    embedder = Embedder.load(minilm_folder(), device="cpu")
-    query, document = read_pairs(embedder, args.pairs)
-    model = embedder.model.train()
-    tokens = sum(query.costs()) + sum(document.costs())
-    print(
-        f"{args.pairs} pairs, {tokens:,} tokens, {torch.get_num_threads()} threads, {'bf16' if args.bf16 else 'fp32'}"
+    parser.add_argument("--pairs", type=int, default=64, metavar="N", help="rows of the batch (default: 64)")
+    add_data_arguments(parser)
+    parser.add_argument("--max-length", type=int, metavar="N", help="longest text in tokens (default: the model's)")
+    parser.add_argument("--chunk-tokens", type=int, default=2048, metavar="N", help="size of a chunk (default: 2048)")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[16], metavar="N", help="mini-batches of the peers (default: 16)"
     )
-
-    steps = make_steps(model, args.chunk_tokens)
-
-    def run(step: Callable[[EncoderBatch, EncoderBatch], Tensor]) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            value = step(query, document)
-        value.backward()
-        model.zero_grad(set_to_none=True)
-
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    peaks: dict[str, float] = {}
-    for round_nr in range(args.repeats + 1):
-        for name, step in steps.items():
-            seconds, peak = measure(partial(run, step))
-            if round_nr > 0:  # The first is a warm-up.
-                times[name].append(seconds)
-                peaks[name] = max(peaks.get(name, 0.0), peak)
-    plain = statistics.median(times["plain"])
-    print(f"{'step':<12} {'s':>7} {'ratio':>6} {'peak MiB':>9}")
-    for name, values in times.items():
-        median = statistics.median(values)
-        print(f"{name:<12} {median:7.2f} {median / plain:6.2f} {peaks[name] / 2**20:9.0f}")
+    parser.add_argument("--temperature", type=float, default=0.05)
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed rounds after the first (default: 5)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--check", action="store_true", help="dropout off; fail if losses or gradients differ")
+    parser.add_argument("--steps", nargs="+", metavar="WORD", help="only steps whose name holds one of these")
+    parser.add_argument("--peers", type=Path, default=PEERS, metavar="PYTHON", help="Python of the peers' environment")
+    return parser.parse_args()
 
 
-def read_pairs(embedder: Embedder, count: int) -> tuple[EncoderBatch, EncoderBatch]:
-    with tempfile.TemporaryDirectory() as folder:
-        files = write_pairs(Path(folder))
-        rows = [json.loads(line) for line in files.train.read_text(encoding="utf-8").splitlines()[:count]]
-    processor = embedder.processor
-    return processor([Item(r["query"]) for r in rows]), processor([Item(r["positive"]) for r in rows])
+def same_lengths(workers: list[Worker]) -> list[int]:
+    """Return the tokens of each text, after a check that all workers cut the texts alike."""
+    first, *others = (list(w.about["lengths"]) for w in workers)
+    if any(lengths != first for lengths in others):
+        raise SystemExit("The workers cut the same texts into different tokens.")
+    return first
 
 
-def make_steps(model: EmbeddingModel, chunk_tokens: int) -> dict[str, Callable[[EncoderBatch, EncoderBatch], Tensor]]:
-    loss = InfoNCE()
-
-    def compute_loss(query: Embeddings, document: Embeddings) -> Tensor:
-        rows = RowInfo.distinct(query.values.size(0), document.values.size(0))
-        return loss(query.values, document.values, rows).loss
-
-    def cached(budget: int | str) -> GradCache:
-        return GradCache(model, compute_loss, chunk_tokens=chunk_tokens, activation_budget=budget)
-
-    return {
-        "plain": lambda query, document: compute_loss(model(query), model(document)),
-        "all kept": cached("all"),
-        "none kept": cached(0),
-    }
-
-
-def measure(step: Callable[[], None]) -> tuple[float, float]:
-    """Run ``step``; return seconds, and the peak of resident memory above its start in bytes."""
-    done = threading.Event()
-    start = peak = resident()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    began = time.perf_counter()
-    step()
-    seconds = time.perf_counter() - began
-    done.set()
-    watcher.join()
-    return seconds, peak - start
+def measure(workers: list[Worker], repeats: int, words: list[str] | None) -> dict[str, Results]:
+    """Run all steps in turns: a first round for the memory, then rounds for the time."""
+    steps = [
+        (worker, name)
+        for i in range(max(len(w.about["steps"]) for w in workers))
+        for worker in workers
+        for name in worker.about["steps"][i : i + 1]
+        if words is None or any(word in name for word in words)
+    ]
+    results = {name: Results() for _, name in steps}
+    for round_nr in range(repeats + 1):
+        for worker, name in steps:
+            result = results[name]
+            if result.last.error is not None:
+                continue
+            result.last = worker.run(name, memory=round_nr == 0)
+            if round_nr == 0:
+                result.peak = result.last.peak
+            else:
+                result.times.append(result.last.seconds)
+    order = [name for worker in workers for name in worker.about["steps"]]
+    return {name: results[name] for name in order if name in results}
 
 
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def print_heading(args: argparse.Namespace, lengths: list[int], rate: float, workers: list[Worker]) -> None:
+    kind = "bf16" if args.bf16 else "fp32"
+    print(f"{hardware(torch.device(args.device))}; torch {torch.__version__}; {kind} matrix products: ", end="")
+    print(f"{rate / 1e9:,.0f} GFLOP/s")
+    print("; ".join(w.about["name"] for w in workers))
+    sizes = f"{len(lengths) // 2:,} pairs, {sum(lengths):,} tokens (texts of {min(lengths)} to {max(lengths)})"
+    dropout = "off" if args.check else "on"
+    print(f"{sizes}, chunks of {args.chunk_tokens:,} tokens, {kind}, dropout {dropout}, median of {args.repeats}\n")
+
+
+def print_results(results: dict[str, Results], tokens: int, floor: float) -> None:
+    """
+    :param floor: the seconds that the matrix products of one pass forward and backward take at the machine's rate.
+    """
+    header = ["step", "s", "tokens/s", "of products' rate", "peak MiB", "graphs kept", "loss", "gradient norm"]
+    rows = []
+    for name, result in results.items():
+        last = result.last
+        if last.error is not None:
+            rows.append([name, last.error, *[""] * (len(header) - 2)])
+            continue
+        seconds = result.seconds
+        speed = [f"{seconds:.3f}", f"{tokens / seconds:,.0f}", f"{floor / seconds:.2f}"] if result.times else [""] * 3
+        peak = f"{(result.peak or 0) / 2**20:,.0f}"
+        kept = "" if last.kept is None else f"{last.kept:.0%}"
+        rows.append([name, *speed, peak, kept, f"{last.loss:.6f}", f"{last.grad_norm:.6f}"])
+    print_table(header, rows)
+
+
+def print_ratios(results: dict[str, Results]) -> None:
+    """Print how much longer each step takes than each of ours."""
+    timed = {name: r.seconds for name, r in results.items() if r.times}
+    ours = {name: seconds for name, seconds in timed.items() if name.startswith("ours")}
+    rows = [[name, *(f"{seconds / own:.2f}" for own in ours.values())] for name, seconds in timed.items()]
+    print()
+    print_table(["time of", *(f"over {name}" for name in ours)], rows)
+
+
+def check(results: dict[str, Results], tolerance: float) -> None:
+    """Fail if losses or gradient norms differ between the steps."""
+    for key in ("loss", "grad_norm"):
+        values = {name: getattr(r.last, key) for name, r in results.items() if r.last.error is None}
+        first = next(iter(values.values()))
+        if not all(abs(value - first) <= tolerance * abs(first) for value in values.values()):
+            raise SystemExit(f"The steps differ in {key}: {values}")
+    print(f"\nAll losses and gradient norms agree to {tolerance:g}.")
 
 
 if __name__ == "__main__":

@@ -228,10 +228,10 @@ def _components(section: str) -> dict[str, type[Any]]:
 
     from vembed_fs2.losses import LOSSES
 
-    if section == "loss":
+    container = recipe_container()  # Other packages register theirs when it is made.
+    if section.partition(".")[0] == "loss":  # Also of objectives within an objective.
         return {name: entry.config_kls for name, entry in LOSSES.items()}
     interface = {"optimizer": Optimizer, "lr_scheduler": LRScheduler}[section]
-    container = recipe_container()
     found = {}
     for key in container.iter_keys(_ComponentEntry):
         if isinstance(key, tuple) and key[0] is interface:
@@ -256,13 +256,23 @@ def recipe_container() -> Any:
 
 def resolve_components(config: Any) -> None:
     """Convert the ``config`` of each section that names a component to that component's class."""
-    from fairseq2.utils.structured import StandardValueConverter
-
     for section in ("optimizer", "lr_scheduler", "loss"):
         value = getattr(config, section, None)
         if value is not None:
-            kls = component_config(section, value.name)
-            value.config = StandardValueConverter().structure(value.config, kls)
+            _resolve_component(value, section)
+
+
+def _resolve_component(component: Any, path: str) -> None:
+    from fairseq2.utils.structured import StandardValueConverter
+
+    from vembed_fs2.losses import LossSpec
+
+    kls = component_config(path, component.name)
+    component.config = StandardValueConverter().structure({} if component.config is None else component.config, kls)
+    for name, value in vars(component.config).items():
+        for nested in value if isinstance(value, list) else [value]:
+            if isinstance(nested, LossSpec):
+                _resolve_component(nested, f"{path}.config.{name}")
 
 
 def dump_config(config: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -89,16 +89,20 @@ def merge_layers(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -
     merger = StandardConfigMerger()
     merged: Any = base
     for layer in layers:
-        cleaned = dict(merged)
-        for key, section in layer.items():
-            below = cleaned.get(key)
-            if not isinstance(section, Mapping) or not isinstance(below, Mapping) or "config" not in below:
-                continue
-            if section.get("name", below.get("name")) != below.get("name"):
-                cleaned[key] = {**below, "config": {}}
-        merged = merger.merge(cleaned, layer)
+        merged = merger.merge(_without_replaced(merged, layer), layer)
     assert isinstance(merged, Mapping)
     return merged
+
+
+def _without_replaced(below: Mapping[str, Any], layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is below a layer, without the configurations of components that it replaces, at any depth."""
+    cleaned = dict(below)
+    if "config" in below and layer.get("name", below.get("name")) != below.get("name"):
+        cleaned["config"] = {}
+    for key, section in layer.items():
+        if isinstance(section, Mapping) and isinstance(cleaned.get(key), Mapping):
+            cleaned[key] = _without_replaced(cleaned[key], section)
+    return cleaned
 
 
 def structure(kls: type[Any], values: Mapping[str, Any], component_config: ComponentConfigs, path: str = "") -> Any:
@@ -116,21 +120,36 @@ def structure(kls: type[Any], values: Mapping[str, Any], component_config: Compo
 def _find_errors(kls: type[Any], values: Mapping[str, Any], path: str, components: ComponentConfigs) -> Iterator[str]:
     hints = get_type_hints(kls)
     names = [f.name for f in fields(kls)]
+    is_component = "name" in names and hints.get("config") is object
     for key, value in values.items():
         where = f"{path}{key}"
         if key not in names:
             yield _unknown_key(where, str(key), path, kls, names)
-        elif is_dataclass(hints[key]) and isinstance(value, Mapping):
-            yield from _find_errors(hints[key], value, f"{where}.", components)
-        elif key == "config" and "name" in names and hints[key] is object:
-            yield from _find_component_errors(value, values.get("name"), path, components)
-        elif error := _type_error(value, hints[key], where):
-            yield error
+        elif key != "config" or not is_component:
+            yield from _find_value_errors(value, hints[key], where, components)
+    if is_component:
+        yield from _find_component_errors(values.get("config", {}), values.get("name"), path, components)
+    for field in fields(kls):
+        if field.name not in values and field.default is field.default_factory is MISSING:
+            yield f"`{path}{field.name}` is missing."
+
+
+def _find_value_errors(value: Any, hint: Any, where: str, components: ComponentConfigs) -> Iterator[str]:
+    if is_dataclass(hint) and isinstance(value, Mapping):
+        assert isinstance(hint, type)
+        yield from _find_errors(hint, value, f"{where}.", components)
+    elif is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]
+        yield f"`{where}` must hold keys and values, but is {value!r}."
+    elif get_origin(hint) is Sequence and isinstance(value, (list, tuple)):
+        for idx, element in enumerate(value):
+            yield from _find_value_errors(element, get_args(hint)[0], f"{where}[{idx}]", components)
+    elif error := _type_error(value, hint, where):
+        yield error
 
 
 def _find_component_errors(value: Any, name: Any, path: str, components: ComponentConfigs) -> Iterator[str]:
     if not isinstance(name, str):
-        return
+        return  # Missing, or found to be of a wrong type.
     try:
         kls = components(path.rstrip("."), name)
     except ConfigError as ex:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+import torch
 from fairseq2.metrics.formatters import format_as_float, format_as_int, format_as_percentage
 from fairseq2.metrics.recorders import MetricDescriptor
 from fairseq2.runtime.dependency import DependencyContainer
+from torch import Tensor
+from torcheval.metrics import Metric
+from typing_extensions import Self, override
 
 _DESCRIPTORS = (
     MetricDescriptor("num_negatives", "Negatives per Query", 205, format_as_float),
@@ -21,6 +27,36 @@ _DESCRIPTORS = (
     MetricDescriptor("mrr", "MRR", 203, format_as_float, higher_better=True),
     MetricDescriptor("ndcg@10", "nDCG@10", 204, format_as_float, higher_better=True),
 )
+
+
+class SumsByName(Metric[dict[str, Tensor]]):
+    """Sums of which the names are not known before the first update; they are the same on all ranks."""
+
+    sums: dict[str, Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._add_state("sums", {})
+
+    @override
+    @torch.inference_mode()
+    def update(self, values: Mapping[str, Tensor]) -> Self:
+        for name, value in values.items():
+            value = value.to(device=self.device, dtype=torch.float64)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        return self
+
+    @override
+    @torch.inference_mode()
+    def compute(self) -> dict[str, Tensor]:
+        return dict(self.sums)
+
+    @override
+    @torch.inference_mode()
+    def merge_state(self, metrics: Iterable[Self]) -> Self:
+        for metric in metrics:
+            self.update(metric.sums)
+        return self
 
 
 def register_metrics(container: DependencyContainer) -> None:

@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from vembed_fs2.data.example import Item
 from vembed_fs2.errors import DataError, VembedError
 from vembed_fs2.gradcache import plan_chunks
-from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
+from vembed_fs2.models.embedding import EmbeddingModel, Embeddings, EncoderBatch
 from vembed_fs2.models.hub import ModelSource, find_model, load_source
 from vembed_fs2.processing.processor import Processor, as_item
+from vembed_fs2.similarity import Array, Embedded, compare_all, compare_pairs
 
 Precision: TypeAlias = Literal["float32", "int8", "uint8", "binary", "ubinary"]
-
-Array: TypeAlias = NDArray[Any]
 
 # Inputs are prepared this many at a time: sorted by length among themselves,
 # and prepared while the window before them is encoded.
@@ -104,9 +103,10 @@ class Embedder:
         :param prompt: a text put before each text; overrides ``prompt_name``.
         :param batch_size: the most inputs per forward pass; chosen by length if ``None``.
         :param truncate_dim: keep this many leading dimensions (Matryoshka).
-        :param normalize_embeddings: scale to unit length; ``None`` does what the model says.
+        :param normalize_embeddings: scale each vector to unit length; ``None`` does what the model says.
         :returns: float32 ``[N, D]`` in input order (``[D]`` for one input);
-            other types for other values of ``precision``.
+            other types for other values of ``precision``. Of multi-vector
+            models, a list of ``[L_i, D]`` in input order.
         :raises DataError: an input has neither a text nor an image, or cannot be read.
         :raises VembedError: an option is not valid, or there is no such prompt.
         """
@@ -114,10 +114,12 @@ class Embedder:
         self._check_options(batch_size, truncate_dim, precision)
         is_single = _is_single(inputs)
         items = [as_item(i) for i in ([inputs] if is_single else inputs)]  # type: ignore[attr-defined]
-        values = self._encode(items, prefix, batch_size, show_progress_bar)
-        values = values[:, :truncate_dim]
-        if self.model.normalize if normalize_embeddings is None else normalize_embeddings:
-            values = normalize(values, dim=-1)
+        unit = self.model.normalize if normalize_embeddings is None else normalize_embeddings
+        finish = _Finish(truncate_dim or self.embedding_dim, unit, self._is_multi_vector and not convert_to_tensor)
+        values = self._encode(items, prefix, batch_size, show_progress_bar, finish)
+        if isinstance(values, list):
+            vectors = values if convert_to_tensor else [v.numpy() for v in values]
+            return vectors[0] if is_single else vectors
         if precision != "float32":
             values = torch.from_numpy(quantize(values.cpu().numpy(), precision))
         if is_single:
@@ -131,6 +133,8 @@ class Embedder:
             raise VembedError(f"`truncate_dim` must be between 1 and {self.embedding_dim}, but is {truncate_dim}.")
         if precision not in get_args(Precision):
             raise VembedError(f"`precision` must be one of {', '.join(get_args(Precision))}, but is {precision!r}.")
+        if self._is_multi_vector and precision != "float32":
+            raise VembedError(f"`precision` of a multi-vector model must be float32, but is {precision!r}.")
 
     def encode_query(self, inputs: object, prompt_name: str | None = None, **kwargs: Any) -> Any:
         """:meth:`encode` with the model's ``query`` prompt, if it has one."""
@@ -141,7 +145,9 @@ class Embedder:
         return self.encode(inputs, self._role_prompt("document", prompt_name, kwargs), **kwargs)
 
     def encode_stream(self, inputs: Iterable[object], **kwargs: Any) -> Iterator[Array]:
-        """Encode inputs as they come; yields one embedding ``[D]`` per input, in order, in constant memory.
+        """Encode inputs as they come; yields one embedding per input, in order, in constant memory.
+
+        An embedding is ``[D]``, or ``[L, D]`` of multi-vector models.
 
         :param kwargs: those of :meth:`encode`, without the precisions ``int8`` and
             ``uint8``: the range of their values is that of all inputs.
@@ -152,15 +158,17 @@ class Embedder:
         while window := list(islice(iterator, _WINDOW)):
             yield from self.encode(window, **kwargs)
 
-    def similarity(self, a: Array | Tensor, b: Array | Tensor) -> Any:
-        """Compare all of ``a`` with all of ``b``, as the model's embeddings are compared. *Returns:* ``[N, M]``."""
-        x, y = self._comparable(a), self._comparable(b)
-        return _like(x @ (y.T if y.ndim > 1 else y).to(x.device), a)
+    def similarity(self, a: Embedded, b: Embedded) -> Any:
+        """Compare all of ``a`` with all of ``b``, as the model's embeddings are compared. *Returns:* ``[N, M]``.
 
-    def similarity_pairwise(self, a: Array | Tensor, b: Array | Tensor) -> Any:
+        Of multi-vector models, ``a`` are the queries: MaxSim sums over their
+        vectors (see :func:`~vembed_fs2.evaluation.search.exact_search`).
+        """
+        return compare_all(a, b, self.model.similarity)
+
+    def similarity_pairwise(self, a: Embedded, b: Embedded) -> Any:
         """Compare row by row. *Returns:* ``[N]``."""
-        x, y = self._comparable(a), self._comparable(b)
-        return _like((x * y.to(x.device)).sum(-1), a)
+        return compare_pairs(a, b, self.model.similarity)
 
     def save_hf(self, folder: str | Path) -> None:
         """Write a folder that transformers' ``AutoModel`` loads.
@@ -194,14 +202,16 @@ class Embedder:
             return prompt_name
         return self.processor.role_prompt(role)
 
-    def _comparable(self, x: Array | Tensor) -> Tensor:
-        x = torch.as_tensor(x).float()
-        return normalize(x, dim=-1) if self.model.similarity == "cosine" else x
+    @property
+    def _is_multi_vector(self) -> bool:
+        return self.model.similarity == "maxsim"
 
     def _encode(
-        self, items: Sequence[Item], prompt: str | None, batch_size: int | None, progress: bool | None
-    ) -> Tensor:
-        output = torch.empty(len(items), self.embedding_dim, device=self.device)
+        self, items: Sequence[Item], prompt: str | None, batch_size: int | None, progress: bool | None, finish: _Finish
+    ) -> Tensor | list[Tensor]:
+        output: Tensor | list[Tensor] = torch.empty(len(items), finish.dim, device=self.device)
+        if self._is_multi_vector:
+            output = [torch.empty(0)] * len(items)
         size = _IMAGE_WINDOW if any(item.images for item in items) else _WINDOW
         windows = [items[start : start + size] for start in range(0, len(items), size)]
         with (
@@ -213,30 +223,62 @@ class Embedder:
             for idx, window in enumerate(windows):
                 batch = pending.result() if pending is not None else self._prepare(window, prompt)
                 pending = pool.submit(self._prepare, windows[idx + 1], prompt) if idx + 1 < len(windows) else None
-                self._encode_window(batch, output[idx * size : idx * size + len(window)], batch_size)
+                for rows, embeddings in self._encode_window(batch, batch_size):
+                    finish.store(output, [idx * size + r for r in rows], embeddings)
                 bar.advance(len(window))
         return output
 
     def _prepare(self, items: Sequence[Item], prompt: str | None) -> EncoderBatch:
         return self.processor(items, prompt=prompt)
 
-    @torch.inference_mode()
-    def _encode_window(self, batch: EncoderBatch, output: Tensor, batch_size: int | None) -> None:
-        budget = _BATCH_TOKENS.get(output.device.type, _BATCH_TOKENS["cpu"])
+    def _encode_window(self, batch: EncoderBatch, batch_size: int | None) -> Iterator[tuple[list[int], Embeddings]]:
+        """Encode a window in chunks; yields the rows of each and their embeddings."""
+        budget = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"])
         for chunk in plan_chunks(batch.costs(), batch.kinds(), budget):
             step = batch_size or len(chunk.rows)
             for start in range(0, len(chunk.rows), step):
-                rows = chunk.rows[start : start + step]
+                rows = list(chunk.rows[start : start + step])
                 part = batch.select(rows)
-                part.to(output.device)
-                with self._autocast():
-                    values = self.model(part).values
-                output[torch.tensor(rows, device=output.device)] = values.float()
+                part.to(self.device)
+                with torch.inference_mode(), self._autocast():
+                    embeddings = self.model(part)
+                yield rows, embeddings
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """Makes embeddings of what a model returns."""
+
+    dim: int
+    """How many leading dimensions are kept."""
+
+    unit: bool
+    """Whether vectors are scaled to unit length."""
+
+    on_cpu: bool
+    """Whether they leave the device at once: those of all inputs may not fit there."""
+
+    def __call__(self, values: Tensor) -> Tensor:
+        values = values.float()[..., : self.dim]
+        values = normalize(values, dim=-1) if self.unit else values
+        return values.cpu() if self.on_cpu else values
+
+    def store(self, output: Tensor | list[Tensor], rows: Sequence[int], embeddings: Embeddings) -> None:
+        """Put embeddings of some rows where they belong."""
+        values, mask = embeddings.values, embeddings.mask
+        if isinstance(output, Tensor):
+            output[torch.tensor(rows, device=output.device)] = self(values)
+            return
+        if mask is None:
+            mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+        parts = torch.split(self(values[mask]), mask.sum(1).tolist())
+        for row, vectors in zip(rows, parts):
+            output[row] = vectors
 
 
 def load_processor(model: EmbeddingModel, folder: Path, *, max_length: int | None = None) -> Processor:
@@ -275,10 +317,6 @@ def _is_single(inputs: object) -> bool:
     if isinstance(inputs, Iterable):
         raise DataError("`inputs` must be one input or a list. For an iterator, use `encode_stream`.")
     return True
-
-
-def _like(result: Tensor, example: Array | Tensor) -> Any:
-    return result if isinstance(example, Tensor) else result.cpu().numpy()
 
 
 @contextmanager

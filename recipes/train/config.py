@@ -22,7 +22,8 @@ from fairseq2.utils.validation import ValidationResult
 from typing_extensions import override
 
 from vembed_fs2.gradcache import parse_budget
-from vembed_fs2.losses import LOSSES, InfoNCEConfig
+from vembed_fs2.losses import LOSSES, InfoNCEConfig, create_loss
+from vembed_fs2.losses.nested import prefix_keys
 from vembed_fs2.recipes.optim import ADAMW, WARMUP_DECAY, EmbeddingAdamWConfig, WarmupDecayConfig
 
 
@@ -149,12 +150,54 @@ class LossSection:
     config: object = field(default_factory=lambda: InfoNCEConfig())
     """The configuration of the objective."""
 
+    @property
+    def needs_teacher(self) -> bool | None:
+        """Whether the objective needs a teacher; ``None`` while its configuration is not valid."""
+        entry = LOSSES.get(self.name)
+        if entry is None or not isinstance(self.config, entry.config_kls):
+            return None
+        try:
+            return create_loss(self.name, self.config).needs_teacher
+        except ValueError:
+            return None
+
     def validate(self) -> ValidationResult:
         result = ValidationResult()
         entry = LOSSES.get(self.name)
         if entry is not None and isinstance(self.config, entry.config_kls):
-            for error in self.config.errors():
-                result.add_error(f"config: {error}")
+            for error in prefix_keys(self.config.errors(), "config."):
+                result.add_error(error)
+        return result
+
+
+@dataclass(kw_only=True)
+class TeacherSection:
+    """The model that a distillation learns from: a card or a folder. It has its own processor and prompts."""
+
+    name: str | None = None
+    """The name of a card."""
+
+    path: Path | None = None
+    """A Hugging Face, sentence-transformers or run folder."""
+
+    max_length: int | None = None
+    """The longest text in tokens, if it is not the teacher's own."""
+
+    dtype: torch.dtype = torch.float32
+    """The type of its weights; it computes as ``trainer.mixed_precision`` says."""
+
+    @property
+    def is_given(self) -> bool:
+        return self.name is not None or self.path is not None
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        if self.name is not None and self.path is not None:
+            result.add_error("`name` and `path` must not be specified at the same time.")
+        if self.max_length is not None and self.max_length < 3:
+            result.add_error(f"`max_length` must be greater than or equal to 3, but is {self.max_length} instead.")
+        if not self.dtype.is_floating_point:
+            result.add_error(f"`dtype` must be a floating point type, but is {self.dtype} instead.")
         return result
 
 
@@ -206,6 +249,7 @@ class TrainConfig:
     dataset: DatasetSection = field(default_factory=lambda: DatasetSection())
     valid: ValidSection = field(default_factory=lambda: ValidSection())
     loss: LossSection = field(default_factory=lambda: LossSection())
+    teacher: TeacherSection = field(default_factory=lambda: TeacherSection())
     grad_cache: GradCacheSection = field(default_factory=lambda: GradCacheSection())
     gang: GangSection = field(default_factory=lambda: GangSection())
     trainer: TrainerSection = field(default_factory=_default_trainer)
@@ -234,6 +278,12 @@ class TrainConfig:
             result.add_error("`regime.score_metric` needs held-out data in `valid.paths`.")
         if not 0 <= self.common.seed < 2**32:
             result.add_error(f"`common.seed` must be between 0 and 2**32 - 1, but is {self.common.seed} instead.")
+        if (needs_teacher := self.loss.needs_teacher) is not None and needs_teacher != self.teacher.is_given:
+            result.add_error(
+                "`loss` needs a teacher: name a card as `teacher.name`, or a folder as `teacher.path`."
+                if needs_teacher
+                else "`teacher` is given, but `loss` needs none."
+            )
         trainer = self.trainer
         if (dtype := trainer.mixed_precision.dtype) not in (torch.float16, torch.bfloat16):
             result.add_error(f"`trainer.mixed_precision.dtype` must be float16 or bfloat16, but is {dtype} instead.")

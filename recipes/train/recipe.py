@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import cast, final
 
@@ -24,16 +25,16 @@ from vembed_fs2.distributed import RowGather
 from vembed_fs2.embedder import load_processor
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.evaluation.datasets import RetrievalTask, task_from_examples
-from vembed_fs2.losses import Objective, create_loss
 from vembed_fs2.models.embedding import EmbeddingModel
-from vembed_fs2.models.family import logit_scale_init_of
-from vembed_fs2.models.hub import find_model, get_resolver
+from vembed_fs2.models.hub import ModelSource, find_model, get_resolver
 from vembed_fs2.processing.processor import Processor
 from vembed_fs2.recipes.layers import structure
 from vembed_fs2.recipes.optim import register_optim
 from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.train.config import DataSection, EmbeddingModelSection, TrainConfig
 from vembed_fs2.recipes.train.dataset import Collator, ContrastiveBatch
+from vembed_fs2.recipes.train.objective import check_row, check_rows, create_objective, embedding_dim_of, learned_parts
+from vembed_fs2.recipes.train.teacher import find_teacher, load_teacher
 from vembed_fs2.recipes.train.unit import ContrastiveTrainUnit
 from vembed_fs2.recipes.train.valid import RetrievalEvalUnit, ValidReader
 
@@ -51,6 +52,7 @@ class TrainRecipe(Recipe):
 
     def __init__(self) -> None:
         self.stop = StopRequest()
+        self._teacher: ModelSource | None = None
         self._dataset: ExampleDataset | None = None
         self._valid_task: RetrievalTask | None = None
 
@@ -70,22 +72,27 @@ class TrainRecipe(Recipe):
         if not isinstance(overrides, Mapping):
             raise ConfigError(f"`model.config_overrides` must hold keys and values, but is {overrides!r}.")
         if section.path is None and section.name is None:
-            model_config = new_model_config(section)
+            model_config, family = new_model_config(section), str(section.family)
         else:
             source = find_model(section.path or section.name or "")
-            model_config = source.config
+            model_config, family = source.config, source.family
             section.family, section.arch = None, None
             if isinstance(source.weights, Path):
                 section.family, section.path = source.family, source.weights
                 values = StandardValueConverter().unstructure(model_config)
                 overrides = cast(Mapping[str, object], StandardConfigMerger().merge(values, overrides))
                 config.processor.path = config.processor.path or source.folder
-        scale = create_loss(config.loss.name, config.loss.config).initial_logit_scale
-        if scale is not None and logit_scale_init_of(model_config) is None:
-            overrides = {**overrides, "logit_scale_init": scale}
-        check_overrides(model_config, overrides)
-        section.config_overrides = dict(overrides) or None
+        loss = create_objective(config.loss)
+        teacher_dim = None
+        if loss.needs_teacher:
+            self._teacher = find_teacher(config.teacher)
+            teacher_dim = embedding_dim_of(self._teacher.family, self._teacher.config)
+        model_config = override_config(model_config, overrides)
+        parts = learned_parts(loss, model_config, embedding_dim_of(family, model_config), teacher_dim)
+        override_config(model_config, parts)
+        section.config_overrides = {**overrides, **parts} or None
         self._dataset = open_dataset(config.dataset)
+        check_rows(self._dataset, loss, config.dataset.on_error)
         if config.valid.paths:
             self._valid_task = load_valid_task(config)
 
@@ -103,10 +110,12 @@ class TrainRecipe(Recipe):
 
     @override
     def setup_model(self, context: RecipeContext, model: Module, newly_initialized: bool) -> Module:
-        config = context.get_config_as(TrainConfig)
-        loss = create_loss(config.loss.name, config.loss.config)
-        if isinstance(model, EmbeddingModel) and model.logit_scale is not None:
+        loss = create_objective(context.get_config_as(TrainConfig).loss)
+        assert isinstance(model, EmbeddingModel)
+        if model.logit_scale is not None:
             model.logit_scale.requires_grad_(loss.initial_logit_scale is not None)
+        if model.logit_bias is not None:
+            model.logit_bias.requires_grad_(loss.initial_logit_bias is not None)
         return model
 
     @override
@@ -122,12 +131,19 @@ class TrainRecipe(Recipe):
         if gangs.root.rank == 0:
             processor.save(context.output_dir / "processor")
 
-        reader = create_reader(config, dataset, processor, gangs)
-        set_num_steps(config, reader.steps_per_epoch)
-
         gather = RowGather(gangs.dp.as_process_group() if gangs.dp.size > 1 else None)
-        loss: Objective = create_loss(config.loss.name, config.loss.config, gather)
-        unit = ContrastiveTrainUnit(context.get_data_parallel_model(), loss, config.grad_cache, self.stop)
+        loss = create_objective(config.loss, gather)
+        teacher = None
+        if loss.needs_teacher:
+            source = self._teacher or find_teacher(config.teacher)
+            teacher = load_teacher(source, config.teacher, config.grad_cache, gangs)
+            teacher.processor.allow_urls = config.dataset.allow_urls
+
+        teacher_processor = None if teacher is None else teacher.processor
+        collator = Collator(processor, teacher_processor, partial(check_row, loss=loss))
+        reader = create_reader(config, dataset, collator, gangs)
+        set_num_steps(config, reader.steps_per_epoch)
+        unit = ContrastiveTrainUnit(context.get_data_parallel_model(), loss, config.grad_cache, self.stop, teacher)
 
         valid_units, valid_readers = [], []
         if config.valid.paths:
@@ -155,14 +171,14 @@ def log_to_files() -> None:
             log.addHandler(handler)
 
 
-def check_overrides(model_config: object, overrides: Mapping[str, object]) -> None:
-    """Check `model.config_overrides`.
+def override_config(model_config: object, overrides: Mapping[str, object]) -> object:
+    """Return the configuration that `model.config_overrides` makes of one.
 
     :raises ConfigError: lists unknown keys and values of a wrong type.
     """
     values = StandardValueConverter().unstructure(model_config)
     merged = cast(Mapping[str, object], StandardConfigMerger().merge(values, overrides))
-    structure(type(model_config), merged, lambda *_: None, "model.config_overrides.")
+    return structure(type(model_config), merged, lambda *_: None, "model.config_overrides.")
 
 
 def new_model_config(section: EmbeddingModelSection) -> object:
@@ -227,11 +243,10 @@ def create_processor(config: TrainConfig, model: EmbeddingModel, gangs: Gangs) -
 
 
 def create_reader(
-    config: TrainConfig, dataset: ExampleDataset, processor: Processor, gangs: Gangs
+    config: TrainConfig, dataset: ExampleDataset, collator: Collator, gangs: Gangs
 ) -> EmbeddingDataReader[ContrastiveBatch]:
     """Create the reader of this rank's batches."""
     section = config.dataset
-    collator = Collator(processor)
     return EmbeddingDataReader(
         dataset,
         collator,

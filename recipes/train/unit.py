@@ -17,12 +17,13 @@ from typing_extensions import override
 from vembed_fs2.gradcache import GradCache
 from vembed_fs2.losses import MAX_LOGIT_SCALE, LossOutput, Objective, RowInfo
 from vembed_fs2.models.embedding import Embeddings
+from vembed_fs2.recipes.metrics import SumsByName
 from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.train.config import GradCacheSection
 from vembed_fs2.recipes.train.dataset import ContrastiveBatch
+from vembed_fs2.recipes.train.teacher import Teacher
 
-# Sums over queries and over batches; divided when they are published.
-_PER_QUERY: Final = ("loss", "accuracy", "num_negatives", "masked_fraction", "temperature")
+# Sums over batches; divided when they are published.
 _PER_BATCH: Final = ("num_chunks", "kept_fraction", "padding_fraction", "bytes_per_token")
 
 
@@ -30,9 +31,17 @@ _PER_BATCH: Final = ("num_chunks", "kept_fraction", "padding_fraction", "bytes_p
 class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
     """One optimizer update: encode queries and documents, compare them over all ranks, carry the gradient back."""
 
-    def __init__(self, dp_model: Module, loss: Objective, grad_cache: GradCacheSection, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        dp_model: Module,
+        loss: Objective,
+        grad_cache: GradCacheSection,
+        stop: StopRequest,
+        teacher: Teacher | None = None,
+    ) -> None:
         self._model = dp_model
         self._loss = loss
+        self._teacher = teacher
         self._step = GradCache(
             dp_model,
             self._compute_loss,
@@ -47,7 +56,8 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
 
     @override
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
-        for name in (*_PER_QUERY, *_PER_BATCH, "num_queries", "num_batches", "num_tokens", "total_num_queries"):
+        metric_bag.add("objective", SumsByName())
+        for name in ("loss", *_PER_BATCH, "num_queries", "num_batches", "num_tokens", "total_num_queries"):
             metric_bag.add(name, Sum())
 
     @override
@@ -62,6 +72,11 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         averaging of DDP and FSDP2, so the gradient is that of the global mean.
         """
         self._clamp_logit_scale()
+        if self._teacher is not None:
+            assert batch.teacher_query is not None
+            assert batch.teacher_document is not None
+            batch.rows.teacher_query = self._teacher.encode(batch.teacher_query)
+            batch.rows.teacher_document = self._teacher.encode(batch.teacher_document)
         loss = self._step(batch.query, batch.document, rows=batch.rows)
         self._update_metrics(batch, loss.detach(), metric_bag)
         return loss, batch.num_queries
@@ -74,7 +89,16 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
                 parameter.clamp_(max=MAX_LOGIT_SCALE)
 
     def _compute_loss(self, query: Embeddings, document: Embeddings, rows: RowInfo) -> Tensor:
-        output = self._loss(query.values, document.values, rows, query.logit_scale)
+        output = self._loss(
+            query.values,
+            document.values,
+            rows,
+            query.logit_scale,
+            logit_bias=query.logit_bias,
+            query_mask=query.mask,
+            document_mask=document.mask,
+            teacher_projection=query.teacher_projection,
+        )
         self._output = output
         return output.loss
 
@@ -82,8 +106,8 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
     def _update_metrics(self, batch: ContrastiveBatch, loss: Tensor, metric_bag: MetricBag) -> None:
         assert self._output is not None
         stats = self._step.stats
+        metric_bag.get("objective", SumsByName).update(self._output.metrics)
         sums: dict[str, Tensor | float] = {
-            **self._output.metrics,
             "loss": loss,
             "num_queries": batch.num_queries,
             "total_num_queries": batch.num_queries,
@@ -100,9 +124,11 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
     @override
     def process_metric_values(self, values: MutableMapping[str, object]) -> None:
         sums = {name: float(values.pop(name)) for name in ("num_queries", "num_batches", "num_tokens")}  # type: ignore[arg-type]
-        for names, count in ((_PER_QUERY, sums["num_queries"]), (_PER_BATCH, sums["num_batches"])):
-            for name in names:
-                values[name] = float(values[name]) / max(count, 1.0)  # type: ignore[arg-type]
+        of_objective: dict[str, Tensor] = values.pop("objective")  # type: ignore[assignment]
+        for name, value in (*of_objective.items(), ("loss", values["loss"])):
+            values[name] = float(value) / max(sums["num_queries"], 1.0)  # type: ignore[arg-type]
+        for name in _PER_BATCH:
+            values[name] = float(values[name]) / max(sums["num_batches"], 1.0)  # type: ignore[arg-type]
         values["total_num_queries"] = int(float(values["total_num_queries"]))  # type: ignore[arg-type]
         now = perf_counter()
         elapsed, self._published_at = now - self._published_at, now

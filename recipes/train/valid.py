@@ -1,10 +1,13 @@
-"""Retrieval metrics on held-out data, during training."""
+"""Retrieval metrics on held-out data, during training.
+
+Legend: n rows, D embedding size, L vectors per row of multi-vector models.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Final, NamedTuple, final
 
 import fairseq2.recipe  # noqa: F401  (before the evaluator, which imports it in a circle)
 import torch
@@ -126,6 +129,19 @@ def _cut(chunk: Chunk, size: int, costs: Sequence[int]) -> list[Chunk]:
     return [Chunk(rows, chunk.kind, len(rows) * max(costs[r] for r in rows)) for rows in parts]
 
 
+class _Part(NamedTuple):
+    """The embeddings of a batch."""
+
+    indices: Tensor
+    """The positions of the rows among all inputs of the role. *Shape:* ``[n]``."""
+
+    values: Tensor
+    """*Shape:* ``[n, D]``, or ``[n, L, D]`` of multi-vector models."""
+
+    mask: Tensor | None
+    """The vectors that count, of multi-vector models. *Shape:* ``[n, L]``."""
+
+
 @final
 class RetrievalEvalUnit(EvalUnit[ValidBatch]):
     """Encodes all queries and documents over the ranks; ranks documents exactly on the first."""
@@ -135,7 +151,7 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
         self._task = task
         self._is_first = dp_gang.rank == 0
         self._gather = RowGather(dp_gang.as_process_group() if dp_gang.size > 1 else None)
-        self._parts: dict[str, list[tuple[Tensor, Tensor]]] = {"query": [], "document": []}
+        self._parts: dict[str, list[_Part]] = {"query": [], "document": []}
 
     @override
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
@@ -144,13 +160,13 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
 
     @override
     def process_batch(self, batch: ValidBatch, metric_bag: MetricBag) -> None:
-        values = self._model(batch.inputs).values
-        self._parts[batch.role].append((batch.indices, values.float()))
+        output = self._model(batch.inputs)
+        self._parts[batch.role].append(_Part(batch.indices, output.values.float(), output.mask))
 
     @override
     def finalize(self, metric_bag: MetricBag) -> None:
-        queries = self._collect("query", len(self._task.queries))
-        corpus = self._collect("document", len(self._task.corpus))
+        queries, query_mask = self._collect("query", len(self._task.queries))
+        corpus, document_mask = self._collect("document", len(self._task.corpus))
         if not self._is_first:
             return
         # Autocast would round the similarities that documents are ranked by.
@@ -160,19 +176,45 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
                 corpus,
                 self._task.relevant,
                 exclude=torch.arange(queries.size(0)) if self._task.exclude_self else None,
-                similarity="dot" if self._model.similarity == "dot" else "cosine",
+                similarity=self._model.similarity,
+                query_mask=query_mask,
+                document_mask=document_mask,
             )
         for name in VALID_METRICS:
             metric_bag.get(name, Sum).update(metrics[name])
 
-    def _collect(self, role: str, size: int) -> Tensor:
-        """Bring the embeddings of all ranks together, in input order. *Returns:* ``[size, D]``."""
+    def _collect(self, role: str, size: int) -> tuple[Tensor, Tensor | None]:
+        """Bring the embeddings of all ranks together, in input order.
+
+        *Returns:* ``[size, D]`` and ``None``, or ``[size, L, D]`` and a mask ``[size, L]``.
+        """
         parts, self._parts[role] = self._parts[role], []
         device = next(self._model.parameters()).device
-        indices = torch.cat([i for i, _ in parts]) if parts else torch.empty(0, dtype=torch.int64)
-        values = torch.cat([v for _, v in parts]) if parts else torch.empty(0, self._model.embedding_dim)
-        indices, values = indices.to(device), values.to(device)
+        indices = torch.cat([p.indices for p in parts]) if parts else torch.empty(0, dtype=torch.int64)
+        indices = indices.to(device)
         counts = self._gather.counts(indices.size(0))
-        ordered = values.new_empty(size, values.size(1))
-        ordered[self._gather(indices, counts)] = self._gather(values, counts)
-        return ordered
+        order = self._gather(indices, counts)
+
+        def gathered(rows: Tensor) -> Tensor:
+            ordered = rows.new_empty(size, *rows.shape[1:])
+            ordered[order] = self._gather(rows, counts)
+            return ordered
+
+        if self._model.similarity == "maxsim":
+            values, mask = self._append_vectors(parts, indices.size(0), device)
+            return gathered(values), gathered(mask)
+        values = torch.cat([p.values for p in parts]) if parts else torch.empty(0, self._model.embedding_dim)
+        return gathered(values.to(device)), None
+
+    def _append_vectors(self, parts: Sequence[_Part], num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Append embeddings, as wide as those of any rank. *Returns:* ``[n, L, D]`` and a mask ``[n, L]``."""
+        width = max(self._gather.counts(max((p.values.size(1) for p in parts), default=1)))
+        values = torch.zeros(num_rows, width, self._model.embedding_dim, device=device)
+        mask = torch.zeros(num_rows, width, dtype=torch.bool, device=device)
+        start = 0
+        for part in parts:
+            rows, length = slice(start, start + part.values.size(0)), part.values.size(1)
+            values[rows, :length] = part.values
+            mask[rows, :length] = True if part.mask is None else part.mask
+            start = rows.stop
+        return values, mask

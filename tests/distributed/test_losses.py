@@ -21,9 +21,12 @@ from vembed_fs2.losses.infonce import Direction
 
 from .spawn import run_ranks
 
-BOTH: tuple[Direction, ...] = ("query_to_document", "document_to_query")
+ALL: tuple[Direction, ...] = ("query_to_document", "document_to_query", "query_to_query", "document_to_document")
+BOTH = ALL[:2]
 
 Rows = tuple[Tensor, Tensor, RowInfo]
+Result = tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]
+"""The loss, its gradients with respect to queries, documents and scale, and metrics."""
 
 
 def rank_rows(rank: int) -> Rows:
@@ -37,11 +40,68 @@ def rank_rows(rank: int) -> Rows:
     return q, d, RowInfo(ids[:b], ids[b:], labels)
 
 
+def all_facts(rank: int, empty: int | None) -> Rows:
+    """The same with all that is known of rows; one rank may have none."""
+    q, d, rows = rank_rows(rank)
+    b, m = q.size(0), d.size(0)
+    g = torch.Generator().manual_seed(rank + 10)
+    rows.negative_rows = torch.arange(m - b) % b
+    rows.teacher_query, rows.teacher_document = torch.randn(b, 3, generator=g), torch.randn(m, 3, generator=g)
+    if rank == empty:
+        rows = RowInfo(**{name: value[:0] for name, value in vars(rows).items() if value is not None})
+        q, d = q[:0], d[:0]
+    return q, d, rows
+
+
+def as_one_process_has_them(ranks: list[Rows]) -> Rows:
+    """All positives come before all explicit negatives."""
+    sizes = [q.size(0) for q, _, _ in ranks]
+
+    def of_documents(parts: list[Tensor]) -> Tensor:
+        return torch.cat([x[:n] for x, n in zip(parts, sizes)] + [x[n:] for x, n in zip(parts, sizes)])
+
+    def of_queries(name: str) -> Tensor:
+        return torch.cat([getattr(rows, name) for _, _, rows in ranks])
+
+    rows = RowInfo(of_queries("query_ids"), of_documents([r.document_ids for _, _, r in ranks]), of_queries("labels"))
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    owners = [r.negative_rows for _, _, r in ranks if r.negative_rows is not None]
+    rows.negative_rows = torch.cat([owner + start for owner, start in zip(owners, starts)])
+    rows.teacher_query = of_queries("teacher_query")
+    rows.teacher_document = of_documents([r.teacher_document for _, _, r in ranks if r.teacher_document is not None])
+    return torch.cat([q for q, _, _ in ranks]), of_documents([d for _, d, _ in ranks]), rows
+
+
+def several_vectors(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Make embeddings of several vectors of each, of which a text has up to 4, and what fills it up to ``width``."""
+    number = torch.arange(width)
+    vectors = torch.stack([x.roll(int(n), 1) * (1 - 0.1 * n) for n in number], 1)
+    length = 1 + (x[:, 0].abs() * 100).int() % min(width, 4)
+    return vectors, number < length.unsqueeze(1)
+
+
 CONFIGS: list[dict[str, Any]] = [
     {"directions": BOTH},
     {"directions": BOTH[:1], "similarity": "dot", "temperature": 0.5},
     {"directions": BOTH, "mask_same": False},
+    {"directions": ALL, "partition": "joint"},
+    {"directions": BOTH, "false_negatives": "filter_by_teacher", "false_negative_margin": 0.2},
+    {"hardness": "in_batch", "hardness_strength": 2.0, "hardest": 4},
+    {"directions": ALL, "partition": "joint", "similarity": "maxsim"},
 ]
+
+
+def evaluate(loss: InfoNCE, values: dict[str, Any], data: Rows, width: int) -> Result:
+    q, d, rows = data
+    scale = torch.tensor([1.3])
+    leaves = [t.requires_grad_() for t in (q, d, scale)]
+    masks: dict[str, Tensor] = {}
+    if values.get("similarity") == "maxsim":
+        q, masks["query_mask"] = several_vectors(q, width)
+        d, masks["document_mask"] = several_vectors(d, width + 1)
+    output = loss(q, d, rows, scale, **masks)
+    grads = torch.autograd.grad(output.loss, leaves)
+    return (output.loss.detach(), *grads, output.metrics)
 
 
 def run(function: Callable[[int], Any], size: int) -> list[Any]:
@@ -56,48 +116,35 @@ def in_group(rank: int, name: str) -> bytes:
     return content.getvalue()
 
 
-def loss_over_ranks(rank: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]]:
+def loss_over_ranks(rank: int) -> list[list[Result]]:
+    """Of each configuration, first with rows on all ranks, then with none on the second."""
     results = []
     for values in CONFIGS:
-        q, d, rows = rank_rows(rank)
-        scale = torch.tensor([1.3])
-        leaves = [t.requires_grad_() for t in (q, d, scale)]
         loss = InfoNCE(InfoNCEConfig(learn_temperature=True, **values), RowGather(dist.group.WORLD))
-        output = loss(q, d, rows, scale)
-        grads = torch.autograd.grad(output.loss, leaves)
-        results.append((output.loss.detach(), *grads, output.metrics))
+        # Ranks have texts of different lengths.
+        results.append([evaluate(loss, values, all_facts(rank, empty), 4 + rank) for empty in (None, 1)])
     return results
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_global_negatives_of_uneven_ranks_equal_a_single_process(size: int) -> None:
     by_rank = run(loss_over_ranks, size)
-    ranks = [rank_rows(r) for r in range(size)]
-    sizes = [q.size(0) for q, _, _ in ranks]
     for idx, values in enumerate(CONFIGS):
-        q = torch.cat([r[0] for r in ranks]).requires_grad_()
-        d = torch.cat(
-            [r[1][:n] for r, n in zip(ranks, sizes)] + [r[1][n:] for r, n in zip(ranks, sizes)]
-        ).requires_grad_()
-        ids = [r[2].document_ids for r in ranks]
-        info = RowInfo(
-            torch.cat([r[2].query_ids for r in ranks]),
-            torch.cat([i[:n] for i, n in zip(ids, sizes)] + [i[n:] for i, n in zip(ids, sizes)]),
-            torch.cat([r[2].labels for r in ranks]),
-        )
-        scale = torch.tensor([1.3], requires_grad=True)
-        output = InfoNCE(InfoNCEConfig(learn_temperature=True, **values))(q, d, info, scale)
-        q_grad, d_grad, scale_grad = torch.autograd.grad(output.loss, [q, d, scale])
-        results = [r[idx] for r in by_rank]
-        close = {"rtol": 1e-5, "atol": 1e-5}
-        torch.testing.assert_close(torch.stack([r[0] for r in results]).sum(), output.loss.detach(), **close)
-        torch.testing.assert_close(torch.cat([r[1] for r in results]), q_grad, **close)
-        got = [r[2][:n] for r, n in zip(results, sizes)] + [r[2][n:] for r, n in zip(results, sizes)]
-        torch.testing.assert_close(torch.cat(got), d_grad, **close)
-        torch.testing.assert_close(torch.stack([r[3] for r in results]).sum(0), scale_grad, **close)
-        for name, value in output.metrics.items():
-            total = sum(float(r[4][name]) for r in results)
-            assert total == pytest.approx(float(value), rel=1e-5), name
+        for case, empty in enumerate((None, 1)):
+            ranks = [all_facts(r, empty) for r in range(size)]
+            sizes = [q.size(0) for q, _, _ in ranks]
+            loss = InfoNCE(InfoNCEConfig(learn_temperature=True, **values))
+            value, q_grad, d_grad, scale_grad, metrics = evaluate(loss, values, as_one_process_has_them(ranks), 9)
+            results = [r[idx][case] for r in by_rank]
+            close = {"rtol": 1e-5, "atol": 1e-5}
+            torch.testing.assert_close(torch.stack([r[0] for r in results]).sum(), value, **close)
+            torch.testing.assert_close(torch.cat([r[1] for r in results]), q_grad, **close)
+            got = [r[2][:n] for r, n in zip(results, sizes)] + [r[2][n:] for r, n in zip(results, sizes)]
+            torch.testing.assert_close(torch.cat(got), d_grad, **close)
+            torch.testing.assert_close(torch.stack([r[3] for r in results]).sum(0), scale_grad, **close)
+            for name, number in metrics.items():
+                total = sum(float(r[4][name]) for r in results)
+                assert total == pytest.approx(float(number), rel=1e-5), (values, empty, name)
 
 
 def loss_of_own_rows(rank: int) -> tuple[Tensor, Tensor, float]:

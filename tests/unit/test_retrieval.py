@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from vembed_fs2.data.example import Example, Item
-from vembed_fs2.errors import DataError, VembedError
+from vembed_fs2.errors import DataError
 from vembed_fs2.evaluation import (
     EmbeddingValueError,
     RetrievalTask,
@@ -159,15 +159,20 @@ def test_rows_that_cannot_be_evaluated_are_errors() -> None:
         task_from_examples([Example(Item("q"), Item("d")), Example(Item("q"), source="data.jsonl:7")])
 
 
-def test_an_embedder_of_several_vectors_is_an_error() -> None:
+def test_an_embedder_of_several_vectors_is_evaluated_by_maxsim() -> None:
     class Embedder:
         def encode_query(self, inputs: Any, *, batch_size: int | None = None) -> Any:
-            return [np.zeros((3, 4))] * len(inputs)
+            return [np.eye(3, 4)[:2]] * len(inputs)
 
-        encode_document = encode_query
+        def encode_document(self, inputs: Any, *, batch_size: int | None = None) -> Any:
+            return [np.eye(3, 4)[:1], np.eye(3, 4), np.eye(3, 4)[2:]]
 
-    with pytest.raises(VembedError, match="Multi-vector"):
-        evaluate_embedder(Embedder(), RetrievalTask(text("q"), text("d"), [{0: 1.0}]))
+    task = RetrievalTask(text("q"), text("a", "b", "c"), [{0: 1.0}])
+    # Only the second document has both vectors of the query.
+    assert evaluate_embedder(Embedder(), task)["mrr"] == 0.5
+    by_label = RetrievalTask(task.corpus, task.corpus, [{1: 1.0}, {2: 1.0}, {1: 1.0}], exclude_self=True)
+    # For the second, the first and the third are equally near.
+    assert evaluate_embedder(Embedder(), by_label)["mrr"] == pytest.approx((1 + 0.5 + 1) / 3)
 
 
 # Tasks from files

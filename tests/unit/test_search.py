@@ -158,6 +158,17 @@ def test_no_tensor_is_larger_than_a_block() -> None:
     assert memory.largest <= 100 * 500
 
 
+def test_no_tensor_of_several_vectors_per_row_is_larger_than_a_block() -> None:
+    queries, documents = torch.randn(40, 9, 8), torch.randn(300, 11, 8)
+    mask, relevant = torch.rand(300, 11) < 0.7, torch.randint(0, 300, (40, 3))
+    options: dict[str, Any] = {"similarity": "maxsim", "document_mask": mask, "query_block": 100, "document_block": 500}
+    # Views of the inputs have up to 300 x 11 x 8 elements; all pairs of vectors are 1,188,000.
+    with _LargestTensor() as memory:
+        exact_search(queries, documents, 10, **options)
+        relevant_ranks(queries, documents, relevant, **options)
+    assert memory.largest <= 100 * 500
+
+
 def test_wrong_arguments_are_errors() -> None:
     x = torch.randn(3, 4)
     bad: list[tuple[str, Any]] = [
@@ -167,7 +178,7 @@ def test_wrong_arguments_are_errors() -> None:
         ("at least one document", lambda: exact_search(x, x[:0], 1)),
         ("one index per query", lambda: exact_search(x, x, 1, exclude=torch.zeros(2))),
         ("blocks", lambda: exact_search(x, x, 1, document_block=0)),
-        ("must be 'cosine' or 'dot'", lambda: exact_search(x, x, 1, similarity="maxsim")),  # type: ignore[arg-type]
+        ("must be 'cosine', 'dot' or 'maxsim'", lambda: exact_search(x, x, 1, similarity="l2")),  # type: ignore[arg-type]
         ("names document 3 of 3", lambda: relevant_ranks(x, x, torch.full((3, 1), 3))),
         ("a row per query", lambda: relevant_ranks(x, x, torch.zeros(2, 1, dtype=torch.int64))),
         ("both relevant and excluded", lambda: relevant_ranks(x, x, torch.ones(3, 1).long(), exclude=torch.ones(3))),

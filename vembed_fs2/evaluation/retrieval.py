@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from vembed_fs2.errors import DataError, VembedError
+from vembed_fs2.errors import DataError
 from vembed_fs2.evaluation.metrics import (
     average_precision,
     hit_at_k,
@@ -16,7 +16,7 @@ from vembed_fs2.evaluation.metrics import (
     recall_at_k,
     reciprocal_rank,
 )
-from vembed_fs2.evaluation.search import DOCUMENT_BLOCK, QUERY_BLOCK, PairSimilarity, relevant_ranks
+from vembed_fs2.evaluation.search import DOCUMENT_BLOCK, QUERY_BLOCK, PairSimilarity, pad_vectors, relevant_ranks
 
 if TYPE_CHECKING:
     from vembed_fs2.evaluation.datasets import RetrievalTask
@@ -42,6 +42,8 @@ def evaluate_retrieval(
     *,
     ks: Sequence[int] = DEFAULT_KS,
     similarity: PairSimilarity = "cosine",
+    query_mask: Tensor | None = None,
+    document_mask: Tensor | None = None,
     exclude: Sequence[int] | Tensor | None = None,
     query_block: int = QUERY_BLOCK,
     document_block: int = DOCUMENT_BLOCK,
@@ -56,10 +58,12 @@ def evaluate_retrieval(
     documents takes no part in the means and is counted apart. Memory does not
     grow with queries x documents.
 
-    :param queries: *Shape:* ``[Q, D]``.
-    :param corpus: *Shape:* ``[N, D]``.
+    :param queries: *Shape:* ``[Q, D]``; ``[Q, L, D]`` for ``maxsim``.
+    :param corpus: *Shape:* ``[N, D]``; ``[N, V, D]`` for ``maxsim``.
     :param relevant: For each query the indices of its relevant documents, or a mapping from index to grade.
         Grades that are not greater than 0 mean "not relevant".
+    :param query_mask: The vectors of each query that count, for ``maxsim``. *Shape:* ``[Q, L]``, bool.
+    :param document_mask: The vectors of each document that count, for ``maxsim``. *Shape:* ``[N, V]``, bool.
     :param exclude: For each query a document that it must not find (itself, say), or -1; never relevant.
     :param device: Where to compare; the device of ``queries`` by default.
 
@@ -76,11 +80,14 @@ def evaluate_retrieval(
         keep = (index >= 0).any(1)
         if not keep.any():
             continue
+        kept = keep.to(queries.device)
         ranks = relevant_ranks(
-            queries[rows][keep.to(queries.device)],
+            queries[rows][kept],
             corpus,
             index[keep],
             similarity=similarity,
+            query_mask=None if query_mask is None else query_mask[rows][kept],
+            document_mask=document_mask,
             exclude=excluded[rows][keep],
             query_block=query_block,
             document_block=document_block,
@@ -130,22 +137,34 @@ def evaluate_embedder(
     once, as documents.
 
     :param batch_size: Given to the embedder.
+    :param similarity: How single vectors are compared. An embedder that returns a list, of the vectors of each
+        input (``[L_i, D]``), is evaluated by ``maxsim``.
     :param device: Where to compare the embeddings; the CPU by default.
     """
-    corpus = _encoded(embedder.encode_document(list(task.corpus), batch_size=batch_size))
+    corpus, document_mask = _encoded(embedder.encode_document(list(task.corpus), batch_size=batch_size))
+    queries, query_mask, exclude = corpus, document_mask, None
     if task.exclude_self:
-        queries, exclude = corpus, torch.arange(corpus.size(0))
+        exclude = torch.arange(corpus.size(0))
     else:
-        queries, exclude = _encoded(embedder.encode_query(list(task.queries), batch_size=batch_size)), None
+        queries, query_mask = _encoded(embedder.encode_query(list(task.queries), batch_size=batch_size))
     return evaluate_retrieval(
-        queries, corpus, task.relevant, ks=ks, similarity=similarity, exclude=exclude, device=device
+        queries,
+        corpus,
+        task.relevant,
+        ks=ks,
+        similarity=similarity if document_mask is None else "maxsim",
+        query_mask=query_mask,
+        document_mask=document_mask,
+        exclude=exclude,
+        device=device,
     )
 
 
-def _encoded(embeddings: Any) -> Tensor:
-    if isinstance(embeddings, list):
-        raise VembedError("Multi-vector models cannot be evaluated by exact search over single vectors.")
-    return torch.as_tensor(embeddings)
+def _encoded(embeddings: Any) -> tuple[Tensor, Tensor | None]:
+    """What an embedder returned, and the mask of several vectors per input."""
+    if isinstance(embeddings, list) and embeddings:
+        return pad_vectors([torch.as_tensor(vectors) for vectors in embeddings])
+    return torch.as_tensor(embeddings), None
 
 
 def _blocks_of_rows(relevant: Sequence[Relevant], query_block: int, document_block: int) -> list[slice]:

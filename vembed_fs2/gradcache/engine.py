@@ -210,7 +210,7 @@ class GradCache:
         if key in self._bytes_per_token:
             group.encode(encoded, keep=True)
             return
-        saved = SavedBytes()
+        saved = SavedBytes(casts=group.sync.runs_in_step)
         with saved.measuring():
             group.encode(encoded, keep=True)
         self._bytes_per_token[key] = saved.total / max(encoded.chunk.tokens, 1)

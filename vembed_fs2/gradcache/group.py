@@ -76,10 +76,10 @@ class Group:
         inputs = self.rows.select(encoded.chunk.rows)
         device = _device_of(inputs)
         if self._autocast is None:
-            self._autocast, self._device = Autocast(device), device
+            self._autocast, self._device = Autocast(device, cache=not self.sync.runs_in_step), device
         if not keep and torch.is_grad_enabled():
             encoded.rng = RngState(device)
-        with self.sync.no_sync(), torch.set_grad_enabled(keep):
+        with self.sync.no_sync(), torch.set_grad_enabled(keep), self._autocast.entered():
             output = self.encoder(inputs)
         encoded.values, encoded.mask, extras = self._unpack(output, len(encoded.chunk.rows))
         encoded.kept = keep

@@ -34,16 +34,23 @@ class RngState:
 
 
 class Autocast:
-    """The autocast setting at construction, to be entered again later."""
+    """The autocast setting at construction, to be entered again later.
 
-    def __init__(self, device: torch.device) -> None:
+    :param cache: whether chunks may share the casts of weights. Not with FSDP2:
+        a cast that an earlier chunk made is older than what tells FSDP2 in the
+        backward pass that a layer of this chunk is done, so the gradient would come
+        too late and be lost.
+    """
+
+    def __init__(self, device: torch.device, *, cache: bool) -> None:
         self._type = device.type
+        self._cache = cache
         self._enabled = torch.is_autocast_enabled(device.type)
         self._dtype = torch.get_autocast_dtype(device.type)
 
     def entered(self) -> AbstractContextManager[Any]:
         # Where it was off it must be turned off: the backward pass may run inside an autocast of its own.
-        return torch.autocast(self._type, dtype=self._dtype, enabled=self._enabled)
+        return torch.autocast(self._type, dtype=self._dtype, enabled=self._enabled, cache_enabled=self._cache)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -55,11 +62,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 class SavedBytes:
     """Counts the bytes that autograd saves for the backward pass, each storage once.
 
-    Parameters are not counted: they exist anyway. Nor are their casts under
-    autocast, which all chunks share.
+    Parameters are not counted: they exist anyway.
+
+    :param casts: whether to count the casts of parameters that autocast makes,
+        unless all chunks share them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, casts: bool = False) -> None:
+        self._casts = casts
         self._seen: dict[int, int] = {}
 
     @property
@@ -71,15 +81,13 @@ class SavedBytes:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         base = tensor._base if tensor._base is not None else tensor
-        if not _is_weight(base):
+        if not isinstance(base, torch.nn.Parameter) and (self._casts or not _is_cast_weight(base)):
             storage = tensor.untyped_storage()
             self._seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
 
-def _is_weight(tensor: Tensor) -> bool:
-    if isinstance(tensor, torch.nn.Parameter):
-        return True
+def _is_cast_weight(tensor: Tensor) -> bool:
     node = tensor.grad_fn
     if node is None or node.name() != "ToCopyBackward0":
         return False

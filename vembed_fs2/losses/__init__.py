@@ -1,11 +1,34 @@
 """Objectives. Each takes embeddings of all roles of a rank's rows; torch only."""
 
+from vembed_fs2.losses.combined import Combined as Combined
+from vembed_fs2.losses.combined import CombinedConfig as CombinedConfig
+from vembed_fs2.losses.combined import WeightedLossSpec as WeightedLossSpec
 from vembed_fs2.losses.common import MAX_LOGIT_SCALE as MAX_LOGIT_SCALE
 from vembed_fs2.losses.common import LossInput as LossInput
 from vembed_fs2.losses.common import LossOutput as LossOutput
 from vembed_fs2.losses.common import Objective as Objective
 from vembed_fs2.losses.common import RowInfo as RowInfo
+from vembed_fs2.losses.cosent import AnglE as AnglE
+from vembed_fs2.losses.cosent import AnglEConfig as AnglEConfig
+from vembed_fs2.losses.cosent import CoSENT as CoSENT
+from vembed_fs2.losses.cosent import CoSENTConfig as CoSENTConfig
+from vembed_fs2.losses.distillation import Distillation as Distillation
+from vembed_fs2.losses.distillation import DistillationConfig as DistillationConfig
+from vembed_fs2.losses.embedding_distillation import EmbeddingDistillation as EmbeddingDistillation
+from vembed_fs2.losses.embedding_distillation import EmbeddingDistillationConfig as EmbeddingDistillationConfig
 from vembed_fs2.losses.infonce import InfoNCE as InfoNCE
 from vembed_fs2.losses.infonce import InfoNCEConfig as InfoNCEConfig
+from vembed_fs2.losses.matryoshka import Matryoshka as Matryoshka
+from vembed_fs2.losses.matryoshka import MatryoshkaConfig as MatryoshkaConfig
+from vembed_fs2.losses.multi_positive import MultiPositive as MultiPositive
+from vembed_fs2.losses.multi_positive import MultiPositiveConfig as MultiPositiveConfig
+from vembed_fs2.losses.nested import LossSpec as LossSpec
 from vembed_fs2.losses.registry import LOSSES as LOSSES
+from vembed_fs2.losses.registry import LossEntry as LossEntry
 from vembed_fs2.losses.registry import create_loss as create_loss
+from vembed_fs2.losses.sigmoid import Sigmoid as Sigmoid
+from vembed_fs2.losses.sigmoid import SigmoidConfig as SigmoidConfig
+from vembed_fs2.losses.spread import Spread as Spread
+from vembed_fs2.losses.spread import SpreadConfig as SpreadConfig
+from vembed_fs2.losses.triplet import Triplet as Triplet
+from vembed_fs2.losses.triplet import TripletConfig as TripletConfig

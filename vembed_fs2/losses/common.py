@@ -204,6 +204,24 @@ class Objective(ABC):
         """Whether rows need a teacher's embeddings."""
         return False
 
+    @property
+    def needs_scores(self) -> bool:
+        """Whether rows need scores of their documents."""
+        return False
+
+    @property
+    def needs_negatives(self) -> bool:
+        """Whether each row needs explicit negatives."""
+        return False
+
+    def needs_teacher_projection(self, embedding_dim: int, teacher_dim: int) -> bool:
+        """Whether the model needs a projection from its embeddings to the teacher's."""
+        return False
+
+    def dim_errors(self, embedding_dim: int) -> list[str]:
+        """What is wrong for embeddings of that size."""
+        return []
+
 
 def scope(gather: RowGather | None, negatives: Negatives) -> RowGather:
     """Return what gathers the rows that an objective compares: those of all ranks, or its own."""

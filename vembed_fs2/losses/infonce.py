@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias, get_args
 
 import torch
@@ -32,7 +32,7 @@ from vembed_fs2.losses.common import (
     positive_errors,
     scope,
 )
-from vembed_fs2.losses.filters import FalseNegativeFilter, Hardness
+from vembed_fs2.losses.filters import Hardness, highest_negative, teacher_block
 from vembed_fs2.losses.similarity import SimilarityName
 from vembed_fs2.losses.tiles import Block, TileGrads, sum_over_tiles
 
@@ -97,8 +97,12 @@ class InfoNCEConfig:
         errors += self._direction_errors()
         if self.hardest is not None and self.hardest < 1:
             errors.append(f"`hardest` must be greater than or equal to 1, but is {self.hardest}.")
-        if self.hardness_strength < 0.0:
-            errors.append(f"`hardness_strength` must not be negative, but is {self.hardness_strength}.")
+        if not 0.0 <= self.hardness_strength < math.inf:
+            errors.append(f"`hardness_strength` must be finite and not negative, but is {self.hardness_strength}.")
+        if not math.isfinite(self.false_negative_margin):
+            errors.append(f"`false_negative_margin` must be finite, but is {self.false_negative_margin}.")
+        if self.false_negatives == "keep" and self.false_negative_margin != 0.0:
+            errors.append("`false_negative_margin` is for a `false_negatives` other than 'keep'.")
         if (self.hardness == "none") != (self.hardness_strength == 0.0):
             errors.append("`hardness` and `hardness_strength` must be given together.")
         return errors
@@ -154,20 +158,17 @@ class InfoNCE(Objective):
         return self._config.false_negatives == "filter_by_teacher"
 
     def compute(self, inputs: LossInput) -> LossOutput:
-        config = self._config
+        """
+        :raises ValueError: the temperature is to be learned, but the model does not give it; or an option needs a
+            teacher's embeddings, or the rows that explicit negatives belong to, but ``rows`` does not have them.
+        """
         rows = gather_all(inputs, self._gather)
         scale = self._scale(inputs)
-        scalars = [scale] if isinstance(scale, Tensor) else []
-        groups = [list(config.directions)] if config.partition == "joint" else [[d] for d in config.directions]
-        total = torch.zeros((), device=inputs.query.device)
-        metrics: dict[str, Tensor] = {}
-        for directions in groups:
-            tile = _Softmax(rows, config, directions, scale)
-            loss = sum_over_tiles([_block(rows, d, config.similarity) for d in directions], tile, scalars)
-            total = total + loss / len(groups)
-            metrics = tile.metrics or metrics
-        metrics["temperature"] = inputs.num_queries / torch.as_tensor(scale, device=total.device).detach().squeeze()
-        return LossOutput(total, metrics)
+        tile = _Softmax(rows, self._config, scale)
+        loss = sum_over_tiles(tile.blocks, tile, [scale] if isinstance(scale, Tensor) else [])
+        metrics = tile.metrics()
+        metrics["temperature"] = inputs.num_queries / torch.as_tensor(scale, device=loss.device).detach().squeeze()
+        return LossOutput(loss, metrics)
 
     def _scale(self, inputs: LossInput) -> Tensor | float:
         if not self._config.learn_temperature:
@@ -177,112 +178,139 @@ class InfoNCE(Objective):
         return inputs.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
 
 
-def _block(rows: GlobalRows, direction: str, similarity: SimilarityName) -> Block:
-    anchors, _, columns = direction.partition("_to_")
-    return rows.block(anchors, columns, similarity)  # type: ignore[arg-type]
-
-
 class _Softmax:
-    """One softmax over the scores of one or several directions."""
+    """The loss of some rows: one softmax over the scores of all directions, or the mean of one for each."""
 
-    def __init__(
-        self, rows: GlobalRows, config: InfoNCEConfig, directions: Sequence[str], scale: Tensor | float
-    ) -> None:
-        self._rows = rows
-        self._hardest = config.hardest
-        self._learned = isinstance(scale, Tensor)
-        self._scale = 1.0 if isinstance(scale, Tensor) else scale
-        self._directions = directions
-        self._excluded = [_EXCLUSIONS[d](rows, mask_same=config.mask_same) for d in directions]
+    def __init__(self, rows: GlobalRows, config: InfoNCEConfig, scale: Tensor | float) -> None:
+        # Queries to documents come first.
+        directions = [d for d in _EXCLUSIONS if d in config.directions]
+        numbers = list(range(len(directions)))
+        self._groups = [numbers] if config.partition == "joint" else [[n] for n in numbers]
+        self._config = config
+        self._scale = float(scale.detach()) if isinstance(scale, Tensor) else scale
+        self._is_learned = isinstance(scale, Tensor)
+        self._target = rows.target
         # Where the positive of each row stands in each direction; nowhere in some.
-        own = {"query_to_document": rows.target, "document_to_query": rows.row}
-        self._own = [own.get(d) for d in directions]
-        self._filter = None
-        if config.false_negatives != "keep":
-            by_teacher = config.false_negatives == "filter_by_teacher"
-            relative = config.false_negative_margin_type == "relative"
-            self._filter = FalseNegativeFilter(
-                rows, directions, config.false_negative_margin, relative=relative, by_teacher=by_teacher
-            )
-        self._hardness = None
+        self._own = [{"query_to_document": self._target, "document_to_query": rows.row}.get(d) for d in directions]
+        self._excluded = [_EXCLUSIONS[d](rows, mask_same=config.mask_same) for d in directions]
+        self._hardness: Hardness | None = None
         if config.hardness != "none":
             self._hardness = Hardness(rows, config.hardness, config.hardness_strength)
-        self.metrics: dict[str, Tensor] = {}
+        self._num_found, self._num_masked = torch.zeros(2, dtype=torch.int64, device=rows.positive.device)
+        self._num_queries, self._num_others = rows.inputs.num_queries, rows.document.size(0) - 1
+        self.blocks = _blocks(rows, directions, config)
 
     def __call__(self, scores: list[Tensor], rows: slice, scalars: list[Tensor]) -> TileGrads:
-        scale = scalars[0] if self._learned else self._scale
-        positive = self._positive(scores, rows)
-        for idx, (direction, z) in enumerate(zip(self._directions, scores)):
-            excluded = self._excluded[idx].mask(rows)
-            if self._filter is not None:
-                excluded = self._filter(idx, z, positive, rows, excluded)
-            if excluded is not None:
-                z.masked_fill_(excluded, -torch.inf)
-            if self._hardest is not None and direction == "query_to_document":
-                _keep_hardest(z, self._own[idx][rows], self._hardest)  # type: ignore[index]
-            if direction == "query_to_document":
-                self._add_metrics(z, positive, scale)
-        raw = [z.clone() for z in scores] if self._learned else []
-        for direction, z in zip(self._directions, scores):
-            extra = None
-            if self._hardness is not None and direction == "query_to_document":
-                extra = self._hardness(z, rows)
-            z.mul_(scale)
-            if extra is not None:
-                z.add_(extra)
-        log_sum = softmax_(scores)
-        loss = (log_sum - positive * scale).sum()
-        scale_grad: Tensor | None = None
-        if self._learned:
-            # An excluded score is -inf where its probability is 0.
-            parts = [(p * z.nan_to_num_(neginf=0.0)).sum() for p, z in zip(scores, raw)]
-            scale_grad = torch.stack(parts).sum() - positive.sum()
-        for own, p in zip(self._own, scores):
-            if own is not None:
-                # The loss has the positive's score once, whichever direction it is taken from.
-                p.scatter_add_(1, own[rows].unsqueeze(1), p.new_full((p.size(0), 1), -1.0))
-                break
-        for p in scores:
-            p.mul_(scale)
-        return TileGrads(loss, scores, [scale_grad] if self._learned else [])
+        scores, by_teacher = scores[: len(self._own)], scores[len(self._own) :]
+        positive = scores[0].gather(1, self._own_columns(0, rows))
+        self._leave_out(scores, by_teacher or scores, rows)
+        self._count_found(scores[0], positive, rows)
+        raw = [s.clone() for s in scores] if self._is_learned else []
+        if self._hardness is not None:
+            scores[0].add_(self._hardness(scores[0], rows), alpha=1.0 / self._scale)
+        weight = 1.0 / len(self._groups)
+        factor = weight * self._scale
+        loss_s = -self._scale * positive.squeeze(1)
+        for group in self._groups:
+            loss_s += weight * softmax_([scores[i] for i in group], scale=self._scale, factor=factor)
+            # The first of each group holds the positives.
+            own = self._own_columns(group[0], rows)
+            scores[group[0]].scatter_add_(1, own, torch.full_like(positive, -factor))
+        return TileGrads(loss_s.sum(), [*scores, *(None for _ in by_teacher)], self._scale_grads(scores, raw))
 
-    def _positive(self, scores: list[Tensor], rows: slice) -> Tensor:
-        """The score of each row's positive. *Returns:* ``[t]``."""
-        for own, s in zip(self._own, scores):
-            if own is not None:
-                return s.gather(1, own[rows].unsqueeze(1)).squeeze(1)
-        raise AssertionError("No direction holds the positives.")
-
-    def _add_metrics(self, scores_tC: Tensor, positive_t: Tensor, scale: Tensor | float) -> None:
-        candidates = (scores_tC != -torch.inf).sum(1)
-        # A tie with the positive does not count as found.
-        found = (scores_tC >= positive_t.unsqueeze(1)).sum(1) == 1
-        masked = scores_tC.size(1) - candidates
-        values = {
-            "accuracy": found.sum(),
-            "num_negatives": (candidates - 1).sum(),
-            "masked_fraction": masked.sum() / max(scores_tC.size(1) - 1, 1),
+    def metrics(self) -> dict[str, Tensor]:
+        return {
+            "accuracy": self._num_found,
+            "num_negatives": self._num_queries * self._num_others - self._num_masked,
+            "masked_fraction": self._num_masked / max(self._num_others, 1),
         }
-        self.metrics = {k: v + self.metrics.get(k, 0) for k, v in values.items()}
+
+    def _own_columns(self, direction: int, rows: slice) -> Tensor:
+        own = self._own[direction]
+        assert own is not None
+        return own[rows].unsqueeze(1)
+
+    def _leave_out(self, scores: list[Tensor], judged: list[Tensor], rows: slice) -> None:
+        """Give pairs that do not count a score of minus infinity.
+
+        :param judged: the scores that say which negatives are false.
+        """
+        config, highest = self._config, None
+        if config.false_negatives != "keep":
+            positive = judged[0].gather(1, self._own_columns(0, rows))
+            relative = config.false_negative_margin_type == "relative"
+            highest = highest_negative(positive, config.false_negative_margin, relative=relative)
+        for idx, s_sC in enumerate(scores):
+            excluded = self._excluded[idx].mask(rows)
+            if highest is not None:
+                false = judged[idx] > highest
+                if self._own[idx] is not None:
+                    false.scatter_(1, self._own_columns(idx, rows), False)
+                excluded = false if excluded is None else excluded.logical_or_(false)
+            if excluded is not None:
+                s_sC.masked_fill_(excluded, -torch.inf)
+                if idx == 0 and config.hardest is None:
+                    self._num_masked += torch.count_nonzero(excluded)
+        if config.hardest is not None:
+            num_kept = _keep_hardest(scores[0], self._own_columns(0, rows), config.hardest)
+            self._num_masked += scores[0].size(0) * self._num_others - num_kept
+
+    def _count_found(self, scores_sC: Tensor, positive: Tensor, rows: slice) -> None:
+        own = self._own_columns(0, rows)
+        best = scores_sC.scatter_(1, own, -torch.inf).amax(1, keepdim=True)
+        scores_sC.scatter_(1, own, positive)
+        # A tie with the positive does not count as found.
+        self._num_found += torch.count_nonzero(best < positive)
+
+    def _scale_grads(self, grads: list[Tensor], raw: list[Tensor]) -> list[Tensor]:
+        """The gradient with respect to the scale, from those with respect to the scores, which have it as a factor."""
+        # A pair that is left out has a score of -inf and a gradient of 0.
+        parts = [(grad * z.nan_to_num_(neginf=0.0)).sum() for grad, z in zip(grads, raw)]
+        return [torch.stack(parts).sum() / self._scale] if parts else []
 
 
-def softmax_(tiles: Sequence[Tensor]) -> Tensor:
-    """Replace scores by their probabilities under one softmax over all tiles; return the log of the sum. ``[t]``."""
-    top = torch.stack([z.amax(1) for z in tiles]).amax(0).unsqueeze(1)
+def _blocks(rows: GlobalRows, directions: Sequence[Direction], config: InfoNCEConfig) -> list[Block]:
+    """What is compared: the embeddings in each direction; then a teacher's, if it says which negatives are false."""
+    first = int(rows.target[0]) if rows.inputs.num_queries else 0
+    starts = {"query": rows.start, "document": first}
+    places = {side: slice(start, start + rows.inputs.num_queries) for side, start in starts.items()}
+    sides = [d.split("_to_") for d in directions]
+    blocks = []
+    for anchors, columns in sides:
+        block = rows.block(anchors, columns, config.similarity)  # type: ignore[arg-type]
+        if any(anchors == c for _, c in sides):
+            # What is compared with others, and others with it, needs only one gradient.
+            everyone, mask = (
+                (rows.query, rows.query_mask) if anchors == "query" else (rows.document, rows.document_mask)
+            )
+            block = replace(block, anchor=everyone, anchor_mask=mask, anchor_rows=places[anchors])
+        blocks.append(block)
+    if config.false_negatives == "filter_by_teacher":
+        blocks += [teacher_block(rows, anchors, columns, places[anchors]) for anchors, columns in sides]
+    return blocks
+
+
+def softmax_(tiles: Sequence[Tensor], *, scale: float = 1.0, factor: float = 1.0) -> Tensor:
+    """Replace scores by their probabilities under one softmax over all tiles.
+
+    :param scale: what scores are multiplied by before.
+    :param factor: what probabilities are multiplied by.
+    :returns: the log of the sum of the exponentials of the scaled scores. *Shape:* ``[t]``.
+    """
+    top = torch.stack([z.amax(1, keepdim=True) for z in tiles]).amax(0).mul_(scale)
     total = torch.zeros_like(top)
     for z in tiles:
-        total += z.sub_(top).exp_().sum(1, keepdim=True)
+        # In one pass, `scale * z - top`.
+        total += torch.add(-top, z, alpha=scale, out=z).exp_().sum(1, keepdim=True)
     for z in tiles:
-        z.div_(total)
+        z.mul_(factor / total)
     return (top + total.log()).squeeze(1)
 
 
-def _keep_hardest(scores_tC: Tensor, own_t: Tensor, count: int) -> None:
-    """Leave out all but the most similar negatives, in place."""
-    if scores_tC.size(1) <= count + 1:
-        return
-    own = own_t.unsqueeze(1)
-    positive = scores_tC.gather(1, own)
-    scores_tC.scatter_(1, own, -torch.inf)
-    top, index = scores_tC.topk(count, dim=1)
-    scores_tC.fill_(-torch.inf).scatter_(1, index, top).scatter_(1, own, positive)
+def _keep_hardest(scores_sC: Tensor, own: Tensor, count: int) -> Tensor:
+    """Leave out all but the most similar negatives, in place. *Returns:* how many are left."""
+    positive = scores_sC.gather(1, own)
+    scores_sC.scatter_(1, own, -torch.inf)
+    top, index = scores_sC.topk(min(count, scores_sC.size(1) - 1), dim=1)
+    scores_sC.fill_(-torch.inf).scatter_(1, index, top).scatter_(1, own, positive)
+    return torch.count_nonzero(top > -torch.inf)

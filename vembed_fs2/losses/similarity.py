@@ -1,4 +1,4 @@
-"""Similarities of all rows of a tile with all columns, and their gradients.
+"""Similarities of the anchors of a tile with all columns, and their gradients.
 
 Legend: b anchors, t anchors of a tile, C columns, D embedding size, L and K
 vectors per anchor and per column of multi-vector models.
@@ -11,12 +11,18 @@ from typing import Final, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import embedding_bag
 
 SimilarityName: TypeAlias = Literal["cosine", "dot", "maxsim"]
 
-# Elements of the largest temporary of MaxSim: similarities of single vectors.
-_MAXSIM_ELEMENTS: Final = 4 * 2**20
+# As `torch.nn.functional.normalize` has it.
+_EPSILON: Final = 1e-12
+
+# What is worked on at once where a copy of all embeddings would be needed otherwise.
+_SLICE_ELEMENTS: Final = 2**18
+
+# Rows and columns of the largest product of MaxSim: enough for an efficient one.
+_MAXSIM_VECTORS: Final = {"cpu": 2048, "cuda": 8192}
 
 
 class Vectors:
@@ -25,152 +31,215 @@ class Vectors:
     :param raw: embeddings of single vectors ``[N, D]``, or of several ``[N, L, D]``.
     :param mask: the vectors that count, of several. *Shape:* ``[N, L]``, bool.
     :param unit: if ``True``, vectors are normalised, as ``cosine`` and ``maxsim`` ask for.
+    :param dtype: what to compute in; by default the type of ``raw``, but single precision at least.
     """
 
-    def __init__(self, raw: Tensor, mask: Tensor | None, *, unit: bool, needs_grad: bool) -> None:
-        # Similarities are computed in single precision at least: their differences decide.
-        self._dtype = torch.float64 if raw.dtype == torch.float64 else torch.float32
+    def __init__(
+        self, raw: Tensor, mask: Tensor | None, *, unit: bool, needs_grad: bool, dtype: torch.dtype | None = None
+    ) -> None:
+        self.dtype = dtype or torch.promote_types(raw.dtype, torch.float32)
+        self.mask = None if mask is None else mask.bool()
         self._raw = raw.detach()
-        self._unit = unit
-        self._all: Tensor | None = None
-        self._mask = mask
-        self.grad = torch.zeros(raw.shape, dtype=self._dtype, device=raw.device) if needs_grad else None
+        self._values: Tensor | None = None
+        # Norms, because a normalised copy would be as large as the embeddings.
+        self.inverse_norm = self._inverse_norm() if unit else None
+        # As if the norms were constants, until `raw_grad`.
+        self.grad = torch.zeros(raw.shape, dtype=self.dtype, device=raw.device) if needs_grad else None
 
     def __len__(self) -> int:
         return self._raw.size(0)
+
+    @property
+    def device(self) -> torch.device:
+        return self._raw.device
 
     @property
     def width(self) -> int:
         """The number of vectors per row."""
         return self._raw.size(1) if self._raw.ndim == 3 else 1
 
-    def mask_of(self, rows: slice) -> Tensor:
-        """The vectors that count. *Returns:* ``[n, L]``, bool."""
-        if self._mask is not None:
-            return self._mask[rows].bool()
-        return torch.ones(self._raw[rows].shape[:2], dtype=torch.bool, device=self._raw.device)
-
     def rows(self, rows: slice) -> Tensor:
         """The vectors of some rows, normalised where asked."""
-        x = self._raw[rows].to(self._dtype)
-        return normalize(x, dim=-1) if self._unit else x
+        x = self._raw[rows].to(self.dtype)
+        return x if self.inverse_norm is None else x * self.inverse_norm[rows].unsqueeze(-1)
 
-    def all(self) -> Tensor:
-        """All vectors; they stay in memory until :meth:`raw_grad`."""
-        if self._all is None:
-            self._all = self.rows(slice(None))
-        return self._all
+    def values(self) -> Tensor:
+        """All vectors, not normalised. Those of half precision become a copy that stays until :meth:`raw_grad`."""
+        if self._values is None:
+            self._values = self._raw.to(self.dtype)
+        return self._values
 
     def add_grad(self, rows: slice, grad: Tensor) -> None:
+        """Add the gradient with respect to what :meth:`rows` returns; ``grad`` is overwritten."""
         if self.grad is not None:
-            self.grad[rows] += grad.view_as(self.grad[rows])
+            total = self.grad[rows]
+            grad = grad.view_as(total)
+            total += grad if self.inverse_norm is None else grad.mul_(self.inverse_norm[rows].unsqueeze(-1))
 
     def raw_grad(self) -> Tensor | None:
-        """Return the gradient with respect to the embeddings as they were given, and free all else."""
-        self._all = None
+        """Return the gradient with respect to the embeddings as they were given. Can be called once."""
+        self._values = None
         grad, self.grad = self.grad, None
-        if grad is None:
-            return None
-        if self._unit:
-            for rows in _slices(len(self), max(2**20 // max(grad[:1].numel(), 1), 1)):
-                x = self._raw[rows].to(self._dtype)
-                norm = x.norm(dim=-1, keepdim=True)
-                safe = norm.clamp_min(1e-12)  # As `normalize` has it.
-                part = grad[rows]
-                along = (part * x).sum(-1, keepdim=True) / safe.square()
-                part.sub_(x * torch.where(norm > 1e-12, along, 0.0)).div_(safe)
+        if grad is not None and self.inverse_norm is not None:
+            for rows in self._slices():
+                # The length of x does not change x / |x|, so only what is orthogonal to x counts.
+                unit, part = self.rows(rows), grad[rows]
+                part.sub_(unit * (part * unit).sum(-1, keepdim=True))
         return grad
+
+    def _inverse_norm(self) -> Tensor:
+        norm = torch.empty(self._raw.shape[:-1], dtype=self.dtype, device=self._raw.device)
+        for rows in self._slices():
+            norm[rows] = self._raw[rows].to(self.dtype).norm(dim=-1)
+        return norm.clamp_(min=_EPSILON).reciprocal_()
+
+    def _slices(self) -> Iterator[slice]:
+        return slices(len(self), max(_SLICE_ELEMENTS // max(self._raw[:1].numel(), 1), 1))
 
 
 class Similarity(Protocol):
-    """Compares all anchors of a tile with all columns."""
+    """Compares the anchors of a tile with all columns."""
 
-    def scores(self, anchors: Vectors, rows: slice, columns: Vectors) -> Tensor:
-        """*Returns:* ``[t, C]``."""
+    ndim: int
+    """2 if it compares single vectors, 3 if rows have several."""
 
-    def backward(self, grad_tC: Tensor, anchors: Vectors, rows: slice, columns: Vectors) -> None:
-        """Add the gradients that follow from that of the scores."""
+    def scores(self, anchors: Vectors, rows: slice, columns: Vectors, out_tC: Tensor) -> list[Tensor]:
+        """Write the scores, but for what :meth:`scale_` does.
+
+        :returns: what :meth:`backward` needs to know of them.
+        """
+
+    def scale_(self, values_tC: Tensor, columns: Vectors) -> None:
+        """Finish the scores of some rows; in the same way, make their gradient that of what :meth:`scores` wrote.
+
+        Apart from these, because this is done a few rows at a time, while they are in the cache.
+        """
+
+    def backward(self, grad_tC: Tensor, anchors: Vectors, rows: slice, columns: Vectors, saved: list[Tensor]) -> None:
+        """Add the gradients that follow from that of what :meth:`scores` wrote."""
+
+    def rows_per_tile(self, anchor: Tensor, column: Tensor, num_values: int) -> int:
+        """The number of anchors whose comparison needs up to ``num_values`` numbers in memory."""
 
 
 class DotProduct(Similarity):
     """``s(x, y) = x . y``; of normalised vectors, their cosine."""
 
-    def scores(self, anchors: Vectors, rows: slice, columns: Vectors) -> Tensor:
-        return anchors.rows(rows) @ columns.all().T
+    ndim = 2
 
-    def backward(self, grad_tC: Tensor, anchors: Vectors, rows: slice, columns: Vectors) -> None:
-        """Add the gradients that follow from that of the scores."""
+    def scores(self, anchors: Vectors, rows: slice, columns: Vectors, out_tC: Tensor) -> list[Tensor]:
+        torch.mm(anchors.rows(rows), columns.values().T, out=out_tC)
+        return []
+
+    def scale_(self, values_tC: Tensor, columns: Vectors) -> None:
+        if columns.inverse_norm is not None:
+            values_tC.mul_(columns.inverse_norm)
+
+    def backward(self, grad_tC: Tensor, anchors: Vectors, rows: slice, columns: Vectors, saved: list[Tensor]) -> None:
         if anchors.grad is not None:
-            anchors.grad[rows].addmm_(grad_tC, columns.all())
+            anchors.add_grad(rows, grad_tC @ columns.values())
         if columns.grad is not None:
             columns.grad.addmm_(grad_tC.T, anchors.rows(rows))
 
+    def rows_per_tile(self, anchor: Tensor, column: Tensor, num_values: int) -> int:
+        return num_values // max(column.size(0), 1)
+
 
 class MaxSim(Similarity):
-    r"""Late interaction: each vector of the anchor with the nearest one of the column.
+    r"""Late interaction: each vector of a query with the nearest one of the document.
 
     .. math:: s(x, y) = \sum_l \max_k x_l \cdot y_k
 
     Khattab and Zaharia, "ColBERT", 2020, https://arxiv.org/abs/2004.12832.
-    Masked vectors take no part; a column without any scores 0. Columns are
-    taken a few at a time, so that the similarities of single vectors are never
-    all in memory.
+    Masked vectors take no part; a document without any scores 0.
+
+    Columns are taken a few at a time, so that the similarities of single
+    vectors are never all in memory. Of them, a tile keeps which was the nearest.
 
     :param anchors_query: whether the anchors are the queries, whose vectors are
         summed over; if ``False``, the columns are.
+
+    Legend: q queries and d documents of a part, of L and K vectors.
     """
+
+    ndim = 3
 
     def __init__(self, *, anchors_query: bool = True) -> None:
         self._anchors_query = anchors_query
 
-    def scores(self, anchors: Vectors, rows: slice, columns: Vectors) -> Tensor:
-        """*Returns:* ``[t, C]``."""
-        x_tLD = anchors.rows(rows)
-        scores = x_tLD.new_empty(x_tLD.size(0), len(columns))
-        for part in self._parts(x_tLD, columns):
-            best, _, counts = self._best(x_tLD, anchors, rows, columns, part)
-            scores[:, part] = torch.where(counts, best, 0.0).sum(1 if self._anchors_query else 2)
-        return scores
+    def scores(self, anchors: Vectors, rows: slice, columns: Vectors, out_tC: Tensor) -> list[Tensor]:
+        saved = []
+        for part in self._parts(anchors, rows, columns):
+            queries, q, documents, d = self._oriented(anchors, rows, columns, part)
+            x_qLD, y_dKD = queries.rows(q), documents.rows(d)
+            pairs = (x_qLD.flatten(0, 1) @ y_dKD.flatten(0, 1).T).view(*x_qLD.shape[:2], *y_dKD.shape[:2])
+            if documents.mask is not None:
+                # Faster than to fill them, and unit vectors have finite products.
+                pairs.add_(torch.zeros_like(pairs[0, 0]).masked_fill_(~documents.mask[d], -torch.inf))
+            best_qLd, index_qLd = pairs.max(3)
+            score_qd = _counted(best_qLd, queries, q, documents, d).sum(1)
+            out_tC[:, part] = score_qd if self._anchors_query else score_qd.T
+            saved.append(index_qLd.int())
+        return saved
 
-    def backward(self, grad_tC: Tensor, anchors: Vectors, rows: slice, columns: Vectors) -> None:
-        """Add the gradients that follow from that of the scores."""
-        x_tLD = anchors.rows(rows)
-        t, num_vectors, dim = x_tLD.shape
-        x_grad = torch.zeros(t * num_vectors, dim, dtype=x_tLD.dtype, device=x_tLD.device)
-        for part in self._parts(x_tLD, columns):
-            y_cKD = columns.rows(part)
-            _, index, counts = self._best(x_tLD, anchors, rows, columns, part)
-            over_columns, over_anchors = (3, 1) if self._anchors_query else (1, 2)
-            grad = torch.where(counts, grad_tC[:, part].unsqueeze(over_anchors), 0.0)
-            pairs = x_tLD.new_zeros(t, num_vectors, y_cKD.size(0), y_cKD.size(1))
-            pairs.scatter_(over_columns, index.unsqueeze(over_columns), grad.unsqueeze(over_columns))
-            flat = pairs.view(t * num_vectors, -1)
-            x_grad.addmm_(flat, y_cKD.reshape(-1, dim))
-            columns.add_grad(part, flat.T @ x_tLD.reshape(-1, dim))
-        anchors.add_grad(rows, x_grad)
+    def scale_(self, values_tC: Tensor, columns: Vectors) -> None:
+        return None
 
-    def _parts(self, x_tLD: Tensor, columns: Vectors) -> list[slice]:
-        size = x_tLD.size(0) * x_tLD.size(1) * columns.width
-        return list(_slices(len(columns), max(_MAXSIM_ELEMENTS // max(size, 1), 1)))
+    def backward(self, grad_tC: Tensor, anchors: Vectors, rows: slice, columns: Vectors, saved: list[Tensor]) -> None:
+        for part, index_qLd in zip(self._parts(anchors, rows, columns), saved):
+            queries, q, documents, d = self._oriented(anchors, rows, columns, part)
+            grad_qd = grad_tC[:, part] if self._anchors_query else grad_tC[:, part].T
+            grad_qLd = _counted(grad_qd.unsqueeze(1).expand(index_qLd.shape), queries, q, documents, d)
+            _add_to_queries(grad_qLd, index_qLd, queries, q, documents.rows(d))
+            _add_to_documents(grad_qLd, index_qLd, documents, d, queries.rows(q))
 
-    def _best(
-        self, x_tLD: Tensor, anchors: Vectors, rows: slice, columns: Vectors, part: slice
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The nearest vector of the other side, for each vector that is summed over.
+    def rows_per_tile(self, anchor: Tensor, column: Tensor, num_values: int) -> int:
+        query = anchor if self._anchors_query else column
+        num_kept = column.size(0) * query.size(1)
+        return min(num_values // max(num_kept, 1), _product_size(anchor.device) // max(anchor.size(1), 1))
 
-        *Returns:* similarities, indices and whether they count: ``[t, L, c]``,
-        or ``[t, c, K]`` if the columns are the queries.
-        """
-        y_cKD = columns.rows(part)
-        flat = x_tLD.reshape(-1, x_tLD.size(2)) @ y_cKD.reshape(-1, y_cKD.size(2)).T
-        pairs = flat.view(*x_tLD.shape[:2], *y_cKD.shape[:2])
-        x_mask, y_mask = anchors.mask_of(rows), columns.mask_of(part)
-        summed, searched = x_mask[:, :, None], y_mask[None, None]
-        if not self._anchors_query:
-            summed, searched = y_mask[None], x_mask[:, :, None, None]
-        best, index = pairs.masked_fill_(~searched, -torch.inf).max(3 if self._anchors_query else 1)
-        return best, index, summed & (best > -torch.inf)
+    def _parts(self, anchors: Vectors, rows: slice, columns: Vectors) -> Iterator[slice]:
+        per_column = (rows.stop - rows.start) * anchors.width * columns.width
+        return slices(len(columns), max(_product_size(anchors.device) ** 2 // max(per_column, 1), 1))
+
+    def _oriented(
+        self, anchors: Vectors, rows: slice, columns: Vectors, part: slice
+    ) -> tuple[Vectors, slice, Vectors, slice]:
+        """Queries first."""
+        return (anchors, rows, columns, part) if self._anchors_query else (columns, part, anchors, rows)
 
 
-def _slices(length: int, step: int) -> Iterator[slice]:
+def _counted(values_qLd: Tensor, queries: Vectors, q: slice, documents: Vectors, d: slice) -> Tensor:
+    """Put 0 where a vector of a query is masked, or all of a document are."""
+    if queries.mask is not None:
+        values_qLd = values_qLd.masked_fill(~queries.mask[q].unsqueeze(2), 0.0)
+    if documents.mask is not None:
+        values_qLd = values_qLd.masked_fill(~documents.mask[d].any(1), 0.0)
+    return values_qLd
+
+
+def _add_to_queries(grad_qLd: Tensor, index_qLd: Tensor, queries: Vectors, q: slice, y_dKD: Tensor) -> None:
+    """Each vector of a query gets the weighted sum of its nearest vectors."""
+    if queries.grad is not None:
+        num_documents, num_vectors, _ = y_dKD.shape
+        first_d = torch.arange(num_documents, device=y_dKD.device) * num_vectors
+        position, weight = (index_qLd + first_d).flatten(0, 1), grad_qLd.flatten(0, 1)
+        queries.add_grad(q, embedding_bag(position, y_dKD.flatten(0, 1), mode="sum", per_sample_weights=weight))
+
+
+def _add_to_documents(grad_qLd: Tensor, index_qLd: Tensor, documents: Vectors, d: slice, x_qLD: Tensor) -> None:
+    """Each vector of a document gets the weighted sum of those that it was nearest to."""
+    if documents.grad is not None:
+        # Few of these are not 0; but the product is faster than to sort them by vector.
+        pairs = grad_qLd.new_zeros(*grad_qLd.shape, documents.width)
+        pairs.scatter_(3, index_qLd.long().unsqueeze(3), grad_qLd.unsqueeze(3))
+        documents.add_grad(d, pairs.view(x_qLD.size(0) * x_qLD.size(1), -1).T @ x_qLD.flatten(0, 1))
+
+
+def _product_size(device: torch.device) -> int:
+    return _MAXSIM_VECTORS.get(device.type, _MAXSIM_VECTORS["cpu"])
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    """Cut rows from 0 to ``length`` into slices of up to ``step``."""
     return (slice(i, min(i + step, length)) for i in range(0, length, step))

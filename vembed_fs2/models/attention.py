@@ -21,8 +21,10 @@ from fairseq2.models.transformer import (
 )
 from fairseq2.nn import BatchLayout
 from torch import Tensor
-from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
+
+from vembed_fs2.models.dropout import dropout
 
 # Longer sequences would need too much memory for their attention weights.
 _MATMUL_WIDTH: Final = 1024
@@ -90,7 +92,7 @@ class PaddedSDPA(SDPA):
         mask = None if self.causal else _key_mask(k, k_layout)
         dropout_p = self.dropout_p if self.training else 0.0
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if _is_slow_on_cpu(q):
+        if _is_slow_on_cpu(q, dropout_p):
             attns = _attend_by_matmul(q, k, v, mask, dropout_p, self.causal)
         else:
             bias = None if mask is None else mask[:, None, None, :]
@@ -102,9 +104,15 @@ class PaddedSDPA(SDPA):
         return f"dropout_p={self.dropout_p:G}, causal={self.causal}"
 
 
-def _is_slow_on_cpu(q: Tensor) -> bool:
-    """Whether torch's fused kernel takes several times as long as matrix products: backward, half precision, CPU."""
-    return q.device == CPU and q.dtype != torch.float32 and q.requires_grad and q.size(2) <= _MATMUL_WIDTH
+def _is_slow_on_cpu(q: Tensor, dropout_p: float) -> bool:
+    """Whether torch is slower than matrix products on the CPU.
+
+    Its fused kernel takes several times as long in the backward pass in half
+    precision, and it has none with dropout.
+    """
+    if q.device != CPU or q.size(2) > _MATMUL_WIDTH or torch.compiler.is_compiling():
+        return False
+    return dropout_p > 0.0 or (q.dtype != torch.float32 and q.requires_grad)
 
 
 def _attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, causal: bool) -> Tensor:

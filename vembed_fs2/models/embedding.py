@@ -5,6 +5,7 @@ Shapes: N rows, T texts, P images, L tokens, D embedding size, C x H x W pixels.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -232,6 +233,9 @@ class Embeddings(NamedTuple):
     logit_bias: Tensor | None = None
     """Bias of the logits, where the model learns it. *Shape:* ``[1]``."""
 
+    teacher_projection: Tensor | None = None
+    """Takes embeddings to the size of a teacher's, where the model learns it. *Shape:* ``[T, D]``."""
+
 
 @dataclass(kw_only=True)
 class DenseConfig:
@@ -250,7 +254,7 @@ class DenseConfig:
     """The activation function that follows."""
 
 
-Pooling: TypeAlias = Literal["cls", "mean", "pooler", "last", "max"]
+Pooling: TypeAlias = Literal["cls", "mean", "pooler", "last", "max", "none"]
 
 
 @dataclass(kw_only=True)
@@ -258,10 +262,10 @@ class HeadConfig:
     """What follows a text backbone: pooling, dense layers, normalisation."""
 
     pooling: Pooling = "mean"
-    """How token states become one embedding."""
+    """How token states become one embedding; with ``none``, each becomes a vector of its own."""
 
     include_prompt: bool = True
-    """If ``False``, the tokens of a prompt take no part in mean pooling."""
+    """If ``False``, the tokens of a prompt take no part in mean pooling, and have no vectors of their own."""
 
     dense: Sequence[DenseConfig] = field(default_factory=list)
     """Dense layers after the pooling."""
@@ -272,10 +276,16 @@ class HeadConfig:
 
 @dataclass(kw_only=True)
 class EmbeddingModelConfig:
-    """Base of the configurations of families whose models can learn a temperature."""
+    """Base of the configurations of families whose models can hold what an objective learns."""
 
     logit_scale_init: float | None = None
     """The log inverse temperature to start from; the model has none if ``None``."""
+
+    logit_bias_init: float | None = None
+    """The bias of the logits to start from; the model has none if ``None``."""
+
+    teacher_dim: int | None = None
+    """The size of a teacher's embeddings that the model's are projected to; it has no projection if ``None``."""
 
 
 class EmbeddingModel(Module, ABC):
@@ -296,7 +306,7 @@ class EmbeddingModel(Module, ABC):
     """If ``True``, the model's embeddings are meant to be of unit length."""
 
     similarity: Similarity = "cosine"
-    """How two embeddings are compared."""
+    """How two embeddings are compared; ``maxsim`` if there are several vectors per row."""
 
     max_text_length: int | None = None
     """The longest text in tokens, special tokens included."""
@@ -306,14 +316,16 @@ class EmbeddingModel(Module, ABC):
 
     logit_scale: Tensor | None
     logit_bias: Tensor | None
+    teacher_projection: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
         self.register_parameter("logit_scale", None)
         self.register_parameter("logit_bias", None)
+        self.register_parameter("teacher_projection", None)
 
     def encode_text(self, batch: EncoderBatch) -> Tensor:
-        """Encode the texts of ``batch``. *Returns:* ``[T, D]``."""
+        """Encode the texts of ``batch``. *Returns:* ``[T, D]``, or ``[T, L, D]`` for multi-vector models."""
         raise TypeError(f"{type(self).__name__} has no text encoder.")
 
     def encode_image(self, batch: EncoderBatch) -> Tensor:
@@ -351,20 +363,36 @@ class EmbeddingModel(Module, ABC):
         """Encode ``batch``. Everything that training needs passes through here, the temperature too."""
         values, mask = self.encode_rows(batch)
         # Copies, because FSDP2 frees the parameter itself after the forward pass.
-        scale = None if self.logit_scale is None else self.logit_scale.clone()
-        bias = None if self.logit_bias is None else self.logit_bias.clone()
-        return Embeddings(values, mask, scale, bias)
+        learned = (self.logit_scale, self.logit_bias, self.teacher_projection)
+        return Embeddings(values, mask, *(None if x is None else x.clone() for x in learned))
 
     if TYPE_CHECKING:
         __call__ = forward
 
     def add_logit_scale(self, init: float) -> None:
         """Give the model a learnable log inverse temperature, if it has none."""
-        if self.logit_scale is None:
+        # Shape [1], not a scalar: FSDP2 cannot shard scalars.
+        self._add_parameter("logit_scale", torch.full((1,), init))
+
+    def add_logit_bias(self, init: float) -> None:
+        """Give the model a learnable bias of the logits, if it has none."""
+        self._add_parameter("logit_bias", torch.full((1,), init))
+
+    def add_teacher_projection(self, teacher_dim: int) -> None:
+        """Give the model a learnable projection to a teacher's embeddings, if it has none."""
+        self._add_parameter("teacher_projection", initial_projection(teacher_dim, self.embedding_dim))
+
+    def _add_parameter(self, name: str, initial: Tensor) -> None:
+        if getattr(self, name) is None:
             like = next(self.parameters())
-            # Shape [1], not a scalar: FSDP2 cannot shard scalars.
-            self.logit_scale = Parameter(torch.full((1,), init, device=like.device, dtype=like.dtype))
+            setattr(self, name, Parameter(initial.to(device=like.device, dtype=like.dtype)))
 
     @abstractmethod
     def layer_stacks(self) -> list[torch.nn.ModuleList]:
         """The stacks of Transformer layers: what FSDP2 shards and activation checkpointing wraps one by one."""
+
+
+def initial_projection(teacher_dim: int, embedding_dim: int) -> Tensor:
+    """A random projection that keeps lengths on average, the same one each time. *Returns:* ``[T, D]``."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(teacher_dim, embedding_dim, generator=generator, device="cpu") / math.sqrt(teacher_dim)

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Generic, TypeVar, final
+from typing import Any, Final, Generic, TypeVar, final
 
 import torch
 from fairseq2.assets import AssetCard, AssetConfigLoader, AssetDownloadManager
@@ -26,15 +26,19 @@ from fairseq2.runtime.dependency import (
 )
 from fairseq2.utils.structured import StandardValueConverter, StructureError
 from fairseq2.utils.validation import StandardObjectValidator, ValidationError, ValidationResult
+from torch import Tensor
 from torch.nn import Module
 from typing_extensions import override
 
 from vembed_fs2.errors import ConfigError, ModelLoadError
 from vembed_fs2.models.download import FolderDownloadManager
-from vembed_fs2.models.embedding import EmbeddingModel, EmbeddingModelConfig, HeadConfig
+from vembed_fs2.models.embedding import EmbeddingModel, EmbeddingModelConfig, HeadConfig, initial_projection
 from vembed_fs2.models.folder import FolderCheckpointLoader, ModelFolder, is_model_folder
 
 ConfigT = TypeVar("ConfigT")
+
+LEARNED_PARTS: Final = ("logit_scale", "logit_bias", "teacher_projection")
+"""The parameters that any model can have besides its encoder, for its objective."""
 
 
 class CheckpointFormat(HuggingFaceConverter):
@@ -117,7 +121,9 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
-        data: dict[str, object] = {"model_config": StandardValueConverter().unstructure(config)}
+        values: Any = StandardValueConverter().unstructure(config)
+        # Of no use without the teacher.
+        data: dict[str, object] = {"model_config": {k: v for k, v in values.items() if k != "teacher_dim"}}
         if head_of(config) is not None:
             # Where sentence-transformers' pooling looks for the size of its inputs.
             data["hidden_size"] = getattr(config, "model_dim")  # noqa: B009  (mypy does not know the field)
@@ -125,7 +131,7 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
 
     @override
     def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
-        return state_dict
+        return {key: value for key, value in state_dict.items() if key != "teacher_projection"}
 
     def _declare_hf_config(self) -> str:
         """Make the class of ``config.json``; fairseq2 writes only what it finds by name in transformers."""
@@ -193,17 +199,23 @@ def register_family(
     def convert(state_dict: dict[str, object], config: ConfigT) -> dict[str, object]:
         if checkpoint_format is not None:
             state_dict = checkpoint_format.from_hf_state_dict(state_dict, config)
-        # A temperature that is to be learned, but that the checkpoint does not have yet.
-        if (init := logit_scale_init_of(config)) is not None:
-            state_dict.setdefault("logit_scale", torch.tensor([init]))
+        blank = _create_blank(factory, config) if supports_meta else None
+        if blank is not None:
+            _drop_repetitions(state_dict, blank)
+        _add_learned_parts(state_dict, config, lambda: (factory(config) if blank is None else blank).embedding_dim)
         return state_dict
 
     def create(config: ConfigT) -> EmbeddingModel:
         if errors := config_errors(config):
             raise ConfigError(errors, where=f"The {name} configuration")
         model = factory(config)
-        if (init := logit_scale_init_of(config)) is not None:
-            model.add_logit_scale(init)
+        if isinstance(config, EmbeddingModelConfig):
+            if config.logit_scale_init is not None:
+                model.add_logit_scale(config.logit_scale_init)
+            if config.logit_bias_init is not None:
+                model.add_logit_bias(config.logit_bias_init)
+            if config.teacher_dim is not None:
+                model.add_teacher_projection(config.teacher_dim)
         return model
 
     def create_family(resolver: DependencyResolver) -> ModelFamily:
@@ -255,9 +267,34 @@ def read_folder_config(path: Path, checkpoint_format: CheckpointFormat) -> Any:
     return checkpoint_format.from_hf_config(folder.config, head=folder.head(), keys=folder.keys())
 
 
-def logit_scale_init_of(config: object) -> float | None:
-    """The log inverse temperature that a model of ``config`` starts from, if it learns one."""
-    return config.logit_scale_init if isinstance(config, EmbeddingModelConfig) else None
+def _create_blank(factory: Callable[[ConfigT], EmbeddingModel], config: ConfigT) -> EmbeddingModel:
+    """Create a model without memory for its weights."""
+    with torch.device("meta"):
+        return factory(config)
+
+
+def _drop_repetitions(state_dict: dict[str, object], model: EmbeddingModel) -> None:
+    """Keep the buffers of one rank. FSDP2 leaves them whole on each, and fairseq2 appends what the ranks hold."""
+    for name, buffer in model.named_buffers():
+        tensor = state_dict.get(name)
+        if isinstance(tensor, Tensor) and tensor.ndim > 0 and tensor.size(0) > buffer.size(0):
+            state_dict[name] = tensor[: buffer.size(0)]
+
+
+def _add_learned_parts(state_dict: dict[str, object], config: object, embedding_dim: Callable[[], int]) -> None:
+    """Add what is to be learned besides the encoder, and what the checkpoint does not have yet."""
+    if not isinstance(config, EmbeddingModelConfig):
+        return
+    if config.logit_scale_init is not None:
+        state_dict.setdefault("logit_scale", torch.tensor([config.logit_scale_init]))
+    if config.logit_bias_init is not None:
+        state_dict.setdefault("logit_bias", torch.tensor([config.logit_bias_init]))
+    projection = state_dict.pop("teacher_projection", None)
+    if config.teacher_dim is not None:
+        # Another teacher's is of no use.
+        if not isinstance(projection, Tensor) or projection.size(0) != config.teacher_dim:
+            projection = initial_projection(config.teacher_dim, embedding_dim())
+        state_dict["teacher_projection"] = projection
 
 
 def _apply_fsdp(model: EmbeddingModel, granularity: str, wrapper: FSDPWrapper) -> Module:

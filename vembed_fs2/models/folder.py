@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath
 from pickle import UnpicklingError
@@ -178,10 +178,10 @@ class FolderCheckpointLoader(ModelCheckpointLoader):
     def lazy_load(
         self, path: Path, shard_dims: Mapping[str, int], options: ModelCheckpointLoadOptions | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        if not is_model_folder(path):
-            yield from self._fallback.lazy_load(path, shard_dims, options)
-            return
         options = options or ModelCheckpointLoadOptions()
+        if not is_model_folder(path):
+            yield from self._load_other(path, shard_dims, options)
+            return
         assert options.gangs is not None
         gangs = options.gangs
         state = ModelFolder.open(path).state_dict()
@@ -191,6 +191,19 @@ class FolderCheckpointLoader(ModelCheckpointLoader):
         for key, tensor in state.items():
             assert isinstance(tensor, Tensor)
             yield key, reshard_tensor(key, [[tensor]], (1, 1), sizes, ranks, shard_dims)
+
+    def _load_other(
+        self, path: Path, shard_dims: Mapping[str, int], options: ModelCheckpointLoadOptions
+    ) -> Iterator[tuple[str, Tensor]]:
+        convert = options.state_dict_converter
+        if convert is None or not path.joinpath("pp_00").is_dir():
+            yield from self._fallback.lazy_load(path, shard_dims, options)
+            return
+        # The checkpoint of a run. fairseq2 would convert what each rank held and then append it, what is added, too.
+        options = replace(options, state_dict_converter=None)
+        for key, tensor in convert(dict(self._fallback.lazy_load(path, shard_dims, options))).items():
+            assert isinstance(tensor, Tensor)
+            yield key, tensor
 
     @override
     def supports_path(self, path: Path) -> bool:

@@ -19,11 +19,16 @@ from vembed_fs2.models.embedding import HeadConfig, Pooling
 _ACTIVATIONS: Final = {"identity": "linear", "tanh": "tanh", "relu": "relu", "gelu": "gelu", "sigmoid": "sigmoid"}
 
 
-def validate_head(head: HeadConfig, input_dim: int) -> list[str]:
-    """Return what is wrong with ``head`` on top of token states of ``input_dim``, one sentence each."""
+def validate_head(head: HeadConfig, input_dim: int, *, multi_vector: bool = False) -> list[str]:
+    """Return what is wrong with ``head`` on top of token states of ``input_dim``, one sentence each.
+
+    :param multi_vector: whether the model can return a vector for each token, with a mask.
+    """
     errors = []
     if head.pooling not in get_args(Pooling):
         errors.append(f"`head.pooling` must be one of {', '.join(get_args(Pooling))}, but is '{head.pooling}' instead.")
+    if head.pooling == "none" and not multi_vector:
+        errors.append("`head.pooling` must not be 'none': the model returns one vector per text.")
     for idx, dense in enumerate(head.dense):
         where = f"head.dense[{idx}]"
         if dense.input_dim != input_dim:
@@ -58,11 +63,13 @@ class TextHead(Module):
         :param seqs: token states. *Shape:* ``[T, L, M]``.
         :param mask: True for the tokens to pool; ``None`` means all. *Shape:* ``[T, L]``.
         :param pooled: what the backbone's own pooler gives, for the pooling "pooler". *Shape:* ``[T, M]``.
-        :returns: embeddings. *Shape:* ``[T, D]``.
+        :returns: embeddings. *Shape:* ``[T, D]``; ``[T, L, D]`` for the pooling "none".
         """
         if self.pooling == "pooler":
             assert pooled is not None
             embeds = pooled
+        elif self.pooling == "none":
+            embeds = seqs
         else:
             embeds = pool(seqs, mask, self.pooling)
         for dense, activation in zip(self.dense, self.activations):

@@ -19,6 +19,7 @@ from vembed_fs2.errors import ConfigError, ModelLoadError
 from vembed_fs2.models.activations import create_activation
 from vembed_fs2.models.attention import create_sdpa
 from vembed_fs2.models.bert.model import BertFrontend, BertModel, UnusedPooler
+from vembed_fs2.models.dropout import Dropout
 from vembed_fs2.models.embedding import EmbeddingModelConfig, HeadConfig
 from vembed_fs2.models.head import TextHead, head_output_dim, validate_head
 
@@ -76,7 +77,8 @@ class BertConfig(EmbeddingModelConfig):
 
     def validate(self) -> ValidationResult:
         result = ValidationResult()
-        for error in (*self._dim_errors(), *self._value_errors(), *validate_head(self.head, self.model_dim)):
+        head_errors = validate_head(self.head, self.model_dim, multi_vector=True)
+        for error in (*self._dim_errors(), *self._value_errors(), *head_errors):
             result.add_error(error)
         return result
 
@@ -140,6 +142,7 @@ class BertFactory:
         model.embedding_dim = head_output_dim(config.head, config.model_dim)
         model.modalities = frozenset({"text"})
         model.normalize = config.head.normalize
+        model.similarity = "maxsim" if config.head.pooling == "none" else "cosine"
         model.max_text_length = config.max_seq_len
         return model
 
@@ -160,14 +163,16 @@ class BertFactory:
         return StandardTransformerEncoder([self.create_encoder_layer() for _ in range(self._config.num_layers)])
 
     def create_encoder_layer(self) -> StandardTransformerEncoderLayer:
-        return StandardTransformerEncoderLayer(
+        layer = StandardTransformerEncoderLayer(
             self.create_self_attention(),
             self.create_layer_norm(),
             self.create_ffn(),
             self.create_layer_norm(),
             norm_order=TransformerNormOrder.POST,
-            dropout_p=self._config.dropout_p,
         )
+        if self._config.dropout_p > 0.0:
+            layer.self_attn_dropout, layer.ffn_dropout = (Dropout(self._config.dropout_p) for _ in range(2))
+        return layer
 
     def create_self_attention(self) -> StandardMultiheadAttention:
         config = self._config

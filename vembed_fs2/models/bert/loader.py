@@ -14,7 +14,7 @@ from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.models.bert.factory import BERT_FAMILY, BertConfig
 from vembed_fs2.models.bert.model import BertModel
 from vembed_fs2.models.embedding import HeadConfig
-from vembed_fs2.models.family import CheckpointFormat
+from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
 
 _KEY_MAP: Final = {
     r"^embeddings\.word_embeddings\.": r"frontend.embed.",
@@ -103,8 +103,8 @@ class BertCheckpointFormat(CheckpointFormat):
 
     @override
     def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
-        # transformers' BERT has no temperature.
-        state_dict = {key: v for key, v in state_dict.items() if key not in ("logit_scale", "logit_bias")}
+        # transformers' BERT has no place for what only objectives need.
+        state_dict = {key: value for key, value in state_dict.items() if key not in LEARNED_PARTS}
         return convert_state_dict(state_dict, create_reverse_key_map(_KEY_MAP))
 
 

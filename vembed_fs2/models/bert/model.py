@@ -11,11 +11,12 @@ import torch
 from fairseq2.models.transformer import TransformerEncoder
 from fairseq2.nn import Embedding, LayerNorm
 from torch import Tensor
-from torch.nn import Dropout, Module, ModuleList
+from torch.nn import Module, ModuleList
 from typing_extensions import override
 
 from vembed_fs2.errors import DataError
 from vembed_fs2.models.attention import PaddedLayout
+from vembed_fs2.models.dropout import Dropout
 from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
 from vembed_fs2.models.head import TextHead
 
@@ -38,12 +39,25 @@ class BertModel(EmbeddingModel):
     def encode_text(self, batch: EncoderBatch) -> Tensor:
         """Encode the texts of ``batch``.
 
-        :returns: embeddings, not normalised. *Shape:* ``[T, D]``.
+        :returns: embeddings, not normalised. *Shape:* ``[T, D]``; ``[T, L, D]`` for the pooling "none".
         :raises DataError: a text is longer than the position table.
         """
         seqs = self.encode_tokens(batch)
-        mask = batch.attention_mask if batch.pooling_mask is None else batch.pooling_mask
-        return self.head(seqs, mask, pooled=self._pool(seqs))
+        return self.head(seqs, _pooling_mask(batch), pooled=self._pool(seqs))
+
+    @override
+    def encode_rows(self, batch: EncoderBatch) -> tuple[Tensor, Tensor | None]:
+        """Encode rows; with the pooling "none", each is one text, and the mask says which tokens' vectors count.
+
+        :raises DataError: a row of such a model holds something else than one text.
+        """
+        if self.head.pooling != "none":
+            return super().encode_rows(batch)
+        if batch.pixel_values is not None or batch.num_texts != batch.num_rows:
+            raise DataError("Each row of a model with several vectors per row must be one text, and no image.")
+        mask = _pooling_mask(batch)
+        vectors = self.encode_text(batch)
+        return vectors, vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
 
     def encode_tokens(self, batch: EncoderBatch) -> Tensor:
         """Return the last state of each token of ``batch``. *Shape:* ``[T, L, M]``."""
@@ -61,6 +75,11 @@ class BertModel(EmbeddingModel):
     @override
     def layer_stacks(self) -> list[ModuleList]:
         return [self.encoder.layers]
+
+
+def _pooling_mask(batch: EncoderBatch) -> Tensor | None:
+    """True for the tokens that the head looks at; ``None`` means all. *Shape:* ``[T, L]``."""
+    return batch.attention_mask if batch.pooling_mask is None else batch.pooling_mask
 
 
 @final

@@ -17,7 +17,7 @@ from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.models.activations import create_activation
 from vembed_fs2.models.clip.factory import ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig
 from vembed_fs2.models.embedding import HeadConfig
-from vembed_fs2.models.family import CheckpointFormat
+from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
 
 _TOWER_FIELDS: Final = {
     "hidden_size": "model_dim",
@@ -144,6 +144,9 @@ class ClipCheckpointFormat(CheckpointFormat):
 
     @override
     def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
+        # transformers' CLIP has a temperature, but no place for what else objectives need.
+        unknown = [key for key in LEARNED_PARTS if key != "logit_scale"]
+        state_dict = {key: value for key, value in state_dict.items() if key not in unknown}
         return _reshape_logit_scale(convert_state_dict(state_dict, create_reverse_key_map(_KEY_MAP)), ())
 
 

@@ -1,0 +1,93 @@
+"""What an objective asks of the model and of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from fairseq2.gang import create_fake_gangs
+from fairseq2.models import ModelFamily
+
+from vembed_fs2.data.dataset import CHECKED_ROWS, ExampleDataset, Problems
+from vembed_fs2.data.example import Example
+from vembed_fs2.distributed import RowGather
+from vembed_fs2.errors import ConfigError, DataError
+from vembed_fs2.losses import Objective, create_loss
+from vembed_fs2.models.embedding import EmbeddingModel
+from vembed_fs2.models.hub import get_resolver
+from vembed_fs2.recipes.train.config import LossSection
+
+
+def create_objective(section: LossSection, gather: RowGather | None = None) -> Objective:
+    """Create the objective that the configuration names.
+
+    :raises ConfigError: its values do not fit together.
+    """
+    try:
+        return create_loss(section.name, section.config, gather)
+    except ValueError as ex:
+        raise ConfigError(str(ex), where="`loss`") from None
+
+
+def embedding_dim_of(family_name: str, config: object) -> int:
+    """Return the size of the embeddings of a model, without its weights.
+
+    :raises ConfigError: it is no embedding model.
+    """
+    family = get_resolver().resolve(ModelFamily, key=family_name)
+    gangs = create_fake_gangs(torch.device("cpu"))
+    model = family.create_new_model(config, gangs, torch.float32, family.supports_meta, True)
+    if not isinstance(model, EmbeddingModel):
+        raise ConfigError(f"'{family_name}' is not a family of embedding models.", where="`model`")
+    return model.embedding_dim
+
+
+def learned_parts(
+    loss: Objective, model_config: object, embedding_dim: int, teacher_dim: int | None
+) -> Mapping[str, object]:
+    """Return what the configuration of a model must say for it to hold all that the objective learns.
+
+    :param teacher_dim: the size of the teacher's embeddings, if the objective needs a teacher.
+    :raises ConfigError: embeddings of this size do not fit the objective.
+    """
+    if errors := loss.dim_errors(embedding_dim):
+        raise ConfigError(errors, where="`loss`")
+    parts: dict[str, object] = {}
+    for name, initial in (
+        ("logit_scale_init", loss.initial_logit_scale),
+        ("logit_bias_init", loss.initial_logit_bias),
+    ):
+        # A model that has learned one already goes on from there.
+        if initial is not None and getattr(model_config, name, None) is None:
+            parts[name] = initial
+    projected = teacher_dim is not None and loss.needs_teacher_projection(embedding_dim, teacher_dim)
+    wanted = teacher_dim if projected else None
+    if getattr(model_config, "teacher_dim", None) != wanted:
+        parts["teacher_dim"] = wanted
+    return parts
+
+
+def check_rows(dataset: ExampleDataset, loss: Objective, on_error: str) -> None:
+    """Check that rows hold what the objective needs; in a large dataset that shows when they are read.
+
+    :raises DataError: lists rows that do not.
+    """
+    if len(dataset) > CHECKED_ROWS or not (loss.needs_scores or loss.needs_negatives):
+        return
+    problems, has_negatives = Problems(10), False
+    for example in dataset:
+        has_negatives = has_negatives or bool(example.negatives)
+        try:
+            check_row(example, loss)
+        except DataError as ex:
+            problems.add(str(ex))
+    if problems.count == len(dataset) or (problems.count and on_error == "raise"):
+        raise DataError(f"{problems.count:,} of {len(dataset):,} rows cannot be used:\n{problems}")
+    if loss.needs_negatives and not has_negatives:
+        raise DataError("The objective compares the documents of each row, but no row has `negatives`.")
+
+
+def check_row(example: Example, loss: Objective) -> None:
+    """:raises DataError: the row does not hold what the objective needs."""
+    if loss.needs_scores and not example.scores:
+        raise DataError(f"{example.source}: the row has no `scores`, which the objective learns from.")

@@ -1,0 +1,67 @@
+"""The objectives of the exactness table, each with options that reach its code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from vembed_fs2.losses import LOSSES
+from vembed_fs2.losses.combined import WeightedLossSpec
+from vembed_fs2.losses.infonce import InfoNCEConfig
+
+ALL: Final = ("query_to_document", "document_to_query", "query_to_query", "document_to_document")
+
+
+@dataclass(frozen=True)
+class Options:
+    name: str
+    """As it is registered."""
+
+    config: Any
+    projection: bool = False
+    """Whether the model projects its embeddings to a teacher's size."""
+
+    @property
+    def multi_vector(self) -> bool:
+        return getattr(self.config, "similarity", "") == "maxsim"
+
+
+def options(name: str, *, projection: bool = False, **values: Any) -> Options:
+    return Options(name, LOSSES[name].config_kls(**values), projection)
+
+
+COMBINED: Final = [
+    WeightedLossSpec(name="infonce", config=InfoNCEConfig(temperature=0.2)),
+    WeightedLossSpec(name="spread", weight=0.3),
+    WeightedLossSpec(name="cosent", weight=0.5),
+]
+
+OBJECTIVES: Final[dict[str, Options]] = {
+    "InfoNCE": options("infonce", learn_temperature=True),
+    "InfoNCE, two directions": options("infonce", learn_temperature=True, directions=ALL[:2]),
+    "InfoNCE, one partition": options("infonce", temperature=0.2, directions=ALL, partition="joint"),
+    "InfoNCE, hardest": options("infonce", temperature=0.2, hardest=3),
+    "InfoNCE, filtered by margin": options(
+        "infonce", temperature=0.2, false_negatives="filter", false_negative_margin=0.1
+    ),
+    "InfoNCE, filtered by a teacher": options("infonce", temperature=0.2, false_negatives="filter_by_teacher"),
+    "InfoNCE, hardness": options("infonce", temperature=0.2, hardness="all", hardness_strength=2.0),
+    "InfoNCE, MaxSim": options("infonce", temperature=0.5, similarity="maxsim", directions=ALL[:2]),
+    "Sigmoid": options("sigmoid"),
+    "Sigmoid, positives by label": options("sigmoid", same="positive", bias=-1.0, learn_bias=False),
+    "Triplet, hardest": options("triplet"),
+    "Triplet, semi-hard": options("triplet", mining="semi_hard"),
+    "Triplet, all": options("triplet", mining="all", soft_margin=True),
+    "CoSENT": options("cosent", temperature=0.2),
+    "AnglE": options("angle", temperature=0.2),
+    "Multi-positive": options("multi_positive", learn_temperature=True, symmetric=True),
+    "Spread, orthogonal": options("spread"),
+    "Spread, uniformity": options("spread", kind="uniformity"),
+    "Distillation, scores": options("distillation", temperature=0.5),
+    "Distillation, teacher": options("distillation", source="teacher", temperature=0.5),
+    "Distillation, margin MSE": options("distillation", kind="margin_mse"),
+    "Distillation, MaxSim": options("distillation", source="teacher", temperature=0.5, similarity="maxsim"),
+    "Embedding distillation, cosine": options("embedding_distillation", projection=True),
+    "Embedding distillation, MSE": options("embedding_distillation", kind="mse", projection=True),
+    "Combined": options("combined", losses=COMBINED),
+}

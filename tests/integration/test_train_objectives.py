@@ -1,0 +1,115 @@
+"""Every objective trains a demo for a few steps and improves its validation metrics."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.integration.command_line import run
+from tests.integration.test_train_errors import run_all
+from vembed_fs2.losses import LOSSES
+
+METRIC: Final = "nDCG@10"
+
+
+@dataclass(frozen=True)
+class Case:
+    """An objective, and what it learns from."""
+
+    config: dict[str, Any]
+    scored: bool = False
+    teacher: bool = False
+
+
+# The names of the objectives, with what follows a colon.
+CASES: Final[dict[str, Case]] = {
+    "infonce": Case({"learn_temperature": True, "directions": ["query_to_document", "document_to_query"]}),
+    "infonce: hardest": Case({"hardest": 8, "temperature": 0.1}),
+    "infonce: filtered by a teacher": Case({"false_negatives": "filter_by_teacher"}, teacher=True),
+    "sigmoid": Case({"same": "positive"}),
+    "triplet": Case({"mining": "all", "margin": 0.3}),
+    "triplet: semi-hard": Case({"mining": "semi_hard"}),
+    "multi_positive": Case({"symmetric": True}),
+    "cosent": Case({}, scored=True),
+    "angle": Case({}, scored=True),
+    "distillation": Case({}, scored=True),
+    "distillation: margins": Case({"kind": "margin_mse"}, scored=True),
+    "distillation: teacher": Case({"source": "teacher"}, teacher=True),
+    "embedding_distillation": Case({}, teacher=True),
+    "embedding_distillation: mse": Case({"kind": "mse"}, teacher=True),
+    "matryoshka": Case({"dims": [8, 32, 16], "loss": {"name": "infonce"}}),
+    "combined": Case({"losses": [{"name": "infonce"}, {"name": "spread", "weight": 0.1}]}),
+}
+NOT_ALONE: Final = {"spread"}
+"""What says nothing of which document belongs to which query: it is trained in `combined`."""
+
+
+def test_every_objective_is_tried() -> None:
+    assert {name.partition(":")[0] for name in CASES} | NOT_ALONE == set(LOSSES)
+
+
+def write_scored(digits: Path, file: Path) -> None:
+    """Give each row two images of other digits, and scores that say which image is the right one."""
+    draw = random.Random(0)
+    rows = [json.loads(line) for line in digits.joinpath("train.jsonl").read_text().splitlines()]
+    images: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        images[row["label"]].append(row["positive_image"])
+    for row in rows:
+        others = draw.sample(sorted(images.keys() - {row["label"]}), 2)
+        row |= {"negative_images": [draw.choice(images[o]) for o in others], "scores": [6.0, 0.0, 0.0]}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def command(out: Path, name: str, config: dict[str, Any], *more: str) -> list[str]:
+    file = out.with_suffix(".yaml")
+    file.write_text(json.dumps({"loss": {"name": name, "config": config}}))
+    return [
+        "train", str(out), "--no-rich", "--config-file", str(file), "--config", "regime.validate_at_start=true",
+        "trainer.mixed_precision.mode=off", "regime.checkpoint_every_n_data_epochs=null",
+        "regime.validate_every_n_data_epochs=null", *more,
+    ]  # fmt: skip
+
+
+def validation(run_dir: Path) -> list[dict[str, float]]:
+    file = run_dir / "metrics" / "valid.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_every_objective_learns_digits(digits: Path, clip_folder: Path, tmp_path: Path) -> None:
+    scored = digits / "scored.jsonl"
+    write_scored(digits, scored)
+
+    def train(out: Path, name: str, case: Case, num_steps: int) -> list[str]:
+        data = scored if case.scored else digits / "train.jsonl"
+        more = [
+            f"model.path={clip_folder}", f"dataset.paths=[{data}]", f"dataset.image_root={digits}",
+            f"valid.paths=[{digits}/held_out.jsonl]", "dataset.batch_size=64", f"regime.num_steps={num_steps}",
+            f"regime.validate_every_n_steps={num_steps}", f"regime.checkpoint_every_n_steps={num_steps}",
+            f"regime.publish_metrics_every_n_steps={num_steps}", "optimizer.config.lr=0.001",
+        ]  # fmt: skip
+        if case.teacher:
+            more.append(f"teacher.path={tmp_path / 'teacher'}")
+        return command(out, name.partition(":")[0], case.config, *more)
+
+    runs = {name: tmp_path / name.replace(": ", "-").replace(" ", "-") for name in CASES}
+    commands = [train(tmp_path / "teacher", "infonce", CASES["infonce"], 150)]
+    commands += [train(out, name, CASES[name], 40) for name, out in runs.items()]
+    results = run_all(commands)
+
+    assert [r.status for r in results] == [0] * len(results), "\n".join(r.output[-2000:] for r in results if r.status)
+    gains = {}
+    for name, out in runs.items():
+        before, *_, after = (values[METRIC] for values in validation(out))
+        gains[name] = (before, after)
+    print(gains)
+    assert all(after > before + 0.1 for before, after in gains.values()), gains

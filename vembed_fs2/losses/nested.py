@@ -1,0 +1,158 @@
+"""What objectives that are made of other objectives share.
+
+Legend: b queries of this rank, m its documents, D embedding size, d size of truncated embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vembed_fs2.losses.common import LossInput, LossOutput, Objective
+
+# The fields of a `LossInput` that an objective may have gradients for.
+_DIFFERENTIABLE: Final = ("query", "document", "logit_scale", "logit_bias", "teacher_projection")
+
+
+@dataclass(kw_only=True)
+class LossSpec:
+    """An objective within the configuration of another one."""
+
+    name: str
+    """Its name in ``LOSSES``."""
+
+    config: object = None
+    """Its configuration; ``None`` for that with all defaults."""
+
+
+def nested_errors(spec: LossSpec, path: str) -> list[str]:
+    """What is wrong with the configuration of a nested objective; keys are named from ``path`` on."""
+    return [] if spec.config is None else prefix_keys(spec.config.errors(), f"{path}.config.")  # type: ignore[attr-defined]
+
+
+def prefix_keys(errors: Sequence[str], path: str) -> list[str]:
+    """Put ``path``, which ends with a dot, before the key that each error begins with."""
+    return [f"`{path}{e[1:]}" if e.startswith("`") else f"`{path[:-1]}`: {e}" for e in errors]
+
+
+@dataclass(frozen=True)
+class Part:
+    """An objective, how much it counts, and how many dimensions of the embeddings it sees."""
+
+    objective: Objective
+    weight: float = 1.0
+    dim: int | None = None
+
+
+class Composite(Objective):
+    """A weighted sum of objectives. Subclasses say what to do with their metrics."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        """:raises ValueError: they start the learned temperature, or bias, differently; a model has one of each."""
+        self._parts = parts
+        for what, values in (
+            ("inverse temperature (log)", {p.objective.initial_logit_scale for p in parts}),
+            ("bias", {p.objective.initial_logit_bias for p in parts}),
+        ):
+            if len(values - {None}) > 1:
+                found = " and ".join(f"{v:g}" for v in sorted(v for v in values if v is not None))
+                raise ValueError(
+                    f"All objectives share the model's learned {what}, but they start it from {found}: give them the"
+                    " same value."
+                )
+
+    @property
+    def initial_logit_scale(self) -> float | None:
+        return next((s for p in self._parts if (s := p.objective.initial_logit_scale) is not None), None)
+
+    @property
+    def initial_logit_bias(self) -> float | None:
+        return next((s for p in self._parts if (s := p.objective.initial_logit_bias) is not None), None)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(p.objective.needs_teacher for p in self._parts)
+
+    @property
+    def needs_scores(self) -> bool:
+        return any(p.objective.needs_scores for p in self._parts)
+
+    @property
+    def needs_negatives(self) -> bool:
+        return any(p.objective.needs_negatives for p in self._parts)
+
+    def needs_teacher_projection(self, embedding_dim: int, teacher_dim: int) -> bool:
+        return any(p.objective.needs_teacher_projection(p.dim or embedding_dim, teacher_dim) for p in self._parts)
+
+    def dim_errors(self, embedding_dim: int) -> list[str]:
+        errors = []
+        for part in self._parts:
+            if part.dim is not None and part.dim > embedding_dim:
+                errors.append(f"`dims` holds {part.dim}, but embeddings have only {embedding_dim} dimensions.")
+            else:
+                errors += part.objective.dim_errors(part.dim or embedding_dim)
+        return errors
+
+    def compute_parts(self, inputs: LossInput) -> tuple[Tensor, list[LossOutput]]:
+        """Return the weighted sum, and the value and the metrics of each part without their graphs.
+
+        Each part is carried backward before the next one begins: at any time
+        there is the graph of one, and gradients of this rank's own rows.
+        """
+        names = [name for name in _DIFFERENTIABLE if getattr(inputs, name) is not None]
+        outputs: list[LossOutput] = []
+        tensors = [getattr(inputs, name) for name in names]
+        total = _SumOfParts.apply(inputs, self._parts, outputs, names, *tensors)  # type: ignore[no-untyped-call]
+        return total, outputs
+
+
+class _SumOfParts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: LossInput,
+        parts: Sequence[Part],
+        outputs: list[LossOutput],
+        names: list[str],
+        *tensors: Tensor,
+    ) -> Tensor:
+        needed = ctx.needs_input_grad[4:]
+        # In single precision at least: the loss scale, which keeps smaller types from underflow, comes only later.
+        leaves = [
+            t.detach().to(torch.promote_types(t.dtype, torch.float32)).requires_grad_(n)
+            for t, n in zip(tensors, needed)
+        ]
+        values: dict[str, Any] = dict(zip(names, leaves))
+        inputs = replace(inputs, **values)
+        trained = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = [torch.zeros_like(leaf) for leaf in trained]
+        total = torch.zeros((), dtype=leaves[0].dtype, device=leaves[0].device)
+        for part in parts:
+            with torch.set_grad_enabled(bool(trained)):
+                output = part.objective.compute(inputs if part.dim is None else inputs.truncated(part.dim))
+            outputs.append(LossOutput(output.loss.detach(), output.metrics))
+            total += part.weight * output.loss.detach()
+            if output.loss.requires_grad:
+                weight = torch.full_like(output.loss, part.weight)
+                for grad, more in zip(grads, torch.autograd.grad(output.loss, trained, weight, allow_unused=True)):
+                    if more is not None:
+                        grad += more
+        found = iter(grads)
+        ctx.grads = [next(found) if n else None for n in needed]
+        ctx.dtypes = [t.dtype for t in tensors]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("The objective was carried backward twice; its gradients are gone.")
+        # In place, because nothing else holds these.
+        scaled = (None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(grads, ctx.dtypes))
+        return (None, None, None, None, *scaled)

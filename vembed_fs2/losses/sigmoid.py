@@ -1,0 +1,175 @@
+"""The sigmoid loss of SigLIP.
+
+Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023,
+https://arxiv.org/abs/2303.15343.
+
+Legend: b queries of this rank, t queries of a tile, C documents of all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from vembed_fs2.distributed import RowGather
+from vembed_fs2.losses import masks
+from vembed_fs2.losses.common import (
+    MAX_LOGIT_SCALE,
+    GlobalRows,
+    LossInput,
+    LossOutput,
+    Negatives,
+    Objective,
+    choice_errors,
+    gather_all,
+    positive_errors,
+    scope,
+)
+from vembed_fs2.losses.similarity import SimilarityName
+from vembed_fs2.losses.tiles import TileGrads, sum_over_tiles
+
+
+@dataclass(kw_only=True)
+class SigmoidConfig:
+    temperature: float = 0.1
+    """What similarities are divided by. The initial value, if it is learned and the model has none."""
+
+    bias: float = -10.0
+    """What is added to similarities over temperature; near the log of positives per negative, so that training does
+    not begin with a large correction. The initial value, if it is learned and the model has none."""
+
+    learn_temperature: bool = True
+    """If ``True``, the temperature is a parameter of the model."""
+
+    learn_bias: bool = True
+    """If ``True``, the bias is a parameter of the model."""
+
+    similarity: SimilarityName = "cosine"
+    """How embeddings are compared. ``maxsim`` is for multi-vector models; it sums over the vectors of a query."""
+
+    negatives: Negatives = "global"
+    """Whether negatives come from all ranks or from the own rank only."""
+
+    same: Literal["mask", "positive", "negative"] = "mask"
+    """What a query and a document of another row are, if the rows have the same label, query or document, or if the
+    document is a copy of the query: left out, a positive pair, or a negative one."""
+
+    def errors(self) -> list[str]:
+        """What is wrong with the values."""
+        errors = positive_errors(self, ["temperature"])
+        if not math.isfinite(self.bias):
+            errors.append(f"`bias` must be finite, but is {self.bias}.")
+        return errors + choice_errors(self, ["similarity", "negatives", "same"])
+
+
+class Sigmoid(Objective):
+    r"""Says of each pair of a query and a document whether they belong together.
+
+    .. math:: \ell_i = \sum_j \log(1 + e^{-z_{ij} (s(q_i, d_j)/\tau + \beta)})
+
+    :math:`z_{ij}` is 1 for the positive of :math:`i` and -1 for the positives of
+    all other rows and the explicit negatives of all rows, without those that are
+    known to be no negatives (``same``).
+    """
+
+    def __init__(self, config: SigmoidConfig | None = None, gather: RowGather | None = None) -> None:
+        """
+        :param gather: appends the rows of all ranks; ``None`` for one process.
+        :raises ValueError: ``config`` is not valid.
+        """
+        self._config = config or SigmoidConfig()
+        if errors := self._config.errors():
+            raise ValueError(" ".join(errors))
+        self._gather = scope(gather, self._config.negatives)
+
+    @property
+    def initial_logit_scale(self) -> float | None:
+        return -math.log(self._config.temperature) if self._config.learn_temperature else None
+
+    @property
+    def initial_logit_bias(self) -> float | None:
+        return self._config.bias if self._config.learn_bias else None
+
+    def compute(self, inputs: LossInput) -> LossOutput:
+        """
+        :raises ValueError: the temperature or the bias is to be learned, but the model does not give it.
+        """
+        config, num_queries = self._config, inputs.num_queries
+        scale, bias = self._scale(inputs), self._bias(inputs)
+        rows = gather_all(inputs, self._gather)
+        tile = _SigmoidTile(rows, config.same)
+        loss = sum_over_tiles([rows.block("query", "document", config.similarity)], tile, [scale, bias])
+        metrics = tile.metrics
+        metrics["temperature"] = num_queries / scale.detach().squeeze()
+        metrics["bias"] = num_queries * bias.detach().squeeze()
+        return LossOutput(loss, metrics)
+
+    def _scale(self, inputs: LossInput) -> Tensor:
+        if not self._config.learn_temperature:
+            return torch.tensor([1.0 / self._config.temperature], device=inputs.query.device)
+        if inputs.logit_scale is None:
+            raise ValueError("`learn_temperature` is set, but the model gives no `logit_scale`.")
+        return inputs.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
+
+    def _bias(self, inputs: LossInput) -> Tensor:
+        if not self._config.learn_bias:
+            return torch.tensor([self._config.bias], device=inputs.query.device)
+        if inputs.logit_bias is None:
+            raise ValueError("`learn_bias` is set, but the model gives no `logit_bias`.")
+        return inputs.logit_bias.float()
+
+
+class _SigmoidTile:
+    """The loss of a tile of queries, its gradient, and what was seen."""
+
+    def __init__(self, rows: GlobalRows, same: Literal["mask", "positive", "negative"]) -> None:
+        self._target = rows.target
+        self._same = masks.query_to_document(rows, mask_same=same != "negative")
+        self._same_is_positive = same == "positive"
+        zero = torch.zeros((), device=rows.query.device)
+        self.metrics = {"accuracy": zero, "num_negatives": zero, "masked_fraction": zero}
+
+    def __call__(self, scores: list[Tensor], rows: slice, scalars: list[Tensor]) -> TileGrads:
+        (s_tC,), (scale, bias) = scores, scalars
+        own = self._target[rows].unsqueeze(1)
+        same = self._same.mask(rows)
+        self._add_metrics(s_tC, own, same)
+        positive = same if self._same_is_positive else None
+        # The loss is log(1 + e^x) of the logits of negatives and of the negated ones of positives.
+        x_tC = torch.addcmul(bias, s_tC, scale)
+        _negate(x_tC, own, positive)
+        if same is not None and positive is None:
+            x_tC.masked_fill_(same, -torch.inf)
+        loss = softplus(x_tC).sum()
+        grad_tC = x_tC.sigmoid_()
+        _negate(grad_tC, own, positive)
+        bias_grad = grad_tC.sum()
+        scale_grad = s_tC.mul_(grad_tC).sum()
+        return TileGrads(loss, [torch.mul(grad_tC, scale, out=s_tC)], [scale_grad, bias_grad])
+
+    def _add_metrics(self, scores_tC: Tensor, own: Tensor, same: Tensor | None) -> None:
+        # A tie with the positive does not count as found.
+        ahead = scores_tC >= scores_tC.gather(1, own)
+        if same is not None:
+            ahead.masked_fill_(same, False)
+        num_others = scores_tC.size(1) - 1
+        num_same = 0 if same is None else same.sum()
+        num_masked = 0 if self._same_is_positive else num_same
+        values = {
+            "accuracy": (ahead.sum(1) == 1).sum(),
+            "num_negatives": scores_tC.size(0) * num_others - num_same,
+            "masked_fraction": num_masked / max(num_others, 1),
+        }
+        self.metrics = {name: self.metrics[name] + value for name, value in values.items()}
+
+
+def _negate(x_tC: Tensor, own: Tensor, others: Tensor | None) -> None:
+    """Change the sign of each row's own entry, and of others, in place."""
+    if others is not None:
+        x_tC.mul_(1.0 - 2.0 * others)
+    x_tC.scatter_(1, own, -x_tC.gather(1, own))

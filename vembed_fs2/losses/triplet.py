@@ -1,0 +1,182 @@
+"""The triplet loss over negatives of the batch.
+
+Schroff et al., "FaceNet: A Unified Embedding for Face Recognition and
+Clustering", 2015, https://arxiv.org/abs/1503.03832; batch-hard, batch-all and
+the soft margin, Hermans et al., "In Defense of the Triplet Loss for Person
+Re-Identification", 2017, https://arxiv.org/abs/1703.07737.
+
+Legend: b queries of this rank, t queries of a tile, C documents of all ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from vembed_fs2.distributed import RowGather
+from vembed_fs2.losses import masks
+from vembed_fs2.losses.common import (
+    GlobalRows,
+    LossInput,
+    LossOutput,
+    Negatives,
+    Objective,
+    choice_errors,
+    gather_all,
+    scope,
+)
+from vembed_fs2.losses.similarity import SimilarityName
+from vembed_fs2.losses.tiles import TileGrads, sum_over_tiles
+
+
+@dataclass(kw_only=True)
+class TripletConfig:
+    margin: float = 0.2
+    """How much more similar to its query than a negative a positive must be. On unit vectors, FaceNet's squared
+    distance is ``2 - 2 * cosine``: its margin of 0.2 is 0.1 here."""
+
+    soft_margin: bool = False
+    """If ``True``, the loss of a triplet is ``log(1 + exp(x))`` in place of ``max(x, 0)``."""
+
+    mining: Literal["hardest", "semi_hard", "all"] = "hardest"
+    """Which negatives a query is compared with; see :class:`Triplet`."""
+
+    similarity: SimilarityName = "cosine"
+    """How embeddings are compared. ``maxsim`` is for multi-vector models; it sums over the vectors of a query."""
+
+    negatives: Negatives = "global"
+    """Whether negatives come from all ranks or from the own rank only."""
+
+    mask_same: bool = True
+    """If ``True``, rows with the same label, query or document are not each other's negatives."""
+
+    def errors(self) -> list[str]:
+        """What is wrong with the values."""
+        errors = choice_errors(self, ["mining", "similarity", "negatives"])
+        if not self.margin >= 0.0:
+            errors.append(f"`margin` must not be negative, but is {self.margin}.")
+        return errors
+
+
+class Triplet(Objective):
+    r"""A positive must be more similar to its query than negatives are, by a margin.
+
+    .. math:: \ell(i, n) = \phi(m + s(q_i, d_n) - s(q_i, d_i))
+
+    with :math:`\phi(x) = \max(x, 0)`, or :math:`\log(1 + e^x)` for a soft
+    margin. In terms of the distance :math:`1 - s`, it is
+    :math:`\phi(m + \delta(q_i, d_i) - \delta(q_i, d_n))`. The negatives of a
+    query are the positives of all other rows and the explicit negatives of all
+    rows, without those that are known to be none (``mask_same``). The loss of a
+    query is, by ``mining``:
+
+    - ``hardest``: that of its most similar negative.
+    - ``semi_hard``: that of the most similar negative that is less similar than
+      the positive; if there is none, that of the least similar negative of all.
+      (FaceNet does not say what to do then; this is what the implementations in
+      TensorFlow Addons and sentence-transformers do.)
+    - ``all``: the mean over those of its negatives whose loss is not zero. For a
+      soft margin, which is never zero, over all of them.
+
+    A query without negatives has a loss of zero. ``active_fraction`` is the
+    fraction of the chosen negatives (of all, for ``all``) that violate the margin.
+    """
+
+    def __init__(self, config: TripletConfig | None = None, gather: RowGather | None = None) -> None:
+        """
+        :param gather: appends the rows of all ranks; ``None`` for one process.
+        :raises ValueError: ``config`` is not valid.
+        """
+        self._config = config or TripletConfig()
+        if errors := self._config.errors():
+            raise ValueError(" ".join(errors))
+        self._gather = scope(gather, self._config.negatives)
+
+    def compute(self, inputs: LossInput) -> LossOutput:
+        config = self._config
+        rows = gather_all(inputs, self._gather)
+        tile = _TripletTile(rows, config)
+        loss = sum_over_tiles([rows.block("query", "document", config.similarity)], tile)
+        return LossOutput(loss, tile.metrics)
+
+
+class _TripletTile:
+    """The loss of a tile of queries, its gradient, and what was seen."""
+
+    def __init__(self, rows: GlobalRows, config: TripletConfig) -> None:
+        self._config = config
+        self._target = rows.target
+        self._excluded = masks.query_to_document(rows, mask_same=config.mask_same)
+        zero = torch.zeros((), device=rows.query.device)
+        names = ("accuracy", "active_fraction", "num_negatives", "masked_fraction")
+        self.metrics = dict.fromkeys(names, zero)
+
+    def __call__(self, scores: list[Tensor], rows: slice, scalars: list[Tensor]) -> TileGrads:
+        s_tC = scores[0]
+        own = self._target[rows].unsqueeze(1)
+        positive = s_tC.gather(1, own)
+        excluded = self._excluded.mask(rows)
+        if excluded is not None:
+            s_tC.masked_fill_(excluded, -torch.inf)
+        s_tC.scatter_(1, own, -torch.inf)  # What is left are the negatives.
+        num_negatives = (s_tC != -torch.inf).sum(1)
+        found = s_tC.amax(1, keepdim=True) < positive
+        if self._config.mining == "all":
+            loss, active = self._all(s_tC, positive, num_negatives)
+        else:
+            loss, active = self._one(s_tC, positive)
+        # Each row holds the gradient of its negatives now; the positive's is the opposite.
+        s_tC.scatter_(1, own, -s_tC.sum(1, keepdim=True))
+        num_others = s_tC.size(1) - 1
+        values = {
+            "accuracy": found.sum(),
+            "active_fraction": active.sum(),
+            "num_negatives": num_negatives.sum(),
+            "masked_fraction": (num_others - num_negatives).sum() / max(num_others, 1),
+        }
+        self.metrics = {name: self.metrics[name] + value for name, value in values.items()}
+        return TileGrads(loss, [s_tC])
+
+    def _one(self, s_tC: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare each query with one negative; replace the scores of negatives by their gradient.
+
+        *Returns:* the sum of the losses, and whether each query violates the margin: ``[t]``.
+        """
+        best, index = s_tC.max(1, keepdim=True) if self._config.mining == "hardest" else _semi_hard(s_tC, positive)
+        x = best + (self._config.margin - positive)
+        loss = softplus(x) if self._config.soft_margin else x.clamp_min(0.0)
+        grad = x.sigmoid() if self._config.soft_margin else (x > 0.0).to(x.dtype)
+        s_tC.zero_().scatter_(1, index, grad)
+        return loss.sum(), (x > 0.0).squeeze(1)
+
+    def _all(self, s_tC: Tensor, positive: Tensor, num_negatives: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare each query with all negatives; replace their scores by their gradient.
+
+        *Returns:* the sum of the losses, and the fraction of each query's negatives that violate the margin: ``[t]``.
+        """
+        x_tC = s_tC.add_(self._config.margin - positive)
+        num_active = (x_tC > 0.0).sum(1)
+        if self._config.soft_margin:
+            count, losses = num_negatives.clamp_min(1), softplus(x_tC).sum(1)
+            x_tC.sigmoid_()
+        else:
+            count, losses = num_active.clamp_min(1), x_tC.clamp_min_(0.0).sum(1)
+            x_tC.sign_()
+        x_tC.div_(count.unsqueeze(1))
+        return (losses / count).sum(), num_active / num_negatives.clamp_min(1)
+
+
+def _semi_hard(s_tC: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """The most similar negative that is less similar than the positive; else the least similar.
+
+    *Returns:* scores (-inf for a query without negatives) and columns: ``[t, 1]``.
+    """
+    below, index = s_tC.masked_fill(s_tC >= positive, -torch.inf).max(1, keepdim=True)
+    least, least_index = s_tC.masked_fill(s_tC == -torch.inf, torch.inf).min(1, keepdim=True)
+    none = below == -torch.inf
+    least = least.masked_fill(least == torch.inf, -torch.inf)
+    return torch.where(none, least, below), torch.where(none, least_index, index)
