@@ -78,7 +78,7 @@ def encoder_flops(config: dict[str, Any], lengths: Sequence[int]) -> float:
     width, inner = config["hidden_size"], config["intermediate_size"]
     per_token = 2 * (4 * width**2 + 2 * width * inner)
     forward = sum(n * per_token + 4 * n**2 * width for n in lengths)
-    return 3.0 * config["num_hidden_layers"] * forward
+    return float(3 * config["num_hidden_layers"] * forward)
 
 
 def hardware(device: torch.device) -> str:
@@ -90,10 +90,25 @@ def hardware(device: torch.device) -> str:
     return f"{names[0] if names else platform.machine()}, {threads}"
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a Markdown table with aligned columns; the first is text, the others are numbers."""
-    widths = [max(3, *(len(row[i]) for row in (header, *rows))) for i in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    for row in (header, rule, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]
+class Table:
+    """A Markdown table, printed row by row. The first column is text, the others are numbers."""
+
+    def __init__(self, header: Sequence[str], widths: Sequence[int] = ()) -> None:
+        """
+        :param widths: the least widths of the columns, from the first on.
+        """
+        least = [*widths, *[3] * len(header)]
+        self._widths = [max(len(name), width) for name, width in zip(header, least)]
+        self.add(header)
+        self.add(["-" * self._widths[0], *("-" * (w - 1) + ":" for w in self._widths[1:])])
+
+    def add(self, row: Sequence[str]) -> None:
+        cells = [row[0].ljust(self._widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], self._widths[1:]))]
         print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a whole table."""
+    table = Table(header, [max((len(row[i]) for row in rows), default=0) for i in range(len(header))])
+    for row in rows:
+        table.add(row)

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measure import hardware, print_table
+from measure import Table, hardware
 from safetensors.torch import load_file, save_file
 from texts import add_model_argument
 
@@ -97,12 +97,12 @@ def main() -> None:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         print(f"{hardware(device)}; {args.steps} steps of {args.batch_size} pairs, {args.processes} processes\n")
-        table = [["before", *_numbers(evaluate(student))]]
+        table = Table(["objective", "Recall@1", "Recall@10", "MRR"], [max(map(len, names))])
+        table.add(["before", *_numbers(evaluate(student))])
         for name in names:
             out = folder / name.replace(" ", "-")
             train(out, CASES[name], student, folder, args)
-            table.append([name, *_numbers(evaluate(out))])
-    print_table(["objective", "Recall@1", "Recall@10", "MRR"], table)
+            table.add([name, *_numbers(evaluate(out))])
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -41,7 +41,7 @@ def make_steps(embedder: Embedder, batches: list[EncoderBatch], settings: dict[s
     def run(forward: Any) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=settings["bf16"]):
             loss: Tensor = forward(*batches)
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss.detach()
 
     def cached(budget: int | str) -> GradCache:

@@ -14,13 +14,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measure import hardware, print_table
+from measure import Table, hardware
 from ruamel.yaml import YAML
 from texts import add_model_argument
 from train_step import PEERS
@@ -37,7 +38,6 @@ class Run:
     """One fine-tuning."""
 
     system: str
-    seed: int
     process_seconds: float
     train_seconds: float
     metrics: dict[str, float]
@@ -52,15 +52,22 @@ def main() -> None:
             write_pairs(data)
         task = task_from_folder(data)
         print(f"{hardware(device())}; torch {torch.__version__}; {args.model}")
+        if not args.peers.is_file():
+            print(f"There is no {args.peers}, so only our own training runs. `make bench` creates it.")
+        print()
+        header = ["system", "seed", "Recall@1", "Recall@10", "MRR", "training s", "of ours", "process s", "of ours"]
+        table = Table(header, [44, 4])
         runs = []
         for seed in args.seeds:
-            run, config = train_ours(folder / f"ours-{seed}", data, seed, task, args)
-            runs.append(run)
+            ours, config = train_ours(folder / f"ours-{seed}", data, seed, task, args)
+            of_seed = [ours]
+            table.add(row_of([ours], [ours], f"{seed}"))
             for rows in args.peer_rows if args.peers.is_file() else []:
-                runs.append(train_peer(folder / f"peer-{seed}-{rows}", rows, config, seed, task, args))
-    if not args.peers.is_file():
-        print(f"There is no {args.peers}, so only our own training ran. `make bench` creates it.")
-    print_runs(runs)
+                of_seed.append(train_peer(folder / f"peer-{seed}-{rows}", rows, config, seed, task, args))
+                table.add(row_of(of_seed[-1:], [ours], f"{seed}"))
+            runs.append(of_seed)
+        for of_system in zip(*runs):
+            table.add(row_of(of_system, [of_seed[0] for of_seed in runs], "mean"))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -99,7 +106,7 @@ def train_ours(
     seconds = run_quietly([sys.executable, *command])
     config = YAML(typ="safe", pure=True).load((out / "config.yaml").read_text())
     last = json.loads((out / "metrics" / "train.jsonl").read_text().splitlines()[-1])
-    return Run("ours", seed, seconds, last["Wall Time"], evaluate(out, task, config)), config
+    return Run("ours", seconds, last["Wall Time"], evaluate(out, task, config)), config
 
 
 def train_peer(
@@ -115,7 +122,7 @@ def train_peer(
     seconds = run_quietly([str(args.peers), "-W", "ignore", str(script), json.dumps(settings)])
     about = json.loads((out / "training.json").read_text())
     name = f"{about['name']}, " + (f"cached, {rows} rows" if rows else "plain")
-    return Run(name, seed, seconds, about["seconds"], evaluate(out / "model", task, config))
+    return Run(name, seconds, about["seconds"], evaluate(out / "model", task, config))
 
 
 def peer_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -158,25 +165,14 @@ def evaluate(model: Path, task: RetrievalTask, config: dict[str, Any]) -> dict[s
     return evaluate_embedder(embedder, task)
 
 
-def print_runs(runs: list[Run]) -> None:
-    header = ["system", "seed", "Recall@1", "Recall@10", "MRR", "training s", "of ours", "process s", "of ours"]
-    rows = []
-    for run in runs:
-        ours = next(r for r in runs if r.system == "ours" and r.seed == run.seed)
-        rows.append([run.system, f"{run.seed}", *_figures([run], [ours])])
-    for system in dict.fromkeys(run.system for run in runs):
-        own = [r for r in runs if r.system == system]
-        rows.append([system, "mean", *_figures(own, [r for r in runs if r.system == "ours"])])
-    print_table(header, rows)
-
-
-def _figures(runs: list[Run], ours: list[Run]) -> list[str]:
-    """The means over ``runs``; times also as multiples of ours."""
-    metrics = [f"{statistics.fmean(r.metrics[k] for r in runs):.4f}" for k in ("recall@1", "recall@10", "mrr")]
+def row_of(runs: Sequence[Run], ours: Sequence[Run], seed: str) -> list[str]:
+    """A row of the table: the means over the runs of a system; times also as multiples of ours."""
+    row = [runs[0].system, seed]
+    row += [f"{statistics.fmean(r.metrics[key] for r in runs):.4f}" for key in ("recall@1", "recall@10", "mrr")]
     for key in ("train_seconds", "process_seconds"):
         own, base = (statistics.fmean(getattr(r, key) for r in side) for side in (runs, ours))
-        metrics += [f"{own:.1f}", f"{own / base:.2f}"]
-    return metrics
+        row += [f"{own:.1f}", f"{own / base:.2f}"]
+    return row
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import argparse
 import statistics
 
 import torch
-from measure import PeakMemory, hardware, print_table, timed
+from measure import PeakMemory, Table, hardware, timed
 from texts import add_data_arguments, read_pairs, short_pairs
 from torch import Tensor
 
@@ -32,13 +32,13 @@ def main() -> None:
     kind = "bf16" if args.bf16 else "fp32"
     print(f"{hardware(device)}; {kind}; activation budget {args.budget}; median of {args.repeats}")
     print(f"the process before the first step: {memory.start / 2**20:,.0f} MiB\n")
-    rows = []
+    header = ["chunk tokens", "pairs", "tokens", "s", "ms per pair", "peak MiB", "embeddings MiB", "process MiB"]
+    table = Table(header, [0, 7, 9, 8])
     for chunk_tokens in args.chunk_tokens:
         step = _Step(embedder, chunk_tokens, args)
         step.run(prepare(embedder, pairs[: sizes[0]]))
-        rows += [measure(step, pairs[:size], memory, args.repeats) for size in sizes]
-    header = ["chunk tokens", "pairs", "tokens", "s", "ms per pair", "peak MiB", "embeddings MiB", "process MiB"]
-    print_table(header, rows)
+        for size in sizes:
+            table.add(measure(step, pairs[:size], memory, args.repeats))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,7 +78,7 @@ class _Step:
     def run(self, batches: list[EncoderBatch]) -> None:
         with torch.autocast(self.embedder.device.type, torch.bfloat16, enabled=self._bf16):
             loss = self._cache(*batches)
-        loss.backward()
+        torch.autograd.backward(loss)
         self.embedder.model.zero_grad(set_to_none=True)
 
 

@@ -104,6 +104,9 @@ class DatasetSection(DataSection):
     batch_size: int = 64
     """The number of rows per rank and batch."""
 
+    max_length: int | None = None
+    """The longest text in tokens while training; longer ones are cut. The model's own limit stays what it is."""
+
     shuffle: bool = True
     """If ``True``, each epoch has an order of its own, given by ``common.seed``."""
 
@@ -120,11 +123,10 @@ class DatasetSection(DataSection):
         result = ValidationResult()
         if not self.paths:
             result.add_error("`paths` must name at least one file or folder.")
-        for name, low in (("batch_size", 1), ("num_workers", 0), ("prefetch", 0)):
-            if getattr(self, name) < low:
-                result.add_error(
-                    f"`{name}` must be greater than or equal to {low}, but is {getattr(self, name)} instead."
-                )
+        for name, low in (("batch_size", 1), ("max_length", 3), ("num_workers", 0), ("prefetch", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                result.add_error(f"`{name}` must be greater than or equal to {low}, but is {value} instead.")
         return result
 
 

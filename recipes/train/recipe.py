@@ -140,7 +140,12 @@ class TrainRecipe(Recipe):
             teacher.processor.allow_urls = config.dataset.allow_urls
 
         teacher_processor = None if teacher is None else teacher.processor
-        collator = Collator(processor, teacher_processor, partial(check_row, loss=loss))
+        train_processor = processor
+        if (max_length := config.dataset.max_length) is not None:
+            train_processor = create_processor(
+                config, model, gangs, max_length=min(max_length, processor.settings.max_length or max_length)
+            )
+        collator = Collator(train_processor, teacher_processor, partial(check_row, loss=loss))
         reader = create_reader(config, dataset, collator, gangs)
         set_num_steps(config, reader.steps_per_epoch)
         unit = ContrastiveTrainUnit(context.get_data_parallel_model(), loss, config.grad_cache, self.stop, teacher)
@@ -218,8 +223,13 @@ def open_dataset(section: DataSection) -> ExampleDataset:
     )
 
 
-def create_processor(config: TrainConfig, model: EmbeddingModel, gangs: Gangs) -> Processor:
-    """Load the processor of the model, changed as the configuration says."""
+def create_processor(
+    config: TrainConfig, model: EmbeddingModel, gangs: Gangs, *, max_length: int | None = None
+) -> Processor:
+    """Load the processor of the model, changed as the configuration says.
+
+    :param max_length: the longest text, if it is not the configuration's.
+    """
     section = config.processor
     folder = section.path
     if folder is None:
@@ -230,7 +240,7 @@ def create_processor(config: TrainConfig, model: EmbeddingModel, gangs: Gangs) -
             source.processor_folder()  # One process downloads, the others find the files.
         gangs.root.barrier()
         folder = source.processor_folder()
-    processor = load_processor(model, folder, max_length=section.max_length)
+    processor = load_processor(model, folder, max_length=max_length or section.max_length)
     settings = processor.settings
     for name, prompt in (("query", section.query_prompt), ("document", section.document_prompt)):
         if prompt is not None:

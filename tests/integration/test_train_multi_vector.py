@@ -83,8 +83,9 @@ def test_two_processes_train_and_validate_as_one(runs: dict[str, Path], way: str
         assert {name: found[name] for name in VALID} == pytest.approx({name: expected[name] for name in VALID})
 
 
-def test_two_processes_have_the_weights_of_one(runs: dict[str, Path], bert_folder: Path) -> None:
-    before, one, two = (load_model(path).state_dict() for path in (bert_folder, runs["one"], runs["ddp"]))
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_two_processes_have_the_weights_of_one(runs: dict[str, Path], way: str, bert_folder: Path) -> None:
+    before, one, two = (load_model(path).state_dict() for path in (bert_folder, runs["one"], runs[way]))
 
     assert before.keys() == one.keys() == two.keys()
     for name, value in one.items():

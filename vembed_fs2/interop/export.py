@@ -23,13 +23,14 @@ def save_hf(embedder: Embedder, folder: Path) -> None:
     """Write configuration, weights, tokenizer and image processor in transformers' layout.
 
     What follows a text backbone (pooling, dense layers) has no place in that
-    layout and is written as sentence-transformers' modules beside it, or in a
-    file of our own where they have no such pooling.
+    layout and is written as sentence-transformers' modules beside it. Where they
+    have no such pooling, it is written in a file of our own, and the tensors of
+    dense layers with those of the backbone, where transformers ignores them.
     """
     head = head_of(embedder.source.config)
     with new_folder(folder) as out:
-        _write_backbone(embedder, out)
-        if head is not None and (has_pooling(head) or head.dense):
+        _write_backbone(embedder, out, with_dense=head is not None and not has_pooling(head))
+        if head is not None and has_pooling(head):
             _write_head(embedder, out)
         elif head is not None:
             write_json(out / HEAD_FILE, asdict(head))
@@ -75,13 +76,13 @@ def _write_clip_modules(folder: Path) -> None:
     write_json(folder / "modules.json", modules)
 
 
-def _write_backbone(embedder: Embedder, folder: Path) -> None:
+def _write_backbone(embedder: Embedder, folder: Path, *, with_dense: bool = False) -> None:
     source = embedder.source
     checkpoint_format = get_checkpoint_format(source.family)
     if checkpoint_format is None:
         raise VembedError(f"{source.family} models have no Hugging Face format.")
     state: dict[str, object] = {k: _plain(v) for k, v in embedder.model.state_dict().items()}
-    state = {k: v for k, v in state.items() if not k.startswith("head.dense.")}
+    state = {k: v for k, v in state.items() if with_dense or not k.startswith("head.dense.")}
     hf_state = checkpoint_format.to_hg_state_dict(state, source.config)
     save_hugging_face_model(folder, hf_state, checkpoint_format.to_hg_config(source.config))
 

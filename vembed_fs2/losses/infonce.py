@@ -204,15 +204,17 @@ class _Softmax:
         scores, by_teacher = scores[: len(self._own)], scores[len(self._own) :]
         positive = scores[0].gather(1, self._own_columns(0, rows))
         self._leave_out(scores, by_teacher or scores, rows)
-        self._count_found(scores[0], positive, rows)
+        top = self._count_found(scores[0], positive, rows)
         raw = [s.clone() for s in scores] if self._is_learned else []
         if self._hardness is not None:
             scores[0].add_(self._hardness(scores[0], rows), alpha=1.0 / self._scale)
+            top = scores[0].amax(1, keepdim=True)
         weight = 1.0 / len(self._groups)
         factor = weight * self._scale
         loss_s = -self._scale * positive.squeeze(1)
         for group in self._groups:
-            loss_s += weight * softmax_([scores[i] for i in group], scale=self._scale, factor=factor)
+            tops = [top if i == 0 else scores[i].amax(1, keepdim=True) for i in group]
+            loss_s += weight * softmax_([scores[i] for i in group], tops, scale=self._scale, factor=factor)
             # The first of each group holds the positives.
             own = self._own_columns(group[0], rows)
             scores[group[0]].scatter_add_(1, own, torch.full_like(positive, -factor))
@@ -255,12 +257,14 @@ class _Softmax:
             num_kept = _keep_hardest(scores[0], self._own_columns(0, rows), config.hardest)
             self._num_masked += scores[0].size(0) * self._num_others - num_kept
 
-    def _count_found(self, scores_sC: Tensor, positive: Tensor, rows: slice) -> None:
+    def _count_found(self, scores_sC: Tensor, positive: Tensor, rows: slice) -> Tensor:
+        """*Returns:* the greatest score of each row."""
         own = self._own_columns(0, rows)
         best = scores_sC.scatter_(1, own, -torch.inf).amax(1, keepdim=True)
         scores_sC.scatter_(1, own, positive)
         # A tie with the positive does not count as found.
         self._num_found += torch.count_nonzero(best < positive)
+        return torch.maximum(best, positive)
 
     def _scale_grads(self, grads: list[Tensor], raw: list[Tensor]) -> list[Tensor]:
         """The gradient with respect to the scale, from those with respect to the scores, which have it as a factor."""
@@ -290,14 +294,19 @@ def _blocks(rows: GlobalRows, directions: Sequence[Direction], config: InfoNCECo
     return blocks
 
 
-def softmax_(tiles: Sequence[Tensor], *, scale: float = 1.0, factor: float = 1.0) -> Tensor:
+def softmax_(
+    tiles: Sequence[Tensor], tops: Sequence[Tensor] | None = None, *, scale: float = 1.0, factor: float = 1.0
+) -> Tensor:
     """Replace scores by their probabilities under one softmax over all tiles.
 
-    :param scale: what scores are multiplied by before.
+    :param tops: the greatest score of each row of each tile, if they are known. *Shape:* ``[t, 1]``.
+    :param scale: what scores are multiplied by before. Positive.
     :param factor: what probabilities are multiplied by.
     :returns: the log of the sum of the exponentials of the scaled scores. *Shape:* ``[t]``.
     """
-    top = torch.stack([z.amax(1, keepdim=True) for z in tiles]).amax(0).mul_(scale)
+    if tops is None:
+        tops = [z.amax(1, keepdim=True) for z in tiles]
+    top = torch.stack(list(tops)).amax(0).mul_(scale)
     total = torch.zeros_like(top)
     for z in tiles:
         # In one pass, `scale * z - top`.

@@ -20,7 +20,7 @@ from typing_extensions import override
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json
 from vembed_fs2.interop.sentence_transformers import SentenceModules, find_clip, read_modules
-from vembed_fs2.models.embedding import HeadConfig
+from vembed_fs2.models.embedding import DenseConfig, HeadConfig
 
 HEAD_FILE: Final = "vembed_head.json"
 """What follows the backbone, in a folder of transformers' layout that we wrote."""
@@ -79,7 +79,8 @@ class ModelFolder:
         if not file.is_file():
             return None
         try:
-            return HeadConfig(**read_json(file))
+            values = read_json(file)
+            return HeadConfig(**{**values, "dense": [DenseConfig(**d) for d in values.get("dense", ())]})
         except TypeError as ex:
             raise ModelLoadError(f"{file} is not valid: {ex}.") from None
 

@@ -11,7 +11,7 @@ import torch
 from fairseq2.models.transformer import TransformerEncoder
 from fairseq2.nn import Embedding, LayerNorm
 from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch.nn import Module, ModuleList, Parameter
 from typing_extensions import override
 
 from vembed_fs2.errors import DataError
@@ -122,15 +122,14 @@ class BertFrontend(Module):
 class UnusedPooler(Module):
     """Keeps the pooler's tensors for export where the pooling does not use them.
 
-    They are buffers: a parameter without a gradient is an error under DDP.
+    They are frozen: a parameter without a gradient is an error under DDP. And no
+    buffers, which FSDP2 does not shard: a run's checkpoint could not be loaded.
     """
 
     def __init__(self, model_dim: int) -> None:
         super().__init__()
-        self.weight: Tensor
-        self.bias: Tensor
-        self.register_buffer("weight", torch.empty((model_dim, model_dim)))
-        self.register_buffer("bias", torch.empty((model_dim,)))
+        self.weight = Parameter(torch.empty((model_dim, model_dim)), requires_grad=False)
+        self.bias = Parameter(torch.empty((model_dim,)), requires_grad=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
