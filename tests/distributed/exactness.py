@@ -67,7 +67,9 @@ LEVELS: Final[dict[str, Sequence[Any]]] = {
     "scale": [1.0, 1024.0],
 }
 
-TOLERANCE: Final = {"fp32": 1e-5, "bf16": 2e-2}
+
+def tolerance(case: Case) -> float:
+    return OBJECTIVES[case.objective].tolerance[case.dtype]
 
 
 def is_possible(values: Sequence[Any]) -> bool:
@@ -337,7 +339,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = list(errors_of(full() if "--full" in sys.argv else cells()))
     print(table(results))
-    wrong = [(case, error) for case, error in results if not error <= TOLERANCE[case.dtype]]
+    wrong = [(case, error) for case, error in results if not error <= tolerance(case)]
     for case, error in wrong:
         print(f"{error:.2e} {case}", file=sys.stderr)
     sys.exit(bool(wrong))

@@ -10,7 +10,7 @@ import pytest
 
 from vembed_fs2.losses import LOSSES
 
-from .exactness import LEVELS, TOLERANCE, Case, errors_of, full, is_possible, pairwise
+from .exactness import LEVELS, Case, errors_of, full, is_possible, pairwise, tolerance
 from .objectives import OBJECTIVES
 
 DOC = Path(__file__).parents[2] / "docs" / "exactness.md"
@@ -19,7 +19,7 @@ DOC = Path(__file__).parents[2] / "docs" / "exactness.md"
 def assert_exact(cases: Sequence[Case]) -> None:
     results = list(errors_of(cases))
     assert len(results) == len(cases)
-    wrong = [(error, case) for case, error in results if not error <= TOLERANCE[case.dtype]]
+    wrong = [(error, case) for case, error in results if not error <= tolerance(case)]
     assert not wrong, "\n".join(map(str, wrong))
 
 

@@ -40,8 +40,8 @@ class Checked(Retriever):
 
 
 trainer = L.Trainer(
-    strategy=PlainDDP(process_group_backend="gloo"), accelerator="cpu", devices=size, max_steps=1, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False,
+    strategy=PlainDDP(process_group_backend="gloo"), accelerator="cpu", devices=size, max_steps=1, logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
 )
 trainer.fit(Checked(model), DataLoader([batch], batch_size=None))
 assert Checked.compared

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from safetensors.torch import load_file, save_file
 
-from tests.integration.command_line import run
 from tests.integration.test_train_errors import run_all
 from vembed_fs2.losses import LOSSES
 
@@ -27,6 +24,8 @@ class Case:
     config: dict[str, Any]
     scored: bool = False
     teacher: bool = False
+    fresh: bool = False
+    """Whether the model has random weights; else it has learned a little already."""
 
 
 # The names of the objectives, with what follows a colon.
@@ -38,13 +37,13 @@ CASES: Final[dict[str, Case]] = {
     "triplet": Case({"mining": "all", "margin": 0.3}),
     "triplet: semi-hard": Case({"mining": "semi_hard"}),
     "multi_positive": Case({"symmetric": True}),
-    "cosent": Case({}, scored=True),
-    "angle": Case({}, scored=True),
+    "cosent": Case({"temperature": 0.2}, scored=True),
+    "angle": Case({"temperature": 0.2}, scored=True),
     "distillation": Case({}, scored=True),
     "distillation: margins": Case({"kind": "margin_mse"}, scored=True),
     "distillation: teacher": Case({"source": "teacher"}, teacher=True),
     "embedding_distillation": Case({}, teacher=True),
-    "embedding_distillation: mse": Case({"kind": "mse"}, teacher=True),
+    "embedding_distillation: mse": Case({"kind": "mse"}, teacher=True, fresh=True),
     "matryoshka": Case({"dims": [8, 32, 16], "loss": {"name": "infonce"}}),
     "combined": Case({"losses": [{"name": "infonce"}, {"name": "spread", "weight": 0.1}]}),
 }
@@ -86,30 +85,38 @@ def validation(run_dir: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_every_objective_learns_digits(digits: Path, clip_folder: Path, tmp_path: Path) -> None:
-    scored = digits / "scored.jsonl"
+    scored = tmp_path / "scored.jsonl"
     write_scored(digits, scored)
 
-    def train(out: Path, name: str, case: Case, num_steps: int) -> list[str]:
+    def train(out: Path, model: Path, name: str, case: Case, num_steps: int, lr: float) -> list[str]:
         data = scored if case.scored else digits / "train.jsonl"
         more = [
-            f"model.path={clip_folder}", f"dataset.paths=[{data}]", f"dataset.image_root={digits}",
-            f"valid.paths=[{digits}/held_out.jsonl]", "dataset.batch_size=64", f"regime.num_steps={num_steps}",
-            f"regime.validate_every_n_steps={num_steps}", f"regime.checkpoint_every_n_steps={num_steps}",
-            f"regime.publish_metrics_every_n_steps={num_steps}", "optimizer.config.lr=0.001",
+            f"model.path={model}", f"dataset.paths=[{data}]", f"dataset.image_root={digits}",
+            "dataset.max_rows=3200", f"valid.paths=[{digits}/held_out.jsonl]", "dataset.batch_size=64",
+            f"regime.num_steps={num_steps}", f"regime.validate_every_n_steps={num_steps}",
+            f"regime.checkpoint_every_n_steps={num_steps}", f"regime.publish_metrics_every_n_steps={num_steps}",
+            f"optimizer.config.lr={lr}",
         ]  # fmt: skip
         if case.teacher:
             more.append(f"teacher.path={tmp_path / 'teacher'}")
         return command(out, name.partition(":")[0], case.config, *more)
 
     runs = {name: tmp_path / name.replace(": ", "-").replace(" ", "-") for name in CASES}
-    commands = [train(tmp_path / "teacher", "infonce", CASES["infonce"], 150)]
-    commands += [train(out, name, CASES[name], 40) for name, out in runs.items()]
-    results = run_all(commands)
+    first = CASES["infonce"]
+    commands = [
+        train(tmp_path / "teacher", clip_folder, "infonce", first, 120, 1e-3),
+        train(tmp_path / "start", clip_folder, "infonce", first, 60, 1e-3),
+    ]
+    for name, out in runs.items():
+        case = CASES[name]
+        start, lr = (clip_folder, 1e-3) if case.fresh else (tmp_path / "start", 2e-4)
+        commands.append(train(out, start, name, case, 60, lr))
+    # A few at a time: a process has a time limit.
+    results = [result for at in range(0, len(commands), 6) for result in run_all(commands[at : at + 6])]
 
     assert [r.status for r in results] == [0] * len(results), "\n".join(r.output[-2000:] for r in results if r.status)
     gains = {}
     for name, out in runs.items():
         before, *_, after = (values[METRIC] for values in validation(out))
-        gains[name] = (before, after)
-    print(gains)
-    assert all(after > before + 0.1 for before, after in gains.values()), gains
+        gains[name] = after - before
+    assert min(gains.values()) > 0.02, gains

@@ -255,7 +255,7 @@ def configs(draw: st.DrawFn) -> InfoNCEConfig:
         false_negative_margin=0.0 if false_negatives == "keep" else draw(st.sampled_from([0.0, 0.3, -0.3])),
         false_negative_margin_type=draw(st.sampled_from(["absolute", "relative"])),
         hardness=hardness,  # type: ignore[arg-type]
-        hardness_strength=0.0 if hardness == "none" else 2.0,
+        hardness_strength=0.0 if hardness == "none" else draw(st.sampled_from([2.0, 500.0])),
     )
 
 
@@ -344,6 +344,15 @@ def test_positives_that_lose_by_far_have_finite_losses_and_gradients() -> None:
     (grad,) = torch.autograd.grad(output.loss, [q])
     assert float(output.loss.detach()) == pytest.approx(4 * 200.0)
     assert bool(grad.isfinite().all())
+
+
+def test_negatives_that_are_just_as_similar_are_no_false_ones() -> None:
+    rows = RowInfo.distinct(3, 3)
+    rows.teacher_query, rows.teacher_document = torch.eye(3), torch.ones(3, 3)
+    config = InfoNCEConfig(false_negatives="filter_by_teacher")
+    assert int(InfoNCE(config)(embeddings(3, 1), embeddings(3, 2), rows).metrics["num_negatives"]) == 6
+    config = InfoNCEConfig(false_negatives="filter_by_teacher", false_negative_margin=0.01)
+    assert int(InfoNCE(config)(embeddings(3, 1), embeddings(3, 2), rows).metrics["num_negatives"]) == 0
 
 
 def test_explicit_negatives_of_unknown_rows_are_an_error_where_their_rows_matter() -> None:

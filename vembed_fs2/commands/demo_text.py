@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     heading("2. all-MiniLM-L6-v2 before training")
     bf16 = has_fast_bf16()
-    before = evaluate_embedder(load_embedder(str(base), device=None, max_length=128, bf16=bf16), task)
+    before = evaluate_embedder(load_embedder(str(base), device=None, max_length=None, bf16=bf16), task)
     print_results({"before": before})
 
     heading("3. One epoch of training")

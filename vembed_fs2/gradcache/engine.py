@@ -120,7 +120,9 @@ class GradCache:
         self._sync = sync
         self.stats = StepStats()
 
-    def rebind(self, encode: Callable[[Any], Any] | Sequence[Callable[[Any], Any]], loss: Callable[..., Tensor]) -> None:
+    def rebind(
+        self, encode: Callable[[Any], Any] | Sequence[Callable[[Any], Any]], loss: Callable[..., Tensor]
+    ) -> None:
         """Go on with another encode and loss call on the same models; what was measured is kept."""
         self._encode, self._loss = encode, loss
 

@@ -137,6 +137,10 @@ class InfoNCE(Objective):
     or by a teacher (Solatorio, "GISTEmbed", 2024,
     https://arxiv.org/abs/2402.16829); hard negatives weighted more (Lan et al.,
     "LLaVE", 2025, https://arxiv.org/abs/2503.04812).
+
+    GISTEmbed's loss has all directions but ``document_to_query``, in one
+    partition. It differs where rows have explicit negatives: there positives
+    are compared with positives, here ``document_to_document`` means all.
     """
 
     def __init__(self, config: InfoNCEConfig | None = None, gather: RowGather | None = None) -> None:
@@ -258,7 +262,7 @@ class _Softmax:
             self._num_masked += scores[0].size(0) * self._num_others - num_kept
 
     def _count_found(self, scores_sC: Tensor, positive: Tensor, rows: slice) -> Tensor:
-        """*Returns:* the greatest score of each row."""
+        """Compare positives with what is left, and put them back. *Returns:* the greatest score of each row."""
         own = self._own_columns(0, rows)
         best = scores_sC.scatter_(1, own, -torch.inf).amax(1, keepdim=True)
         scores_sC.scatter_(1, own, positive)
@@ -273,21 +277,20 @@ class _Softmax:
         return [torch.stack(parts).sum() / self._scale] if parts else []
 
 
-def _blocks(rows: GlobalRows, directions: Sequence[Direction], config: InfoNCEConfig) -> list[Block]:
+def _blocks(rows: GlobalRows, directions: Sequence[str], config: InfoNCEConfig) -> list[Block]:
     """What is compared: the embeddings in each direction; then a teacher's, if it says which negatives are false."""
-    first = int(rows.target[0]) if rows.inputs.num_queries else 0
-    starts = {"query": rows.start, "document": first}
-    places = {side: slice(start, start + rows.inputs.num_queries) for side, start in starts.items()}
+    num_queries = rows.inputs.num_queries
+    starts = {"query": rows.start, "document": int(rows.target[0]) if num_queries else 0}
+    # This rank's queries and positives among those of all ranks.
+    places = {side: slice(start, start + num_queries) for side, start in starts.items()}
     sides = [d.split("_to_") for d in directions]
     blocks = []
     for anchors, columns in sides:
         block = rows.block(anchors, columns, config.similarity)  # type: ignore[arg-type]
         if any(anchors == c for _, c in sides):
-            # What is compared with others, and others with it, needs only one gradient.
-            everyone, mask = (
-                (rows.query, rows.query_mask) if anchors == "query" else (rows.document, rows.document_mask)
-            )
-            block = replace(block, anchor=everyone, anchor_mask=mask, anchor_rows=places[anchors])
+            # They are columns as well, so that they need only one gradient.
+            x, mask = (rows.query, rows.query_mask) if anchors == "query" else (rows.document, rows.document_mask)
+            block = replace(block, anchor=x, anchor_mask=mask, anchor_rows=places[anchors])
         blocks.append(block)
     if config.false_negatives == "filter_by_teacher":
         blocks += [teacher_block(rows, anchors, columns, places[anchors]) for anchors, columns in sides]
@@ -317,9 +320,8 @@ def softmax_(
 
 
 def _keep_hardest(scores_sC: Tensor, own: Tensor, count: int) -> Tensor:
-    """Leave out all but the most similar negatives, in place. *Returns:* how many are left."""
-    positive = scores_sC.gather(1, own)
+    """Leave out all but the most similar negatives, and the positives. *Returns:* how many are left."""
     scores_sC.scatter_(1, own, -torch.inf)
     top, index = scores_sC.topk(min(count, scores_sC.size(1) - 1), dim=1)
-    scores_sC.fill_(-torch.inf).scatter_(1, index, top).scatter_(1, own, positive)
+    scores_sC.fill_(-torch.inf).scatter_(1, index, top)
     return torch.count_nonzero(top > -torch.inf)

@@ -22,7 +22,7 @@ _EPSILON: Final = 1e-12
 _SLICE_ELEMENTS: Final = 2**18
 
 # Rows and columns of the largest product of MaxSim: enough for an efficient one.
-_MAXSIM_VECTORS: Final = {"cpu": 2048, "cuda": 8192}
+_MAXSIM_VECTORS: Final = {"cpu": 2048, "cuda": 4096}
 
 
 class Vectors:
