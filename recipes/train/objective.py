@@ -13,7 +13,7 @@ from vembed_fs2.data.example import Example
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.errors import ConfigError, DataError
 from vembed_fs2.losses import Objective, create_loss
-from vembed_fs2.models.embedding import EmbeddingModel
+from vembed_fs2.models.embedding import EmbeddingModel, EmbeddingModelConfig
 from vembed_fs2.models.hub import get_resolver
 from vembed_fs2.recipes.train.config import LossSection
 
@@ -48,7 +48,7 @@ def learned_parts(
     """Return what the configuration of a model must say for it to hold all that the objective learns.
 
     :param teacher_dim: the size of the teacher's embeddings, if the objective needs a teacher.
-    :raises ConfigError: embeddings of this size do not fit the objective.
+    :raises ConfigError: the objective does not fit embeddings of this size, or models of this family.
     """
     if errors := loss.dim_errors(embedding_dim):
         raise ConfigError(errors, where="`loss`")
@@ -64,6 +64,9 @@ def learned_parts(
     wanted = teacher_dim if projected else None
     if getattr(model_config, "teacher_dim", None) != wanted:
         parts["teacher_dim"] = wanted
+    if parts and not isinstance(model_config, EmbeddingModelConfig):
+        names = ", ".join(parts)
+        raise ConfigError(f"models of this family cannot hold what the objective learns ({names}).", where="`loss`")
     return parts
 
 

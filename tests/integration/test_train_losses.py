@@ -84,7 +84,11 @@ def test_objectives_of_objectives_train(tmp_path: Path, bert_folder: Path, teach
         "margins": ({"name": "distillation", "config": {"kind": "margin_mse"}},),
         "teacher": ({"name": "distillation", "config": {"source": "teacher"}}, source),
         "embeddings": ({"name": "embedding_distillation", "config": {"kind": "mse"}}, source),
-        "filter": ({"name": "infonce", "config": {"false_negatives": "filter_by_teacher"}}, source),
+        "filter": (
+            {"name": "infonce", "config": {"false_negatives": "filter_by_teacher"}},
+            source,
+            "teacher.dtype=bfloat16",
+        ),
         "sigmoid": ({"name": "sigmoid", "config": {"bias": -3.0}},),
         "same size": ({"name": "embedding_distillation"}, f"teacher.path={bert_folder}"),
     }

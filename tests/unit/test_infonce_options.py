@@ -125,7 +125,8 @@ def test_filtering_by_a_teacher_equals_gist_embed(data: st.DataObject) -> None:
     num, seed = data.draw(st.integers(1, 8)), data.draw(st.integers(0, 99))
     num_sides = data.draw(st.sampled_from([2, 3]))
     margin_type = data.draw(st.sampled_from(["absolute", "relative"]))
-    margin = data.draw(st.sampled_from([0.0, 0.1, 0.5, -0.2]))
+    # With a negative margin, theirs may compare a query with itself.
+    margin = data.draw(st.sampled_from([0.0, 0.1, 0.5]))
     anchors = data.draw(st.booleans())
     # With explicit negatives, theirs compares positives with positives only, ours with all documents.
     positives = num_sides == 2 and data.draw(st.booleans())

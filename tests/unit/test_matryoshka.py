@@ -172,8 +172,14 @@ def test_gradients_of_half_precision_survive_until_the_loss_scale() -> None:
 
 def test_without_gradients_nothing_is_carried_backward() -> None:
     q, d = random(0, 3, DIM).requires_grad_(), random(1, 3, DIM)
+
+    class Watching(InfoNCE):
+        def compute(self, inputs: LossInput) -> LossOutput:
+            assert not inputs.query.requires_grad
+            return super().compute(inputs)
+
     with torch.no_grad():
-        output = Matryoshka(InfoNCE(), [4, DIM])(q, d)
+        output = Matryoshka(Watching(), [4, DIM])(q, d)
     assert not output.loss.requires_grad
     torch.testing.assert_close(output.loss, Matryoshka(InfoNCE(), [4, DIM])(q, d).loss.detach())
     output = Matryoshka(InfoNCE(), [4, DIM])(q, d)

@@ -140,7 +140,8 @@ class InfoNCE(Objective):
 
     GISTEmbed's loss has all directions but ``document_to_query``, in one
     partition. It differs where rows have explicit negatives: there positives
-    are compared with positives, here ``document_to_document`` means all.
+    are compared with positives, here ``document_to_document`` means all. And
+    here nothing is ever compared with itself.
     """
 
     def __init__(self, config: InfoNCEConfig | None = None, gather: RowGather | None = None) -> None:
@@ -322,6 +323,6 @@ def softmax_(
 def _keep_hardest(scores_sC: Tensor, own: Tensor, count: int) -> Tensor:
     """Leave out all but the most similar negatives, and the positives. *Returns:* how many are left."""
     scores_sC.scatter_(1, own, -torch.inf)
-    top, index = scores_sC.topk(min(count, scores_sC.size(1) - 1), dim=1)
+    top, index = scores_sC.topk(min(count, scores_sC.size(1)), dim=1)
     scores_sC.fill_(-torch.inf).scatter_(1, index, top)
     return torch.count_nonzero(top > -torch.inf)

@@ -105,9 +105,10 @@ class Composite(Objective):
         there is the graph of one, and gradients of this rank's own rows.
         """
         names = [name for name in _DIFFERENTIABLE if getattr(inputs, name) is not None]
-        outputs: list[LossOutput] = []
         tensors = [getattr(inputs, name) for name in names]
-        total = _SumOfParts.apply(inputs, self._parts, outputs, names, *tensors)  # type: ignore[no-untyped-call]
+        needed = [torch.is_grad_enabled() and t.requires_grad for t in tensors]
+        outputs: list[LossOutput] = []
+        total = _SumOfParts.apply(inputs, self._parts, outputs, names, needed, *tensors)  # type: ignore[no-untyped-call]
         return total, outputs
 
 
@@ -119,31 +120,27 @@ class _SumOfParts(torch.autograd.Function):
         parts: Sequence[Part],
         outputs: list[LossOutput],
         names: list[str],
+        needed: list[bool],
         *tensors: Tensor,
     ) -> Tensor:
-        needed = ctx.needs_input_grad[4:]
         # In single precision at least: the loss scale, which keeps smaller types from underflow, comes only later.
-        leaves = [
-            t.detach().to(torch.promote_types(t.dtype, torch.float32)).requires_grad_(n)
-            for t, n in zip(tensors, needed)
-        ]
-        values: dict[str, Any] = dict(zip(names, leaves))
-        inputs = replace(inputs, **values)
-        trained = [leaf for leaf in leaves if leaf.requires_grad]
-        grads = [torch.zeros_like(leaf) for leaf in trained]
-        total = torch.zeros((), dtype=leaves[0].dtype, device=leaves[0].device)
+        dtypes = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
+        grads = [torch.zeros_like(t, dtype=dtype) if n else None for t, dtype, n in zip(tensors, dtypes, needed)]
+        total = torch.zeros((), dtype=dtypes[0], device=tensors[0].device)
         for part in parts:
-            with torch.set_grad_enabled(bool(trained)):
-                output = part.objective.compute(inputs if part.dim is None else inputs.truncated(part.dim))
+            seen = inputs if part.dim is None else inputs.truncated(part.dim)
+            leaves = [
+                getattr(seen, name).detach().to(dtype).requires_grad_(n)
+                for name, dtype, n in zip(names, dtypes, needed)
+            ]
+            values: dict[str, Any] = dict(zip(names, leaves))
+            with torch.set_grad_enabled(any(needed)):
+                output = part.objective.compute(replace(seen, **values))
             outputs.append(LossOutput(output.loss.detach(), output.metrics))
             total += part.weight * output.loss.detach()
             if output.loss.requires_grad:
-                weight = torch.full_like(output.loss, part.weight)
-                for grad, more in zip(grads, torch.autograd.grad(output.loss, trained, weight, allow_unused=True)):
-                    if more is not None:
-                        grad += more
-        found = iter(grads)
-        ctx.grads = [next(found) if n else None for n in needed]
+                _add_gradients(output.loss, part.weight, leaves, grads)
+        ctx.grads = grads
         ctx.dtypes = [t.dtype for t in tensors]
         return total
 
@@ -155,4 +152,13 @@ class _SumOfParts(torch.autograd.Function):
             raise RuntimeError("The objective was carried backward twice; its gradients are gone.")
         # In place, because nothing else holds these.
         scaled = (None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(grads, ctx.dtypes))
-        return (None, None, None, None, *scaled)
+        return (None, None, None, None, None, *scaled)
+
+
+def _add_gradients(loss: Tensor, weight: float, leaves: Sequence[Tensor], totals: Sequence[Tensor | None]) -> None:
+    """Carry a loss backward; add to the gradients of tensors of which the leaves are the first dimensions."""
+    trained = [(leaf, total) for leaf, total in zip(leaves, totals) if total is not None]
+    grads = torch.autograd.grad(loss, [leaf for leaf, _ in trained], torch.full_like(loss, weight), allow_unused=True)
+    for (_, total), grad in zip(trained, grads):
+        if grad is not None:
+            total[..., : grad.size(-1)] += grad
