@@ -89,14 +89,20 @@ def test_best_checkpoint_is_kept_and_loaded(digits: Path, clip_folder: Path, tmp
     }
     folder = tmp_path / "run"
 
-    # A learning rate that ruins the model: the best checkpoint is the first one.
+    start = tmp_path / "start"
+    run(
+        "train", start, "--no-rich", "--config", f"model.path={clip_folder}",
+        f"dataset.paths=[{digits}/train.jsonl]", "dataset.batch_size=32", "regime.num_steps=30",
+        "optimizer.config.lr=0.003",
+    ).expect(0)  # fmt: skip
+    # A learning rate that rises until it ruins the model: the best checkpoint is an early one.
     result = run(
-        "train", folder, "--no-rich", "--config", f"model.path={clip_folder}",
+        "train", folder, "--no-rich", "--config", f"model.path={start}", "lr_scheduler.config.warmup_steps=8",
         f"dataset.paths=[{digits}/train.jsonl]", f"valid.paths=[{digits}/held_out.jsonl]", "valid.max_rows=100",
         "dataset.batch_size=32", "regime.num_steps=8", "regime.publish_metrics_every_n_steps=2",
         "regime.validate_every_n_steps=2", "regime.checkpoint_every_n_steps=2", "regime.score_metric=mrr",
         "regime.keep_best_n_checkpoints=1", "regime.keep_last_n_checkpoints=1", "regime.validate_at_start=true",
-        "optimizer.config.lr=0.3", "common.metric_recorders.wandb.enabled=true",
+        "optimizer.config.lr=0.1", "common.metric_recorders.wandb.enabled=true",
         "common.metric_recorders.wandb.project=test", WANDB_MODE="offline", **secrets,
     ).expect(0)  # fmt: skip
 
