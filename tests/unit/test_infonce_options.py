@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import MagicMock, patch
 
 import pytest
@@ -19,12 +19,7 @@ from torch.nn.functional import normalize
 from vembed_fs2.losses import InfoNCE, InfoNCEConfig, RowInfo
 from vembed_fs2.losses.infonce import Direction
 
-DIRECTIONS: tuple[Direction, ...] = (
-    "query_to_document",
-    "document_to_query",
-    "query_to_query",
-    "document_to_document",
-)
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 
 def embeddings(rows: int, seed: int, dim: int = 6, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -378,7 +373,7 @@ def test_filtering_by_a_teacher_without_one_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"partition": "all"}, "`partition` must be one of joint, per_direction|`partition` must be one of per_dir"),
+        ({"partition": "all"}, "`partition` must be one of per_direction, joint"),
         ({"directions": ["query_to_query"]}, "must hold 'query_to_document', and each direction once"),
         ({"directions": ["query_to_document"] * 2}, "must hold 'query_to_document', and each direction once"),
         ({"directions": ["query_to_document", "q2d"]}, "`directions` must hold .*, but holds 'q2d'"),

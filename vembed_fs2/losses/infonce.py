@@ -274,7 +274,7 @@ class _Softmax:
     def _scale_grads(self, grads: list[Tensor], raw: list[Tensor]) -> list[Tensor]:
         """The gradient with respect to the scale, from those with respect to the scores, which have it as a factor."""
         # A pair that is left out has a score of -inf and a gradient of 0.
-        parts = [(grad * z.nan_to_num_(neginf=0.0)).sum() for grad, z in zip(grads, raw)]
+        parts = [z.nan_to_num_(neginf=0.0).mul_(grad).sum() for grad, z in zip(grads, raw)]
         return [torch.stack(parts).sum() / self._scale] if parts else []
 
 

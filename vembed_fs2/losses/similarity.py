@@ -112,7 +112,7 @@ class Similarity(Protocol):
     def scale_(self, values_tC: Tensor, columns: Vectors) -> None:
         """Finish the scores of some rows; in the same way, make their gradient that of what :meth:`scores` wrote.
 
-        Apart from these, because this is done a few rows at a time, while they are in the cache.
+        Apart from these, because some rows that were just used are in the cache.
         """
 
     def backward(self, grad_tC: Tensor, anchors: Vectors, rows: slice, columns: Vectors, saved: list[Tensor]) -> None:

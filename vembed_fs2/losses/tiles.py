@@ -6,8 +6,8 @@ backward at once. So an objective needs memory for ``t x C`` similarities and
 for the gradients of the embeddings, and no more matrix products than one that
 holds all ``b x C`` (three).
 
-A tile is as large as efficient products ask for. What an objective does with
-its scores is limited by the cache instead, so it sees strips of s rows.
+A tile is as large as efficient products ask for. An objective sees strips of it,
+of s rows, so that what it needs besides the scores is smaller than a tile.
 
 Legend: b anchors of this rank, t anchors of a tile, s of a strip, C columns.
 """
@@ -24,12 +24,11 @@ from torch.autograd.function import once_differentiable
 
 from vembed_fs2.losses.similarity import Similarity, Vectors, slices
 
-# At most; see `_tile_bytes`.
-_TILE_BYTES: Final = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+# At most; see `_tile_bytes`. With 192 rows or more a product is at its full rate: so a CPU has up to 65,536 columns.
+_TILE_BYTES: Final = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
 
-# Of a CPU, for each thread: about what a core has in its caches. Less would be a little faster on a machine that has
-# nothing else to do, and much slower on others, where threads wait for each other after each operation.
-_STRIP_BYTES: Final = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+# An objective may need several times as much. Threads wait for each other after each operation, so they should be few.
+_STRIP_BYTES: Final = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -132,12 +131,6 @@ def _tile_bytes(device: torch.device) -> int:
     return min(most, free // 8)
 
 
-def _strip_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return _STRIP_BYTES["cuda"]
-    return _STRIP_BYTES["cpu"] * torch.get_num_threads()
-
-
 @dataclass
 class _Pair:
     """A block, by the numbers of its sides."""
@@ -215,7 +208,8 @@ class _Tiles:
         # The same memory for all tiles: fresh memory costs a third of a product.
         widths = [len(sides[pair.column]) for pair in plan.pairs]
         self._scores = [torch.empty(plan.rows_per_tile, width, dtype=dtype, device=sides[0].device) for width in widths]
-        self._rows_per_strip = max(_strip_bytes(sides[0].device) // (dtype.itemsize * max(sum(widths), 1)), 1)
+        strip_bytes = _STRIP_BYTES.get(sides[0].device.type, _STRIP_BYTES["cpu"])
+        self._rows_per_strip = max(strip_bytes // (dtype.itemsize * max(sum(widths), 1)), 1)
 
     def add(self, rows: slice) -> None:
         """Compute a tile and carry it backward."""
