@@ -51,8 +51,9 @@ def by_decay(model: nn.Module, config: EmbeddingAdamWConfig) -> dict[str, tuple[
 def test_norms_biases_and_temperatures_do_not_decay(create: Any) -> None:
     model = create()
     found = by_decay(model, EmbeddingAdamWConfig(weight_decay=0.3))
-    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, parameter in model.named_parameters():
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert found.keys() == trained.keys()
+    for name, parameter in trained.items():
         is_vector = name.endswith("bias") or "norm" in name or "logit_scale" in name or "class_embed" in name
         assert is_vector == (parameter.ndim <= 1), name
         assert found[name][1] == (0.0 if is_vector else 0.3), name
