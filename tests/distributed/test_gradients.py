@@ -34,8 +34,8 @@ CHUNK_TOKENS = 40
 
 MODELS = {"bert": BERT, "clip": CLIP}
 
-CASES = list(product(MODELS, [0, "all", "20KiB"], [1, 2], [1.0, 1024.0], [False, True]))
-"""Model, budget, accumulated batches, loss scale, uneven ranks."""
+CASES = list(product(["clip"], [0, "all", "20KiB"], [1, 2], [1.0, 1024.0], [False, True]))
+"""Model, budget, accumulated batches, loss scale, uneven ranks. Models of one tower are in ``test_exactness.py``."""
 
 
 def run_case(
