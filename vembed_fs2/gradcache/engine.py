@@ -239,7 +239,7 @@ class GradCache:
         try:
             group.encode(encoded, keep=True)
             return True
-        except (torch.OutOfMemoryError, RuntimeError) as ex:
+        except RuntimeError as ex:
             if not is_out_of_memory(ex):
                 raise
         # Only here: while the exception is handled, its traceback holds the graph.

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final, Literal, TypeAlias, get_args, get_type_hints
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,13 @@ A parameter above it has no gradient; like CLIP's own training, keep it below by
 """
 
 Negatives: TypeAlias = Literal["global", "local"]
+
+
+class _Config(Protocol):
+    def errors(self) -> list[str]: ...
+
+
+_ConfigT = TypeVar("_ConfigT", bound=_Config)
 
 
 @dataclass
@@ -226,6 +233,26 @@ class Objective(ABC):
 def scope(gather: RowGather | None, negatives: Negatives) -> RowGather:
     """Return what gathers the rows that an objective compares: those of all ranks, or its own."""
     return gather if gather is not None and negatives == "global" else RowGather()
+
+
+def checked(config: _ConfigT) -> _ConfigT:
+    """Return a configuration.
+
+    :raises ValueError: lists what is wrong with it.
+    """
+    if errors := config.errors():
+        raise ValueError(" ".join(errors))
+    return config
+
+
+def learned_scale(inputs: LossInput) -> Tensor:
+    """Return the learned inverse temperature. *Returns:* ``[1]``.
+
+    :raises ValueError: the model does not give it.
+    """
+    if inputs.logit_scale is None:
+        raise ValueError("`learn_temperature` is set, but the model gives no `logit_scale`.")
+    return inputs.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
 
 
 def choice_errors(config: Any, names: Sequence[str]) -> list[str]:

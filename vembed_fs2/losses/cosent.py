@@ -25,6 +25,7 @@ from vembed_fs2.losses.common import (
     Negatives,
     Objective,
     RowInfo,
+    checked,
     choice_errors,
     positive_errors,
     scope,
@@ -165,9 +166,7 @@ class CoSENT(_ScoredPairs):
         :param gather: appends the rows of all ranks; ``None`` for one process.
         :raises ValueError: ``config`` is not valid.
         """
-        config = config or CoSENTConfig()
-        if errors := config.errors():
-            raise ValueError(" ".join(errors))
+        config = checked(config or CoSENTConfig())
         super().__init__(config.temperature, scope(gather, config.negatives))
         self._unit = config.similarity == "cosine"
 
@@ -197,9 +196,7 @@ class AnglE(_ScoredPairs):
         :param gather: appends the rows of all ranks; ``None`` for one process.
         :raises ValueError: ``config`` is not valid.
         """
-        config = config or AnglEConfig()
-        if errors := config.errors():
-            raise ValueError(" ".join(errors))
+        config = checked(config or AnglEConfig())
         super().__init__(config.temperature, scope(gather, config.negatives))
 
     def _similarity(self, query_bD: Tensor, document_mD: Tensor, row: Tensor, index: Tensor) -> Tensor:

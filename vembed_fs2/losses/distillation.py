@@ -26,6 +26,7 @@ from vembed_fs2.losses.common import (
     Negatives,
     Objective,
     RowInfo,
+    checked,
     choice_errors,
     gather_all,
     positive_errors,
@@ -94,9 +95,7 @@ class Distillation(Objective):
         :param gather: appends the rows of all ranks; ``None`` for one process.
         :raises ValueError: ``config`` is not valid.
         """
-        self._config = config = config or DistillationConfig()
-        if errors := config.errors():
-            raise ValueError(" ".join(errors))
+        self._config = config = checked(config or DistillationConfig())
         self._gather = scope(gather, config.negatives)
         default = config.temperature if config.source == "teacher" else 1.0
         self._teacher_temperature = config.teacher_temperature or default

@@ -18,7 +18,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.losses.common import LossInput, LossOutput, Objective, choice_errors
+from vembed_fs2.losses.common import (
+    LossInput,
+    LossOutput,
+    Objective,
+    checked,
+    choice_errors,
+)
 from vembed_fs2.losses.distillation import known_document_rows
 
 
@@ -50,9 +56,7 @@ class EmbeddingDistillation(Objective):
 
     def __init__(self, config: EmbeddingDistillationConfig | None = None, gather: RowGather | None = None) -> None:
         """:raises ValueError: ``config`` is not valid."""
-        self._config = config or EmbeddingDistillationConfig()
-        if errors := self._config.errors():
-            raise ValueError(" ".join(errors))
+        self._config = checked(config or EmbeddingDistillationConfig())
 
     @property
     def needs_teacher(self) -> bool:

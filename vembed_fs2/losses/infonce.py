@@ -21,14 +21,15 @@ from torch import Tensor
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
-    MAX_LOGIT_SCALE,
     GlobalRows,
     LossInput,
     LossOutput,
     Negatives,
     Objective,
+    checked,
     choice_errors,
     gather_all,
+    learned_scale,
     positive_errors,
     scope,
 )
@@ -149,9 +150,7 @@ class InfoNCE(Objective):
         :param gather: appends the rows of all ranks; ``None`` for one process.
         :raises ValueError: ``config`` is not valid.
         """
-        self._config = config or InfoNCEConfig()
-        if errors := self._config.errors():
-            raise ValueError(" ".join(errors))
+        self._config = checked(config or InfoNCEConfig())
         self._gather = scope(gather, self._config.negatives)
 
     @property
@@ -178,9 +177,7 @@ class InfoNCE(Objective):
     def _scale(self, inputs: LossInput) -> Tensor | float:
         if not self._config.learn_temperature:
             return 1.0 / self._config.temperature
-        if inputs.logit_scale is None:
-            raise ValueError("`learn_temperature` is set, but the model gives no `logit_scale`.")
-        return inputs.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
+        return learned_scale(inputs)
 
 
 class _Softmax:

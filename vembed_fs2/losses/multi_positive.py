@@ -17,13 +17,14 @@ from torch import Tensor
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
-    MAX_LOGIT_SCALE,
     LossInput,
     LossOutput,
     Negatives,
     Objective,
+    checked,
     choice_errors,
     gather_all,
+    learned_scale,
     positive_errors,
     scope,
 )
@@ -78,9 +79,7 @@ class MultiPositive(Objective):
         :param gather: appends the rows of all ranks; ``None`` for one process.
         :raises ValueError: ``config`` is not valid.
         """
-        self._config = config or MultiPositiveConfig()
-        if errors := self._config.errors():
-            raise ValueError(" ".join(errors))
+        self._config = checked(config or MultiPositiveConfig())
         self._gather = scope(gather, self._config.negatives)
 
     @property
@@ -109,9 +108,7 @@ class MultiPositive(Objective):
     def _scale(self, inputs: LossInput) -> Tensor:
         if not self._config.learn_temperature:
             return torch.tensor([1.0 / self._config.temperature], device=inputs.query.device)
-        if inputs.logit_scale is None:
-            raise ValueError("`learn_temperature` is set, but the model gives no `logit_scale`.")
-        return inputs.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
+        return learned_scale(inputs)
 
 
 class _ClassSoftmax:

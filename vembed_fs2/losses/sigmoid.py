@@ -19,14 +19,15 @@ from torch.nn.functional import softplus
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
-    MAX_LOGIT_SCALE,
     GlobalRows,
     LossInput,
     LossOutput,
     Negatives,
     Objective,
+    checked,
     choice_errors,
     gather_all,
+    learned_scale,
     positive_errors,
     scope,
 )
@@ -82,9 +83,7 @@ class Sigmoid(Objective):
         :param gather: appends the rows of all ranks; ``None`` for one process.
         :raises ValueError: ``config`` is not valid.
         """
-        self._config = config or SigmoidConfig()
-        if errors := self._config.errors():
-            raise ValueError(" ".join(errors))
+        self._config = checked(config or SigmoidConfig())
         self._gather = scope(gather, self._config.negatives)
 
     @property
@@ -112,9 +111,7 @@ class Sigmoid(Objective):
     def _scale(self, inputs: LossInput) -> Tensor:
         if not self._config.learn_temperature:
             return torch.tensor([1.0 / self._config.temperature], device=inputs.query.device)
-        if inputs.logit_scale is None:
-            raise ValueError("`learn_temperature` is set, but the model gives no `logit_scale`.")
-        return inputs.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
+        return learned_scale(inputs)
 
     def _bias(self, inputs: LossInput) -> Tensor:
         if not self._config.learn_bias:

@@ -25,6 +25,7 @@ from vembed_fs2.losses.common import (
     LossOutput,
     Negatives,
     Objective,
+    checked,
     choice_errors,
     positive_errors,
     scope,
@@ -96,9 +97,7 @@ class Spread(Objective):
         :param gather: appends the rows of all ranks; ``None`` for one process.
         :raises ValueError: ``config`` is not valid.
         """
-        self._config = config or SpreadConfig()
-        if errors := self._config.errors():
-            raise ValueError(" ".join(errors))
+        self._config = checked(config or SpreadConfig())
         self._gather = scope(gather, self._config.negatives)
 
     def compute(self, inputs: LossInput) -> LossOutput:

@@ -25,6 +25,7 @@ from vembed_fs2.losses.common import (
     LossOutput,
     Negatives,
     Objective,
+    checked,
     choice_errors,
     gather_all,
     scope,
@@ -91,9 +92,7 @@ class Triplet(Objective):
         :param gather: appends the rows of all ranks; ``None`` for one process.
         :raises ValueError: ``config`` is not valid.
         """
-        self._config = config or TripletConfig()
-        if errors := self._config.errors():
-            raise ValueError(" ".join(errors))
+        self._config = checked(config or TripletConfig())
         self._gather = scope(gather, self._config.negatives)
 
     def compute(self, inputs: LossInput) -> LossOutput:
