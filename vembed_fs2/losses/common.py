@@ -255,6 +255,18 @@ def learned_scale(inputs: LossInput) -> Tensor:
     return inputs.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
 
 
+def known_rows(row: Tensor) -> Tensor:
+    """Return the rows that documents belong to.
+
+    :raises ValueError: it is not known of some.
+    """
+    if bool((row < 0).any()):
+        raise ValueError(
+            "Rows have different numbers of explicit negatives: `rows.negative_rows` must say whose they are."
+        )
+    return row
+
+
 def choice_errors(config: Any, names: Sequence[str]) -> list[str]:
     """What is wrong with fields of a configuration that are one of a few words."""
     hints, errors = get_type_hints(type(config)), []
@@ -303,11 +315,7 @@ class GlobalRows:
 
         :raises ValueError: it is not known of some.
         """
-        if bool((self._document_row < 0).any()):
-            raise ValueError(
-                "Rows have different numbers of explicit negatives: `rows.negative_rows` must say whose they are."
-            )
-        return self._document_row
+        return known_rows(self._document_row)
 
     @property
     def row(self) -> Tensor:

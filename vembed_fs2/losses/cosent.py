@@ -27,6 +27,7 @@ from vembed_fs2.losses.common import (
     RowInfo,
     checked,
     choice_errors,
+    known_rows,
     positive_errors,
     scope,
 )
@@ -79,11 +80,7 @@ class _ScoredPairs(Objective):
         if inputs.query.ndim != 2:
             raise ValueError("CoSENT and AnglE compare single vectors, but the model gives several per row.")
         index, score_p = _scored(inputs.rows)
-        row = inputs.rows.document_rows()[index]
-        if bool((row < 0).any()):
-            raise ValueError(
-                "Rows have different numbers of explicit negatives: `rows.negative_rows` must say whose they are."
-            )
+        row = known_rows(inputs.rows.document_rows()[index])
         dtype = torch.promote_types(inputs.query.dtype, torch.float32)
         query, document = inputs.query.to(dtype), inputs.document.to(dtype)
         similarity_p = self._similarity(query, document, row, index)

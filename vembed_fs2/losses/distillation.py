@@ -25,10 +25,10 @@ from vembed_fs2.losses.common import (
     LossOutput,
     Negatives,
     Objective,
-    RowInfo,
     checked,
     choice_errors,
     gather_all,
+    known_rows,
     positive_errors,
     scope,
 )
@@ -118,7 +118,7 @@ class Distillation(Objective):
         scores = inputs.rows.scores
         if scores is None or bool(scores.isnan().any()):
             raise ValueError("Distillation needs `scores` in the data, for the positive and each negative of each row.")
-        row_m = known_document_rows(inputs.rows)
+        row_m = known_rows(inputs.rows.document_rows())
         z_m = pair_scores(inputs, row_m, self._config.similarity) / self._config.temperature
         y_m = scores.to(z_m.dtype) / self._teacher_temperature
         compare = _divergence if self._config.kind == "kl" else _margin_error
@@ -156,19 +156,6 @@ class _Divergence:
         # log t - log p, weighted by t: no logarithm of a probability that has underflowed.
         loss = (y_tC * difference).sum() + (log_sum - teacher_log_sum).sum()
         return TileGrads(loss, [z_tC.sub_(y_tC).mul_(self._scale)])
-
-
-def known_document_rows(rows: RowInfo) -> Tensor:
-    """Return the row that each document belongs to. *Returns:* ``[m]``.
-
-    :raises ValueError: it is not known of some.
-    """
-    row_m = rows.document_rows()
-    if bool((row_m < 0).any()):
-        raise ValueError(
-            "Rows have different numbers of explicit negatives: `rows.negative_rows` must say whose they are."
-        )
-    return row_m
 
 
 def pair_scores(inputs: LossInput, row_m: Tensor, similarity: SimilarityName) -> Tensor:

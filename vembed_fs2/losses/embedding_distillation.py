@@ -24,8 +24,8 @@ from vembed_fs2.losses.common import (
     Objective,
     checked,
     choice_errors,
+    known_rows,
 )
-from vembed_fs2.losses.distillation import known_document_rows
 
 
 @dataclass(kw_only=True)
@@ -69,7 +69,7 @@ class EmbeddingDistillation(Objective):
         rows = inputs.rows
         if rows.teacher_query is None or rows.teacher_document is None:
             raise ValueError("Distillation of embeddings needs a teacher's, of queries and documents, in `rows`.")
-        row = known_document_rows(rows)
+        row = known_rows(rows.document_rows())
         weight = 1.0 / (1.0 + torch.bincount(row, minlength=inputs.num_queries))
         loss, cosine = (
             query + document
