@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import re
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,10 +65,10 @@ class PeakMemory:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the highest of several measured rates of square matrix products, in FLOP per second."""
+    """Return the median of several measured rates of square matrix products, in FLOP per second."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return max(2 * size**3 / timed(device, lambda: a @ b)[0] for _ in range(6))
+    return statistics.median(2 * size**3 / timed(device, lambda: a @ b)[0] for _ in range(5))
 
 
 def encoder_flops(config: dict[str, Any], lengths: Sequence[int]) -> float:

@@ -2,7 +2,8 @@
 
 The same weights, texts, batch, threads, type and dropout for all. Two
 processes, each with the environment of one side, run single steps in turns,
-and sleep while the other runs. Prints medians.
+and sleep while the other runs. Prints medians. The machine's rate of matrix
+products is measured before each step, and is a median, too.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main() -> None:
     with TemporaryDirectory() as folder, ExitStack() as stack:
         data = Path(folder) / "pairs.jsonl"
         write_pairs(data, read_pairs(args.data), args.pairs)
-        settings = {**vars(args), "data": str(data), "model": str(args.model), "dropout": not args.check}
+        settings = {**vars(args), "data": str(data), "model": str(args.model), "dropout": has_dropout(args)}
         settings = {k: v for k, v in settings.items() if k != "peers"}
         workers = [stack.enter_context(Worker(sys.executable, "ours.py", settings))]
         if args.peers.is_file():
@@ -50,9 +51,9 @@ def main() -> None:
         else:
             print(f"There is no {args.peers}, so only our own steps run. `make bench` creates it.")
         lengths = same_lengths(workers)
-        rate = matmul_rate(torch.device(args.device), torch.bfloat16 if args.bf16 else torch.float32)
-        print_heading(args, lengths, rate, workers)
-        results = measure(workers, args.repeats, args.steps)
+        print_heading(args, lengths, workers)
+        results, rate = measure(workers, args)
+    print(f"Matrix products: {rate / 1e9:,.0f} GFLOP/s\n")
     flops = encoder_flops(json.loads((args.model / "config.json").read_text()), lengths)
     print_results(results, sum(lengths), flops / rate)
     if args.check:
@@ -74,10 +75,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed rounds after the first (default: 5)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--no-dropout", action="store_true", help="dropout off")
     parser.add_argument("--check", action="store_true", help="dropout off; fail if losses or gradients differ")
     parser.add_argument("--steps", nargs="+", metavar="WORD", help="only steps whose name holds one of these")
     parser.add_argument("--peers", type=Path, default=PEERS, metavar="PYTHON", help="Python of the peers' environment")
     return parser.parse_args()
+
+
+def has_dropout(args: argparse.Namespace) -> bool:
+    return not (args.check or args.no_dropout)
 
 
 def same_lengths(workers: list[Worker]) -> list[int]:
@@ -88,8 +94,14 @@ def same_lengths(workers: list[Worker]) -> list[int]:
     return first
 
 
-def measure(workers: list[Worker], repeats: int, words: list[str] | None) -> dict[str, Results]:
-    """Run all steps in turns: a first round for the memory, then rounds for the time."""
+def measure(workers: list[Worker], args: argparse.Namespace) -> tuple[dict[str, Results], float]:
+    """Run all steps in turns: a first round for the memory, then rounds for the time.
+
+    :returns: what was measured of each step, and the machine's rate of matrix products meanwhile, in FLOP/s.
+    """
+    words: list[str] | None = args.steps
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    rates = []
     steps = [
         (worker, name)
         for i in range(max(len(w.about["steps"]) for w in workers))
@@ -98,8 +110,10 @@ def measure(workers: list[Worker], repeats: int, words: list[str] | None) -> dic
         if words is None or any(word in name for word in words)
     ]
     results = {name: Results() for _, name in steps}
-    for round_nr in range(repeats + 1):
+    for round_nr in range(args.repeats + 1):
         for worker, name in steps:
+            # The rate of a machine that others use, too, changes while it is measured.
+            rates.append(matmul_rate(torch.device(args.device), dtype))
             result = results[name]
             if result.last.error is not None:
                 continue
@@ -109,16 +123,15 @@ def measure(workers: list[Worker], repeats: int, words: list[str] | None) -> dic
             else:
                 result.times.append(result.last.seconds)
     order = [name for worker in workers for name in worker.about["steps"]]
-    return {name: results[name] for name in order if name in results}
+    return {name: results[name] for name in order if name in results}, statistics.median(rates)
 
 
-def print_heading(args: argparse.Namespace, lengths: list[int], rate: float, workers: list[Worker]) -> None:
+def print_heading(args: argparse.Namespace, lengths: list[int], workers: list[Worker]) -> None:
     kind = "bf16" if args.bf16 else "fp32"
-    print(f"{hardware(torch.device(args.device))}; torch {torch.__version__}; {kind} matrix products: ", end="")
-    print(f"{rate / 1e9:,.0f} GFLOP/s")
+    print(f"{hardware(torch.device(args.device))}; torch {torch.__version__}")
     print("; ".join(w.about["name"] for w in workers))
     sizes = f"{len(lengths) // 2:,} pairs, {sum(lengths):,} tokens (texts of {min(lengths)} to {max(lengths)})"
-    dropout = "off" if args.check else "on"
+    dropout = "on" if has_dropout(args) else "off"
     print(f"{sizes}, chunks of {args.chunk_tokens:,} tokens, {kind}, dropout {dropout}, median of {args.repeats}\n")
 
 
