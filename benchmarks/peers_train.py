@@ -25,8 +25,8 @@ from sentence_transformers import (
 def main() -> None:
     settings = json.loads(sys.argv[1])
     model = SentenceTransformer(settings["model"], device=settings["device"], backend="torch")
-    model.max_seq_length = settings["max_length"] or model.max_seq_length
-    out = Path(settings["out"])
+    out, own_length = Path(settings["out"]), model.max_seq_length
+    model.max_seq_length = settings["max_length"] or own_length
     trainer = _Trainer(
         factors=settings["lr_factors"],
         model=model,
@@ -35,6 +35,7 @@ def main() -> None:
         loss=make_loss(model, settings),
     )
     seconds = trainer.train().metrics["train_runtime"]
+    model.max_seq_length = own_length
     model.save(str(out / "model"))
     about = {"name": f"sentence-transformers {sentence_transformers.__version__}", "seconds": seconds}
     out.joinpath("training.json").write_text(json.dumps({**about, "num_steps": trainer.state.global_step}))
@@ -67,10 +68,14 @@ def training_arguments(settings: dict[str, Any], out: Path) -> SentenceTransform
 
 
 def make_loss(model: SentenceTransformer, settings: dict[str, Any]) -> torch.nn.Module:
-    scale = 1.0 / settings["temperature"]
+    options = {
+        "scale": 1.0 / settings["temperature"],
+        "directions": tuple(name.replace("document", "doc") for name in settings["directions"]),
+        "partition_mode": settings["partition"],
+    }
     if settings["cached"]:
-        return losses.CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=settings["cached"])
-    return losses.MultipleNegativesRankingLoss(model, scale=scale)
+        return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=settings["cached"], **options)
+    return losses.MultipleNegativesRankingLoss(model, **options)
 
 
 class _Trainer(SentenceTransformerTrainer):

@@ -127,7 +127,7 @@ def train_peer(
 
 def peer_settings(config: dict[str, Any]) -> dict[str, Any]:
     """What the other side must be told to do the same."""
-    dataset, optimizer = config["dataset"], config["optimizer"]["config"]
+    dataset, loss, optimizer = config["dataset"], config["loss"]["config"], config["optimizer"]["config"]
     (data,) = dataset["paths"]
     num_rows = len(Path(data).read_text(encoding="utf-8").splitlines()[: dataset["max_rows"]])
     num_steps = num_rows // dataset["batch_size"]
@@ -136,8 +136,8 @@ def peer_settings(config: dict[str, Any]) -> dict[str, Any]:
         "data": data,
         "max_rows": dataset["max_rows"],
         "batch_size": dataset["batch_size"],
-        "max_length": config["processor"]["max_length"],
-        "temperature": config["loss"]["config"]["temperature"],
+        "max_length": dataset["max_length"] or config["processor"]["max_length"],
+        **{key: loss[key] for key in ("temperature", "directions", "partition")},
         "lr_factors": [factor(step) for step in range(num_steps)],
         "max_grad_norm": config["trainer"]["max_grad_norm"],
         "bf16": is_bf16(config),

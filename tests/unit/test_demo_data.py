@@ -66,8 +66,11 @@ def test_docstrings_of_no_use_are_left_out(docstring: str) -> None:
 
 
 @settings(max_examples=60)
-@given(st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=9).map(" ".join), max_size=12))
-def test_near_duplicates_are_the_components_of_all_similar_pairs(texts: list[str]) -> None:
+@given(
+    st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=9).map(" ".join), max_size=12),
+    st.sampled_from((0.5, 0.8)),
+)
+def test_near_duplicates_are_the_components_of_all_similar_pairs(texts: list[str], threshold: float) -> None:
     def triples(words: list[str]) -> set[str]:
         return {" ".join(words[i : i + 3]) for i in range(max(len(words) - 2, 1))}
 
@@ -75,21 +78,21 @@ def test_near_duplicates_are_the_components_of_all_similar_pairs(texts: list[str
     group = list(range(len(texts)))
     for i, a in enumerate(sets):
         for j, b in enumerate(sets[:i]):
-            if len(a & b) / len(a | b) >= 0.5:
+            if len(a & b) / len(a | b) >= threshold:
                 group = [group[j] if g == group[i] else g for g in group]
     expected = {frozenset(i for i, g in enumerate(group) if g == name) for name in group}
-    assert {frozenset(g) for g in text.near_duplicates(texts)} == expected
+    assert {frozenset(g) for g in text.near_duplicates(texts, threshold=threshold)} == expected
 
 
 def test_short_documents_are_trained_on_only() -> None:
     pairs = [{"query": f"q{i}", "positive": f"word{i} " * (20 if i % 2 else 80)} for i in range(60)]
     train, held_out = text.split_pairs(pairs, num_held_out=20)
-    assert {len(row["positive"]) >= text.SEARCHED_LENGTH for row in held_out} == {True}
+    assert {len(row["positive"]) >= text.HELD_OUT_LENGTH for row in held_out} == {True}
     assert len(train) + len(held_out) == len(pairs)
 
 
 def test_near_duplicates_fall_on_the_same_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "SEARCHED_LENGTH", 1)
+    monkeypatch.setattr(text, "HELD_OUT_LENGTH", 1)
     words = [f"{chr(97 + i % 26)}{i}" for i in range(400)]
     pairs = []
     for i in range(0, 120, 3):
@@ -115,9 +118,8 @@ def test_the_pairs_of_this_installation(tmp_path: Path, monkeypatch: pytest.Monk
     train, queries, corpus = rows_of(files.train), rows_of(files.queries), rows_of(files.corpus)
     assert len(queries) == 500
     assert len(train) >= 1500
-    searched = [row for row in train if len(row["positive"]) >= text.SEARCHED_LENGTH]
-    assert len(corpus) == len(searched) + len(queries)
-    assert all(len(row["text"]) >= text.SEARCHED_LENGTH for row in corpus)
+    assert {row["positive"] for row in train} < {row["text"] for row in corpus}
+    assert len(corpus) == len(train) + len(queries)
     low, high = text.QUERY_LENGTH
     assert all(low <= len(row["query"]) <= high for row in train)
     assert len({row["text"] for row in corpus}) == len(corpus)

@@ -30,8 +30,8 @@ from vembed_fs2.files import write_text
 QUERY_LENGTH: Final = (20, 300)
 """The shortest and the longest query in characters; docstrings outside are left out."""
 
-SEARCHED_LENGTH: Final = 400
-"""Shorter documents are trained on, but not searched: "See also ..." does not say what it is about."""
+HELD_OUT_LENGTH: Final = 400
+"""No query asks for a shorter document: "See also ..." does not say what it is about."""
 
 DOCUMENT_LENGTH: Final = (100, 2000)
 """The shortest document, and where longer ones are cut, in characters."""
@@ -106,7 +106,7 @@ def split_pairs(
 
     Rows with nearly the same document (see :func:`near_duplicates`) fall on the
     same side, so that nothing held out was seen in training. Held-out documents
-    have at least ``SEARCHED_LENGTH`` characters.
+    have at least ``HELD_OUT_LENGTH`` characters.
 
     :param num_train: keep only so many rows to train on; ``None`` keeps all.
     :raises DataError: there are not enough pairs.
@@ -117,8 +117,8 @@ def split_pairs(
     held_out: list[dict[str, str]] = []
     for group in groups:
         fits = len(held_out) + len(group) <= num_held_out
-        searched = all(len(pairs[i]["positive"]) >= SEARCHED_LENGTH for i in group)
-        side = held_out if fits and searched else train
+        long = all(len(pairs[i]["positive"]) >= HELD_OUT_LENGTH for i in group)
+        side = held_out if fits and long else train
         side.extend(pairs[i] for i in group)
     if len(held_out) < num_held_out or not train:
         raise DataError(f"{len(pairs)} pairs are too few to hold out {num_held_out} of them.")
@@ -129,12 +129,12 @@ def write_pairs(out: Path, *, num_held_out: int = 500, num_train: int | None = N
     """Build the pairs, split them, and write what the demo trains and evaluates on.
 
     The evaluation asks for every held-out query's own document among the
-    documents of both sides that have at least ``SEARCHED_LENGTH`` characters.
+    documents of both sides.
     """
     train, held_out = split_pairs(build_pairs(), num_held_out=num_held_out, num_train=num_train, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     files = TextPairs(out / "train.jsonl", out / "queries.jsonl", out / "corpus.jsonl", out / "qrels.tsv")
-    documents = [row["positive"] for row in (*held_out, *train) if len(row["positive"]) >= SEARCHED_LENGTH]
+    documents = [row["positive"] for row in (*held_out, *train)]
     write_rows(files.train, train)
     write_rows(files.queries, ({"_id": f"q{i}", "text": row["query"]} for i, row in enumerate(held_out)))
     write_rows(files.corpus, ({"_id": f"d{i}", "text": text} for i, text in enumerate(documents)))
@@ -143,7 +143,7 @@ def write_pairs(out: Path, *, num_held_out: int = 500, num_train: int | None = N
     return files
 
 
-def near_duplicates(texts: list[str], *, threshold: float = 0.5) -> list[list[int]]:
+def near_duplicates(texts: list[str], *, threshold: float = 0.8) -> list[list[int]]:
     """Group texts that share much of their wording; a text unlike all others is a group of its own.
 
     Two texts are near duplicates if the Jaccard similarity of their sets of
