@@ -59,16 +59,18 @@ class Embedder:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         max_length: int | None = None,
+        trust_remote_code: bool = False,
     ) -> Embedder:
         """Load a card, a Hugging Face or sentence-transformers folder, a run folder or a checkpoint folder.
 
         :param device: where to compute; a GPU if there is one.
         :param max_length: overrides the model's longest text, in tokens.
+        :param trust_remote_code: whether Python code that comes with the model may be run. It can do anything.
         :raises ModelLoadError: there is no such model, or it is broken.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        source = find_model(name_or_path)
+        source = find_model(name_or_path, trust_remote_code=trust_remote_code)
         model = load_source(source, device=device, dtype=dtype)
         processor = load_processor(model, source.processor_folder(), max_length=max_length)
         return Embedder(model, processor, source)
@@ -188,6 +190,15 @@ class Embedder:
 
         save_sentence_transformers(self, Path(folder))
 
+    def save_open_clip(self, folder: str | Path) -> None:
+        """Write a folder that open_clip loads.
+
+        :raises VembedError: ``folder`` exists and is not empty, or the model cannot be expressed.
+        """
+        from vembed_fs2.interop.open_clip import save_open_clip
+
+        save_open_clip(self, Path(folder))
+
     def _prompt(self, name: str | None) -> str | None:
         if name is None:
             return self.processor.prompt_for(None)
@@ -216,6 +227,7 @@ class Embedder:
         windows = [items[start : start + size] for start in range(0, len(items), size)]
         with (
             _evaluating(self.model),
+            self._autocast(),
             ThreadPoolExecutor(1, "vembed-prepare") as pool,
             _Progress(len(items), bool(progress)) as bar,
         ):
@@ -240,11 +252,12 @@ class Embedder:
                 rows = list(chunk.rows[start : start + step])
                 part = batch.select(rows)
                 part.to(self.device)
-                with torch.inference_mode(), self._autocast():
+                with torch.inference_mode():
                     embeddings = self.model(part)
                 yield rows, embeddings
 
     def _autocast(self) -> AbstractContextManager[Any]:
+        """The type to compute in. Around all batches, so that weights are cast once."""
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
@@ -281,15 +294,25 @@ class _Finish:
             output[row] = vectors
 
 
-def load_processor(model: EmbeddingModel, folder: Path, *, max_length: int | None = None) -> Processor:
-    """Load the processor that belongs to ``model`` from ``folder``."""
-    return Processor.load(
+def load_processor(
+    model: EmbeddingModel, folder: Path, image_folder: Path | None = None, *, max_length: int | None = None
+) -> Processor:
+    """Load the processor that belongs to ``model`` from ``folder``.
+
+    :param image_folder: where the image processor is, if the tokenizer is somewhere else.
+    """
+    kinds: set[str] = set(model.modalities)
+    processor = Processor.load(
         folder,
-        frozenset(model.modalities),
+        frozenset(kinds if image_folder is None else kinds - {"image"}),
         max_length=max_length,
         model_max_length=model.max_text_length,
         tokens_per_image=model.tokens_per_image,
+        text_padding=model.text_padding,
     )
+    if image_folder is not None:
+        processor.image = Processor.load(image_folder, frozenset({"image"})).image
+    return processor
 
 
 def quantize(values: Array, precision: Precision) -> Array:

@@ -173,7 +173,7 @@ def test_gradients_equal_transformers(pooling: Pooling) -> None:
     (model(EncoderBatch.of_text(ids, mask, type_ids)).values * direction).sum().backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(grad is not None for grad in grads.values())  # DDP needs every one
-    back = FORMAT.to_hg_state_dict(dict(grads), None)
+    back = FORMAT.to_hg_state_dict(dict(grads), BertConfig())
     for name, parameter in hf.named_parameters():
         if name in back:
             assert max_diff(back[name], parameter.grad) <= 1e-5, name
@@ -313,7 +313,7 @@ def test_mean_is_taken_in_float32() -> None:
     ],
 )
 def test_unsupported_options_are_refused_by_name(field: str, value: object) -> None:
-    with pytest.raises(ModelLoadError, match="activation" if field == "hidden_act" else f"`{field}`"):
+    with pytest.raises(ModelLoadError, match=f"`{field}`"):
         FORMAT.from_hf_config({**TINY, "model_type": "bert", field: value})
 
 
@@ -359,9 +359,9 @@ def test_pretraining_checkpoint_with_old_names() -> None:
 
 
 def test_unknown_tensors_stay() -> None:
-    state = {**make_hf(TINY).state_dict(), "classifier.weight": torch.zeros(2, 16), "cls.other": torch.zeros(1)}
+    state = {**make_hf(TINY).state_dict(), "other.weight": torch.zeros(2, 16), "cls.other": torch.zeros(1)}
     converted = FORMAT.from_hf_state_dict(state, FORMAT.from_hf_config(TINY))
-    assert {"classifier.weight", "cls.other"} <= converted.keys()
+    assert {"other.weight", "cls.other"} <= converted.keys()
 
 
 def test_state_dict_with_our_names_is_left_alone() -> None:

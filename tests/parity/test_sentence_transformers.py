@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import vembed_fs2  # noqa: F401
+from vembed_fs2.embedder import Embedder
 from vembed_fs2.errors import ConfigError, ModelLoadError
 from vembed_fs2.interop.sentence_transformers import SentenceModules, read_modules, write_modules
 from vembed_fs2.models.bert import BertCheckpointFormat, create_bert_model, get_bert_model_hub
@@ -216,7 +217,12 @@ def test_backbone_in_its_own_folder(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_similarity(tiny: Path, tmp_path: Path) -> None:
-    assert read_modules(build(tiny, tmp_path / "dot", similarity_fn_name="dot")).similarity == "dot"
+    folder = build(tiny, tmp_path / "dot", similarity_fn_name="dot")
+    embedder = Embedder.load(folder, device="cpu")
+    vectors = torch.randn(3, embedder.embedding_dim)
+    expected = SentenceTransformer(str(folder), device="cpu").similarity(vectors, vectors)
+    torch.testing.assert_close(embedder.similarity(vectors, vectors), expected)
+    torch.testing.assert_close(expected, vectors @ vectors.T)
     with pytest.raises(ModelLoadError, match=r"config_sentence_transformers\.json: `similarity_fn_name` 'euclidean'"):
         read_modules(build(tiny, tmp_path / "euclidean", similarity_fn_name="euclidean"))
 
@@ -310,7 +316,6 @@ def write(tiny: Path, root: Path, head: HeadConfig, dense_state: dict[str, Tenso
         "prompts": {"query": "query: "},
         "default_prompt_name": "query",
         "do_lower_case": True,
-        "similarity": "dot",
         "embedding_dim": json.loads((tiny / "config.json").read_text())["hidden_size"],
     }
     write_modules(root, head=head, dense_state=dense_state, **{**options, **changes})
@@ -319,10 +324,10 @@ def write(tiny: Path, root: Path, head: HeadConfig, dense_state: dict[str, Tenso
 
 @pytest.mark.parametrize(("pooling", "normalized"), [("cls", False), ("mean", True), ("max", False), ("last", True)])
 def test_written_folder(tiny: Path, tmp_path: Path, pooling: Any, normalized: bool) -> None:
-    head = HeadConfig(pooling=pooling, normalize=normalized, include_prompt=False)
+    head = HeadConfig(pooling=pooling, normalize=normalized, include_prompt=False, similarity="dot")
     folder = write(tiny, tmp_path / "m", head, {})
     assert_equal(folder)
-    assert read_modules(folder) == SentenceModules(folder, head, (), 48, {"query": "query: "}, "query", True, "dot")
+    assert read_modules(folder) == SentenceModules(folder, head, (), 48, {"query": "query: "}, "query", True)
     theirs = SentenceTransformer(str(folder), device="cpu")
     assert theirs.max_seq_length == 48
     assert theirs.similarity_fn_name == "dot"
@@ -356,6 +361,6 @@ def test_written_without_limits(tiny: Path, tmp_path: Path) -> None:
 def test_what_sentence_transformers_does_not_have(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`head\.pooling` is 'pooler'"):
         write(tiny, tmp_path / "pooler", HeadConfig(pooling="pooler"), {})
-    with pytest.raises(ConfigError, match="'maxsim'"):
-        write(tiny, tmp_path / "maxsim", HeadConfig(), {}, similarity="maxsim")
+    with pytest.raises(ConfigError, match=r"`head\.pooling` is 'none'"):
+        write(tiny, tmp_path / "none", HeadConfig(pooling="none"), {})
     assert not tmp_path.joinpath("pooler", "modules.json").exists()

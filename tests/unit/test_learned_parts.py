@@ -137,3 +137,10 @@ def test_a_plain_format_keeps_temperature_and_bias_only() -> None:
     assert (again.logit_scale_init, again.logit_bias_init, again.teacher_dim) == (2.0, -10.0, None)
     state: dict[str, object] = {"logit_bias": torch.zeros(1), "teacher_projection": torch.zeros(2, 3)}
     assert plain.to_hg_state_dict(state, config).keys() == {"logit_bias"}
+
+
+def test_what_a_family_freezes_stays_frozen_whatever_fairseq2_asks_for() -> None:
+    model = create("vembed_bert", teacher_dim=20)
+    assert model.frozen_parameters == {"pooler.weight", "pooler.bias"}  # Of no use to the pooling "mean".
+    model.requires_grad_(False).requires_grad_(True)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == model.frozen_parameters

@@ -12,8 +12,10 @@ from torch import Tensor
 from vembed_fs2.errors import VembedError
 from vembed_fs2.files import new_folder, write_json
 from vembed_fs2.interop.sentence_transformers import has_pooling, write_modules
+from vembed_fs2.models.clip import CLIP_FAMILY
 from vembed_fs2.models.family import get_checkpoint_format, head_of
-from vembed_fs2.models.folder import HEAD_FILE
+from vembed_fs2.models.folder import HEAD_FILE, IMAGE_HEAD_FILE
+from vembed_fs2.models.vision import image_head_of
 
 if TYPE_CHECKING:
     from vembed_fs2.embedder import Embedder
@@ -25,7 +27,8 @@ def save_hf(embedder: Embedder, folder: Path) -> None:
     What follows a text backbone (pooling, dense layers) has no place in that
     layout and is written as sentence-transformers' modules beside it. Where they
     have no such pooling, it is written in a file of our own, and the tensors of
-    dense layers with those of the backbone, where transformers ignores them.
+    dense layers with those of the backbone, where transformers ignores them. The
+    pooling of an image backbone is written in a file of our own, too.
     """
     head = head_of(embedder.source.config)
     with new_folder(folder) as out:
@@ -34,6 +37,9 @@ def save_hf(embedder: Embedder, folder: Path) -> None:
             _write_head(embedder, out)
         elif head is not None:
             write_json(out / HEAD_FILE, asdict(head))
+        image_head = image_head_of(embedder.source.config)
+        if image_head is not None:
+            write_json(out / IMAGE_HEAD_FILE, asdict(image_head))
         embedder.processor.save(out)
 
 
@@ -43,7 +49,7 @@ def save_sentence_transformers(embedder: Embedder, folder: Path) -> None:
         _write_backbone(embedder, out)
         if head_of(embedder.source.config) is not None:
             _write_head(embedder, out)
-        elif embedder.model.modalities == {"text", "image"}:
+        elif embedder.source.family == CLIP_FAMILY:
             _write_clip_modules(out)
         else:
             raise VembedError(f"{embedder.source.family} models cannot be written for sentence-transformers.")
@@ -61,7 +67,6 @@ def _write_head(embedder: Embedder, folder: Path) -> None:
         prompts=settings.prompts,
         default_prompt_name=settings.default_prompt_name,
         do_lower_case=settings.do_lower_case,
-        similarity=embedder.model.similarity,
         dense_state={k: v.cpu() for k, v in embedder.model.state_dict().items() if k.startswith("head.dense.")},
         embedding_dim=embedder.embedding_dim,
     )
@@ -85,6 +90,7 @@ def _write_backbone(embedder: Embedder, folder: Path, *, with_dense: bool = Fals
     state = {k: v for k, v in state.items() if with_dense or not k.startswith("head.dense.")}
     hf_state = checkpoint_format.to_hg_state_dict(state, source.config)
     save_hugging_face_model(folder, hf_state, checkpoint_format.to_hg_config(source.config))
+    checkpoint_format.write_files(folder, source.config)
 
 
 def _plain(tensor: Tensor) -> Tensor:

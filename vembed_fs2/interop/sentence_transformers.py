@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vembed_fs2.errors import ConfigError, ModelLoadError
 from vembed_fs2.files import read_json, write_json
-from vembed_fs2.models.embedding import DenseConfig, HeadConfig, Pooling, Similarity
+from vembed_fs2.models.embedding import DenseConfig, HeadConfig, Pooling, SingleSimilarity
 
 _TRANSFORMER_FILES: Final = tuple(
     f"sentence_{name}_config.json"
@@ -81,9 +81,6 @@ class SentenceModules:
     do_lower_case: bool = False
     """If ``True``, texts are lowercased before tokenization."""
 
-    similarity: Similarity = "cosine"
-    """How embeddings are compared."""
-
 
 def read_modules(root: Path) -> SentenceModules:
     """Read a sentence-transformers folder.
@@ -96,17 +93,16 @@ def read_modules(root: Path) -> SentenceModules:
     backbone = modules[0][1]
     dense_folders = tuple(folder for kind, folder in modules if kind == "Dense")
     pooling, include_prompt = _read_pooling(modules[1][1] / "config.json")
+    prompts, default_prompt_name, similarity = _read_prompts(root / "config_sentence_transformers.json")
     head = HeadConfig(
         pooling=pooling,
         include_prompt=include_prompt,
         dense=[_read_dense(folder / "config.json") for folder in dense_folders],
         normalize="Normalize" in kinds,
+        similarity=similarity,
     )
     max_length, do_lower_case = _read_transformer(backbone)
-    prompts, default_prompt_name, similarity = _read_prompts(root / "config_sentence_transformers.json")
-    return SentenceModules(
-        backbone, head, dense_folders, max_length, prompts, default_prompt_name, do_lower_case, similarity
-    )
+    return SentenceModules(backbone, head, dense_folders, max_length, prompts, default_prompt_name, do_lower_case)
 
 
 def find_clip(root: Path) -> Path | None:
@@ -225,7 +221,7 @@ def _default_max_length(backbone: Path) -> int | None:
     return min(limits, default=None)
 
 
-def _read_prompts(file: Path) -> tuple[dict[str, str], str | None, Similarity]:
+def _read_prompts(file: Path) -> tuple[dict[str, str], str | None, SingleSimilarity]:
     """Prompts, the default prompt's name, and the similarity."""
     config = read_json(file) if file.is_file() else {}
     prompts: dict[str, str] = {}
@@ -236,7 +232,7 @@ def _read_prompts(file: Path) -> tuple[dict[str, str], str | None, Similarity]:
     default = config.get("default_prompt_name")
     if default is not None and default not in prompts:
         raise ModelLoadError(f"{file}: `default_prompt_name` is '{default}', but `prompts` has no such prompt.")
-    similarity: Similarity = config.get("similarity_fn_name") or "cosine"
+    similarity: SingleSimilarity = config.get("similarity_fn_name") or "cosine"
     if similarity not in ("cosine", "dot"):
         raise ModelLoadError(f"{file}: `similarity_fn_name` '{similarity}' is not supported.")
     return prompts, default, similarity
@@ -273,7 +269,6 @@ def write_modules(
     prompts: Mapping[str, str],
     default_prompt_name: str | None,
     do_lower_case: bool,
-    similarity: Similarity,
     dense_state: Mapping[str, Tensor],
     embedding_dim: int,
 ) -> None:
@@ -284,12 +279,10 @@ def write_modules(
     :param root: the folder with ``config.json``, the weights and the tokenizer.
     :param dense_state: the tensors ``head.dense.N.weight|bias``.
     :param embedding_dim: the size of an embedding, after all dense layers.
-    :raises ConfigError: sentence-transformers has no such pooling or similarity.
+    :raises ConfigError: sentence-transformers has no such pooling.
     """
     if not has_pooling(head):
         raise ConfigError(f"`head.pooling` is '{head.pooling}', which sentence-transformers does not have.")
-    if similarity == "maxsim":
-        raise ConfigError("The similarity is 'maxsim', which sentence-transformers does not have.")
     dim = head.dense[0].input_dim if head.dense else embedding_dim
     folders = [("Transformer", ""), ("Pooling", "1_Pooling")]
     _write_pooling(root / "1_Pooling", head, dim)
@@ -300,10 +293,8 @@ def write_modules(
         folders.append(("Normalize", f"{len(folders)}_Normalize"))
         root.joinpath(folders[-1][1]).mkdir(exist_ok=True)
     write_json(root / _TRANSFORMER_FILES[0], {"max_seq_length": max_length, "do_lower_case": do_lower_case})
-    write_json(
-        root / "config_sentence_transformers.json",
-        {"prompts": dict(prompts), "default_prompt_name": default_prompt_name, "similarity_fn_name": similarity},
-    )
+    settings = {"prompts": dict(prompts), "default_prompt_name": default_prompt_name}
+    write_json(root / "config_sentence_transformers.json", {**settings, "similarity_fn_name": head.similarity})
     # Last, because its presence is what makes the folder one of sentence-transformers.
     write_json(
         root / "modules.json",

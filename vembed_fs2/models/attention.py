@@ -91,17 +91,34 @@ class PaddedSDPA(SDPA):
         # Padding follows the tokens, so a causal token does not see it anyway.
         mask = None if self.causal else _key_mask(k, k_layout)
         dropout_p = self.dropout_p if self.training else 0.0
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if _is_slow_on_cpu(q, dropout_p):
-            attns = _attend_by_matmul(q, k, v, mask, dropout_p, self.causal)
-        else:
-            bias = None if mask is None else mask[:, None, None, :]
-            attns = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, is_causal=self.causal)
-        return attns.transpose(1, 2), None
+        bias = None if mask is None else mask[:, None, None, :]
+        return attend(q, k, v, bias, dropout_p=dropout_p, causal=self.causal), None
 
     @override
     def extra_repr(self) -> str:
         return f"dropout_p={self.dropout_p:G}, causal={self.causal}"
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, dropout_p: float = 0.0, causal: bool = False
+) -> Tensor:
+    """Compute scaled dot-product attention in the fastest way for the device.
+
+    :param q: *Shape:* ``[N, S, H, K]``.
+    :param k: as is ``v``, *Shape:* ``[N, S_kv, H, K]``.
+    :param bias: True where a key counts, or what is added to the weights before the softmax.
+        *Shape:* ``[N, H, S, S_kv]``, where 1 stands for all.
+    :param causal: if ``True``, the keys after a query do not count.
+    :returns: *Shape:* ``[N, S, H, K]``.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if bias is not None and bias.dtype != torch.bool:
+        bias = bias.to(q.dtype)
+    if _is_slow_on_cpu(q, dropout_p):
+        attns = _attend_by_matmul(q, k, v, bias, dropout_p, causal)
+    else:
+        attns = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, is_causal=causal)
+    return attns.transpose(1, 2)
 
 
 def _is_slow_on_cpu(q: Tensor, dropout_p: float) -> bool:
@@ -115,13 +132,15 @@ def _is_slow_on_cpu(q: Tensor, dropout_p: float) -> bool:
     return dropout_p > 0.0 or (q.dtype != torch.float32 and q.requires_grad)
 
 
-def _attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, causal: bool) -> Tensor:
-    """Attention as two matrix products. *Shape:* all ``[N, H, S, K]``; the mask ``[N, S]``."""
+def _attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float, causal: bool) -> Tensor:
+    """Attention as two matrix products. *Shape:* all ``[N, H, S, K]``; the bias ``[N, H, S, S]``."""
     # Autocast would make float32 of the weights; softmax itself rounds only its result.
     with torch.autocast("cpu", enabled=False):
         weights = (q * q.size(-1) ** -0.5) @ k.transpose(-1, -2)
-        if mask is not None:
-            weights = weights + weights.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None, None, :]
+        if bias is not None and bias.dtype == torch.bool:
+            bias = weights.new_zeros(bias.shape).masked_fill_(~bias, -torch.inf)
+        if bias is not None:
+            weights = weights + bias
         if causal:
             size = weights.size(-1)
             weights = weights + weights.new_full((size, size), -torch.inf).triu_(1)

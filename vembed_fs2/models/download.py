@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
+from fnmatch import filter as find_names
 from pathlib import Path
 from typing import Final, final
 
@@ -10,8 +12,14 @@ from fairseq2.assets import AssetDownloadError, AssetDownloadManager
 from fairseq2.utils.uri import Uri
 from typing_extensions import override
 
-_FILES: Final = ["*.json", "*.txt", "*.model", "*/config.json"]
-"""What a model folder needs besides weights: configurations, tokenizer, image processor, modules."""
+from vembed_fs2.models.folder import is_open_clip_folder
+from vembed_fs2.models.open_clip import OPEN_CLIP_CONFIG
+
+_FILES: Final = ["*.json", "*.txt", "*.model", "*.py", "*/config.json"]
+"""
+What a model folder needs besides weights: configurations, tokenizer, image
+processor, modules, and code, which is not run unless a user asks for it.
+"""
 
 _SAFETENSORS: Final = ["model*.safetensors", "*/model.safetensors"]
 
@@ -73,6 +81,17 @@ def download_repository(uri: Uri, *, weights: bool = True, force: bool = False, 
     from huggingface_hub import list_repo_files, snapshot_download
 
     repository, _, revision = str(uri).removeprefix("hg:").lstrip("/").partition("@")
+
+    def fetch(patterns: list[str]) -> Path:
+        folder = snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=patterns,
+            force_download=force,
+            local_files_only=local_only,
+        )
+        return Path(folder)
+
     patterns = list(_FILES)
     if weights:
         patterns += _SAFETENSORS + _PICKLED
@@ -81,17 +100,19 @@ def download_repository(uri: Uri, *, weights: bool = True, force: bool = False, 
         # says what else is wrong.
         with suppress(Exception):
             names = list_repo_files(repository, revision=revision or None)
-            has_safetensors = any(n.startswith("model") and n.endswith(".safetensors") for n in names)
-            patterns = [*_FILES, *(_SAFETENSORS if has_safetensors else _PICKLED)]
+            # Some repositories hold other weights as well.
+            is_open_clip = OPEN_CLIP_CONFIG in names and is_open_clip_folder(fetch(_FILES))
+            patterns = [*_FILES, *_choose_weights(names, is_open_clip)]
     try:
-        folder = snapshot_download(
-            repository,
-            revision=revision or None,
-            allow_patterns=patterns,
-            force_download=force,
-            local_files_only=local_only,
-        )
+        return fetch(patterns)
     except Exception as ex:
         # The hub's client raises many kinds: of HTTP, of the file system, of its own.
         raise AssetDownloadError(uri, f"{type(ex).__name__}: {ex}") from ex
-    return Path(folder)
+
+
+def _choose_weights(names: Sequence[str], is_open_clip: bool) -> list[str]:
+    """The patterns of one of the formats that there are, safe ones first."""
+    candidates = [_SAFETENSORS, _PICKLED]
+    if is_open_clip:
+        candidates = [["open_clip*model.safetensors"], ["open_clip*model.bin"], *candidates]
+    return next((patterns for patterns in candidates if find_names(names, patterns[0])), _PICKLED)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar, final
+from typing import Any, Final, TypeVar, final
 
 import torch
 from fairseq2.assets import AssetCard, AssetConfigLoader, AssetDownloadManager
 from fairseq2.error import NotSupportedError
 from fairseq2.model_checkpoint import ModelCheckpointLoader
 from fairseq2.models import ModelFamily, StandardModelFamily
-from fairseq2.models.hg import HuggingFaceConfig, HuggingFaceConverter
+from fairseq2.models.hg import HuggingFaceConverter
 from fairseq2.models.utils.ac import apply_layerwise_ac
 from fairseq2.models.utils.fsdp import apply_layerwise_fsdp
 from fairseq2.nn.fsdp import FSDPWrapper
@@ -24,152 +24,42 @@ from fairseq2.runtime.dependency import (
     get_dependency_resolver,
     wire_object,
 )
-from fairseq2.utils.structured import StandardValueConverter, StructureError
-from fairseq2.utils.validation import StandardObjectValidator, ValidationError, ValidationResult
 from torch import Tensor
 from torch.nn import Module
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from typing_extensions import override
 
 from vembed_fs2.errors import ConfigError, ModelLoadError
-from vembed_fs2.models.download import FolderDownloadManager
-from vembed_fs2.models.embedding import EmbeddingModel, EmbeddingModelConfig, HeadConfig, initial_projection
+from vembed_fs2.models.checkpoint_format import LEARNED_PARTS as LEARNED_PARTS
+from vembed_fs2.models.checkpoint_format import CheckpointFormat as CheckpointFormat
+from vembed_fs2.models.checkpoint_format import PlainCheckpointFormat as PlainCheckpointFormat
+from vembed_fs2.models.checkpoint_format import config_errors as config_errors
+from vembed_fs2.models.checkpoint_format import head_of as head_of
+from vembed_fs2.models.download import FolderDownloadManager, download_repository
+from vembed_fs2.models.embedding import EmbeddingModel, EmbeddingModelConfig, initial_projection
+from vembed_fs2.models.facts import FamilyFacts
 from vembed_fs2.models.folder import FolderCheckpointLoader, ModelFolder, is_model_folder
+from vembed_fs2.models.open_clip import get_open_clip_format, is_open_clip_state, read_open_clip_config
+from vembed_fs2.models.vision import set_image_head
 
 ConfigT = TypeVar("ConfigT")
 
-LEARNED_PARTS: Final = ("logit_scale", "logit_bias", "teacher_projection")
-"""The parameters that any model can have besides its encoder, for its objective."""
+FALLBACK_FAMILY: Final = "vembed_auto"
+"""The family that wraps the models of transformers that no other reads."""
 
 
-class CheckpointFormat(HuggingFaceConverter):
-    """How a family's checkpoints look in Hugging Face transformers, read both ways.
+@dataclass(frozen=True)
+class FamilyFactory:
+    """Creates models of a family inside other models. Unlike fairseq2's ``ModelFamily``, it waits for no rank."""
 
-    Subclasses :class:`fairseq2.models.hg.HuggingFaceConverter`, so fairseq2's
-    own export works too.
+    create: Callable[[Any], EmbeddingModel]
+    """Creates the model of a configuration, on the current device.
+
+    :raises ConfigError: the configuration is not valid.
     """
 
-    model_types: Sequence[str] = ()
-    """The ``model_type`` values of ``config.json`` that the family reads."""
-
-    @abstractmethod
-    def from_hf_config(
-        self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
-    ) -> Any:
-        """Convert ``config.json`` to the family's configuration.
-
-        :param head: what follows the backbone, where the folder says it.
-        :param keys: the names of the tensors in the checkpoint.
-        :raises ModelLoadError: an option is not supported; the message names the field.
-        """
-
-    @abstractmethod
-    def from_hf_state_dict(self, state_dict: dict[str, object], config: Any) -> dict[str, object]:
-        """Convert tensors to the family's names. A state dict that has them already is returned as it is."""
-
-    @override
-    @abstractmethod
-    def to_hg_config(self, config: object) -> HuggingFaceConfig:
-        """Convert the family's configuration to transformers' (the reverse of :meth:`from_hf_config`)."""
-
-    @override
-    @abstractmethod
-    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
-        """Convert the family's tensors to transformers' (the reverse of :meth:`from_hf_state_dict`)."""
-
-
-@final
-class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
-    """The format of a family that transformers does not have.
-
-    ``config.json`` holds the family's own configuration under ``model_config``,
-    and tensors keep their names. If the configuration has a field ``head`` of
-    type :class:`HeadConfig`, it must call the size of token states
-    ``model_dim``; sentence-transformers' modules are then read and written, too.
-    """
-
-    def __init__(self, model_type: str, config_kls: type[ConfigT]) -> None:
-        """
-        :param model_type: the ``model_type`` of ``config.json``: letters, digits and ``_``, and nobody else's.
-        :param config_kls: a dataclass.
-        """
-        self.model_types = (model_type,)
-        self._model_type = model_type
-        self._config_kls = config_kls
-
-    @override
-    def from_hf_config(
-        self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
-    ) -> ConfigT:
-        values = hf_config.get("model_config")
-        if not isinstance(values, Mapping):
-            raise ModelLoadError("config.json: `model_config` must hold the fields of the model's configuration.")
-        try:
-            config: ConfigT = StandardValueConverter().structure(values, self._config_kls)
-        except StructureError as ex:
-            raise ModelLoadError(f"config.json: `model_config` is not valid. {_reason_of(ex)}") from None
-        if head is not None and head_of(config) is not None:
-            setattr(config, "head", head)  # noqa: B010  (mypy does not know the field)
-        elif head is not None and head.dense:
-            raise ModelLoadError(f"Dense modules after a {self._model_type} model are not supported.")
-        if errors := config_errors(config):
-            raise ModelLoadError(f"config.json: `model_config` is not valid. {' '.join(errors)}")
-        return config
-
-    @override
-    def from_hf_state_dict(self, state_dict: dict[str, object], config: Any) -> dict[str, object]:
-        return state_dict
-
-    @override
-    def to_hg_config(self, config: object) -> HuggingFaceConfig:
-        values: Any = StandardValueConverter().unstructure(config)
-        # Of no use without the teacher.
-        data: dict[str, object] = {"model_config": {k: v for k, v in values.items() if k != "teacher_dim"}}
-        if head_of(config) is not None:
-            # Where sentence-transformers' pooling looks for the size of its inputs.
-            data["hidden_size"] = getattr(config, "model_dim")  # noqa: B009  (mypy does not know the field)
-        return HuggingFaceConfig(data, kls_name=self._declare_hf_config(), arch=self._model_type)
-
-    @override
-    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
-        return {key: value for key, value in state_dict.items() if key != "teacher_projection"}
-
-    def _declare_hf_config(self) -> str:
-        """Make the class of ``config.json``; fairseq2 writes only what it finds by name in transformers."""
-        import transformers
-
-        name = f"Vembed_{self._model_type}_Config"
-        if not hasattr(transformers, name):
-            fields = {"model_type": self._model_type, "model_config": None, "hidden_size": None}
-            setattr(transformers, name, type(name, (transformers.PretrainedConfig,), fields))
-        return name
-
-
-def _reason_of(error: StructureError) -> str:
-    """The messages from the outermost field down to its value."""
-    reasons = []
-    cause: BaseException | None = error
-    while isinstance(cause, StructureError):
-        # The chain also names each class on the way.
-        if not str(cause).startswith("Value cannot be structured to"):
-            reasons.append(str(cause))
-        cause = cause.__cause__
-    return " ".join(reasons)
-
-
-def config_errors(config: object) -> list[str]:
-    """Return all that ``validate`` of a configuration and of the configurations inside it finds wrong."""
-    try:
-        StandardObjectValidator().validate(config)
-    except ValidationError as ex:
-        return _list_errors(ex.result, "")
-    return []
-
-
-def _list_errors(result: ValidationResult, path: str) -> list[str]:
-    errors = [f"`{path.rstrip('.')}`: {e}" if path else str(e) for e in result.errors]
-    for name, sub_result in result.sub_results.items():
-        errors += _list_errors(sub_result, f"{path}{name}.")
-    return errors
+    supports_meta: bool
+    """Whether it works on the meta device."""
 
 
 def register_family(
@@ -181,6 +71,9 @@ def register_family(
     factory: Callable[[ConfigT], EmbeddingModel],
     checkpoint_format: CheckpointFormat | None = None,
     supports_meta: bool = True,
+    supports_compile: bool = True,
+    supports_packed: bool = False,
+    supports_tensor_parallel: bool | Callable[[ConfigT], bool] = False,
 ) -> None:
     """Register a family of embedding models with fairseq2.
 
@@ -194,10 +87,17 @@ def register_family(
         :class:`PlainCheckpointFormat`; without it the family loads fairseq2
         checkpoints only.
     :param supports_meta: whether the factory works on the meta device.
+    :param supports_compile: whether the layers can be compiled, one at a time.
+    :param supports_packed: whether texts are encoded one after the other, without padding.
+    :param supports_tensor_parallel: whether the model is built of fairseq2's sharded layers; or which
+        configurations' models are. Others are refused where there are several tensor parallel ranks.
     """
+    facts = FamilyFacts(supports_tensor_parallel, supports_packed)
 
     def convert(state_dict: dict[str, object], config: ConfigT) -> dict[str, object]:
-        if checkpoint_format is not None:
+        if is_open_clip_state(name, state_dict):
+            state_dict = get_open_clip_format(name).state_dict_from_open_clip(state_dict, config)
+        elif checkpoint_format is not None:
             state_dict = checkpoint_format.from_hf_state_dict(state_dict, config)
         blank = _create_blank(factory, config) if supports_meta else None
         if blank is not None:
@@ -208,7 +108,9 @@ def register_family(
     def create(config: ConfigT) -> EmbeddingModel:
         if errors := config_errors(config):
             raise ConfigError(errors, where=f"The {name} configuration")
+        facts.check_gangs(name, config)
         model = factory(config)
+        model.frozen_parameters = frozenset(name for name, p in model.named_parameters() if not p.requires_grad)
         if isinstance(config, EmbeddingModelConfig):
             if config.logit_scale_init is not None:
                 model.add_logit_scale(config.logit_scale_init)
@@ -233,19 +135,25 @@ def register_family(
             restrict=True,
             state_dict_converter=convert,
             shard_specs=None,
-            compiler=_compile,
+            compiler=_compile if supports_compile else None,
             fsdp_applier=_apply_fsdp,
             layerwise_ac_applier=_apply_layerwise_ac,
         )
 
     container.register(ModelFamily, create_family, key=name)
+    container.register_instance(FamilyFacts, facts, key=name)
+    container.register_instance(FamilyFactory, FamilyFactory(create, supports_meta), key=name)
     if checkpoint_format is not None:
         container.register_instance(HuggingFaceConverter, checkpoint_format, key=name)
 
 
 @final
 class _FolderConfigLoader(AssetConfigLoader):
-    """Takes the configuration of a card from its local folder's ``config.json``, if it names no architecture."""
+    """Takes the configuration of a card from its folder's ``config.json``, if it names no architecture.
+
+    A folder that is on a hub is downloaded for it, whole: some configurations
+    depend on which tensors there are.
+    """
 
     def __init__(self, loader: AssetConfigLoader, checkpoint_format: CheckpointFormat | None) -> None:
         self._loader = loader
@@ -256,15 +164,31 @@ class _FolderConfigLoader(AssetConfigLoader):
         field = card.maybe_get_field("checkpoint")
         if self._format is not None and field is not None and not card.has_field("model_arch"):
             uri = field.as_uri()
-            if uri.scheme == "file" and is_model_folder(uri.to_path()):
-                base_config = read_folder_config(uri.to_path(), self._format)
+            path = download_repository(uri) if uri.scheme == "hg" else uri.to_path() if uri.scheme == "file" else None
+            if path is not None and is_model_folder(path):
+                base_config = read_folder_config(path, self._format, trust_remote_code=_is_trusted(card))
         return self._loader.load(card, base_config, config_key)
 
 
-def read_folder_config(path: Path, checkpoint_format: CheckpointFormat) -> Any:
-    """Read the model configuration of a Hugging Face or sentence-transformers folder."""
+def _is_trusted(card: AssetCard) -> bool:
+    field = card.maybe_get_field("model_config_overrides")
+    return field is not None and isinstance(field.value, Mapping) and field.value.get("trust_remote_code") is True
+
+
+def read_folder_config(path: Path, checkpoint_format: CheckpointFormat, *, trust_remote_code: bool = False) -> Any:
+    """Read the model configuration of a Hugging Face, sentence-transformers or open_clip folder.
+
+    :param trust_remote_code: whether Python code in the folder may be run.
+    :raises ModelLoadError: the folder is broken, or an option is not supported.
+    """
     folder = ModelFolder.open(path)
-    return checkpoint_format.from_hf_config(folder.config, head=folder.head(), keys=folder.keys())
+    if folder.is_open_clip:
+        return read_open_clip_config(path)[1]
+    config = checkpoint_format.from_folder(folder, trust_remote_code=trust_remote_code)
+    image_head = folder.image_head()
+    if image_head is not None:
+        set_image_head(config, image_head)
+    return config
 
 
 def _create_blank(factory: Callable[[ConfigT], EmbeddingModel], config: ConfigT) -> EmbeddingModel:
@@ -325,9 +249,10 @@ def get_checkpoint_format(family: str, resolver: DependencyResolver | None = Non
     return converter if isinstance(converter, CheckpointFormat) else None
 
 
-def find_family(model_type: str, resolver: DependencyResolver | None = None) -> str:
-    """Return the family that reads Hugging Face models of ``model_type``.
+def find_family(model_type: str, resolver: DependencyResolver | None = None, *, has_code: bool = False) -> str:
+    """Return the family that reads Hugging Face models of ``model_type``: one of its own, else the one for all others.
 
+    :param has_code: whether the model comes with Python code of its own.
     :raises ModelLoadError: there is none.
     """
     resolver = resolver or get_dependency_resolver()
@@ -342,14 +267,11 @@ def find_family(model_type: str, resolver: DependencyResolver | None = None) -> 
         case [*names] if names:
             text = f"model_type '{model_type}' is read by several families: {', '.join(sorted(names))}."
             raise ModelLoadError(f"{text} Uninstall the package of all but one.")
-    nearest = get_close_matches(model_type, known, 1)
+    if (has_code or model_type in CONFIG_MAPPING_NAMES) and get_checkpoint_format(FALLBACK_FAMILY, resolver):
+        return FALLBACK_FAMILY
+    nearest = get_close_matches(model_type, known, 1) or get_close_matches(model_type, CONFIG_MAPPING_NAMES, 1)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
     raise ModelLoadError(
-        f"model_type '{model_type}' is not supported.{hint} Supported are: {', '.join(sorted(known))}."
+        f"model_type '{model_type}' is not supported.{hint} Supported are: {', '.join(sorted(known))}, and what else "
+        "transformers has for texts or images."
     )
-
-
-def head_of(config: object) -> HeadConfig | None:
-    """Return the head of a model configuration, if the family has one."""
-    head = getattr(config, "head", None)
-    return head if isinstance(head, HeadConfig) else None

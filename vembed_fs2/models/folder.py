@@ -1,8 +1,8 @@
-"""Reads the weights and the configuration of a Hugging Face or sentence-transformers folder."""
+"""Reads the weights and the configuration of a Hugging Face, sentence-transformers or open_clip folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -21,9 +21,14 @@ from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json
 from vembed_fs2.interop.sentence_transformers import SentenceModules, find_clip, read_modules
 from vembed_fs2.models.embedding import DenseConfig, HeadConfig
+from vembed_fs2.models.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
+from vembed_fs2.models.vision import ImageHeadConfig
 
 HEAD_FILE: Final = "vembed_head.json"
 """What follows the backbone, in a folder of transformers' layout that we wrote."""
+
+IMAGE_HEAD_FILE: Final = "vembed_image_head.json"
+"""What follows an image backbone, in such a folder."""
 
 _WEIGHT_FILES: Final = (
     "model.safetensors.index.json",
@@ -33,14 +38,37 @@ _WEIGHT_FILES: Final = (
 )
 
 
+_OPEN_CLIP_WEIGHT_FILES: Final = (
+    OPEN_CLIP_WEIGHTS,
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_model.bin",
+    "open_clip_pytorch_model.bin",
+    # Some repositories have no weights but open_clip's.
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+
+
 def is_model_folder(path: Path) -> bool:
-    """Whether ``path`` is a Hugging Face or sentence-transformers folder."""
-    return any(path.joinpath(name).is_file() for name in ("config.json", "modules.json"))
+    """Whether ``path`` is a Hugging Face, sentence-transformers or open_clip folder."""
+    return any(path.joinpath(name).is_file() for name in ("config.json", "modules.json", OPEN_CLIP_CONFIG))
+
+
+def is_open_clip_folder(path: Path) -> bool:
+    """Whether the model of ``path`` is in open_clip's layout.
+
+    A folder that holds the model in transformers' layout as well is one of
+    transformers. timm writes a ``config.json`` of its own, without ``model_type``.
+    """
+    if not path.joinpath(OPEN_CLIP_CONFIG).is_file() or path.joinpath("modules.json").is_file():
+        return False
+    file = path / "config.json"
+    return not file.is_file() or "model_type" not in read_json(file)
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder with a model in the layout of transformers or sentence-transformers."""
+    """A folder with a model in the layout of transformers, sentence-transformers or open_clip."""
 
     root: Path
     backbone: Path
@@ -48,6 +76,9 @@ class ModelFolder:
 
     modules: SentenceModules | None = None
     """What ``modules.json`` says about a text model, in a sentence-transformers folder."""
+
+    is_open_clip: bool = False
+    """Whether configuration and weights are those of open_clip."""
 
     @staticmethod
     def open(path: Path) -> ModelFolder:
@@ -59,6 +90,8 @@ class ModelFolder:
             raise ModelLoadError(f"{path} is not a folder.")
         if not is_model_folder(path):
             raise ModelLoadError(f"{path} has no config.json: it is not a Hugging Face model folder.")
+        if is_open_clip_folder(path):
+            return ModelFolder(path, path, is_open_clip=True)
         if not path.joinpath("modules.json").is_file():
             return ModelFolder(path, path)
         if clip := find_clip(path):
@@ -68,8 +101,8 @@ class ModelFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of ``config.json``."""
-        return read_json(self.backbone / "config.json")
+        """The content of ``config.json``, or of ``open_clip_config.json``."""
+        return read_json(self.backbone / (OPEN_CLIP_CONFIG if self.is_open_clip else "config.json"))
 
     def head(self) -> HeadConfig | None:
         """What follows the backbone, where the folder says it."""
@@ -81,6 +114,16 @@ class ModelFolder:
         try:
             values = read_json(file)
             return HeadConfig(**{**values, "dense": [DenseConfig(**d) for d in values.get("dense", ())]})
+        except TypeError as ex:
+            raise ModelLoadError(f"{file} is not valid: {ex}.") from None
+
+    def image_head(self) -> ImageHeadConfig | None:
+        """What follows an image backbone, where the folder says it."""
+        file = self.root / IMAGE_HEAD_FILE
+        if not file.is_file():
+            return None
+        try:
+            return ImageHeadConfig(**read_json(file))
         except TypeError as ex:
             raise ModelLoadError(f"{file} is not valid: {ex}.") from None
 
@@ -116,14 +159,14 @@ class ModelFolder:
         return state
 
     def _weight_file(self) -> Path:
-        return _find_weights(self.backbone)
+        return _find_weights(self.backbone, _OPEN_CLIP_WEIGHT_FILES if self.is_open_clip else _WEIGHT_FILES)
 
 
-def _find_weights(folder: Path) -> Path:
-    for name in _WEIGHT_FILES:
+def _find_weights(folder: Path, names: Sequence[str] = _WEIGHT_FILES) -> Path:
+    for name in names:
         if folder.joinpath(name).is_file():
             return folder / name
-    raise ModelLoadError(f"{folder} has no weights: none of {', '.join(_WEIGHT_FILES)} is there.")
+    raise ModelLoadError(f"{folder} has no weights: none of {', '.join(names)} is there.")
 
 
 def _read_index(file: Path) -> dict[str, str]:
@@ -159,6 +202,9 @@ def _load_weights(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         # Pickled tensors only: arbitrary objects in a checkpoint are refused.
         state = torch.load(file, map_location="cpu", weights_only=True)
+    # open_clip's training saves the state of its optimizer with the model, and the name of DDP's module.
+    if isinstance(state, dict) and isinstance(inner := state.get("state_dict"), dict):
+        state = {str(key).removeprefix("module."): tensor for key, tensor in inner.items()}
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ModelLoadError(f"{file} must hold tensors by name.")
     return state
@@ -166,7 +212,7 @@ def _load_weights(file: Path) -> dict[str, Tensor]:
 
 @final
 class FolderCheckpointLoader(ModelCheckpointLoader):
-    """Loads Hugging Face folders; leaves every other checkpoint to fairseq2's own loader.
+    """Loads Hugging Face and open_clip folders; leaves every other checkpoint to fairseq2's own loader.
 
     fairseq2 reads ``*.safetensors`` only and knows no sentence-transformers
     layout; this also reads index files, ``.bin`` files and dense modules.

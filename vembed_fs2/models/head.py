@@ -14,7 +14,7 @@ from torch.nn import Module, ModuleList
 from typing_extensions import override
 
 from vembed_fs2.models.activations import create_activation
-from vembed_fs2.models.embedding import HeadConfig, Pooling
+from vembed_fs2.models.embedding import HeadConfig, Pooling, SingleSimilarity
 
 _ACTIVATIONS: Final = {"identity": "linear", "tanh": "tanh", "relu": "relu", "gelu": "gelu", "sigmoid": "sigmoid"}
 
@@ -29,6 +29,8 @@ def validate_head(head: HeadConfig, input_dim: int, *, multi_vector: bool = Fals
         errors.append(f"`head.pooling` must be one of {', '.join(get_args(Pooling))}, but is '{head.pooling}' instead.")
     if head.pooling == "none" and not multi_vector:
         errors.append("`head.pooling` must not be 'none': the model returns one vector per text.")
+    if head.similarity not in get_args(SingleSimilarity):
+        errors.append(f"`head.similarity` must be 'cosine' or 'dot', but is '{head.similarity}' instead.")
     for idx, dense in enumerate(head.dense):
         where = f"head.dense[{idx}]"
         if dense.input_dim != input_dim:

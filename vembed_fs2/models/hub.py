@@ -20,10 +20,12 @@ from fairseq2.utils.structured import StructureError, ValueConverter
 from fairseq2.utils.yaml import YamlError, YamlLoader
 
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.models.checkpoint_format import wants_code
 from vembed_fs2.models.download import download_repository
 from vembed_fs2.models.embedding import EmbeddingModel
-from vembed_fs2.models.family import find_family, get_checkpoint_format, read_folder_config
+from vembed_fs2.models.family import FALLBACK_FAMILY, find_family, get_checkpoint_format, read_folder_config
 from vembed_fs2.models.folder import ModelFolder, is_model_folder
+from vembed_fs2.models.open_clip import read_open_clip_config
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,21 @@ def get_resolver() -> DependencyResolver:
         return init_fairseq2(no_progress=True)
 
 
-def find_model(name_or_path: str | Path, resolver: DependencyResolver | None = None) -> ModelSource:
+def find_model(
+    name_or_path: str | Path, resolver: DependencyResolver | None = None, *, trust_remote_code: bool = False
+) -> ModelSource:
     """Find a model by card name, Hugging Face folder, run folder or checkpoint folder.
 
+    :param trust_remote_code: whether Python code that comes with the model may be run. Of cards, their own
+        `trust_remote_code` says it.
     :raises ModelLoadError: there is none, or it is not supported.
     """
     resolver = resolver or get_resolver()
     path = Path(name_or_path).expanduser()
     if path.exists():
         if run := _find_run(path):
-            return _open_run(str(name_or_path), *run, resolver)
-        return _open_folder(str(name_or_path), path.resolve(), resolver)
+            return _open_run(str(name_or_path), *run, resolver, trust_remote_code)
+        return _open_folder(str(name_or_path), path.resolve(), resolver, trust_remote_code)
     if isinstance(name_or_path, Path) or "/" in name_or_path:
         raise ModelLoadError(f"{name_or_path} does not exist.")
     return _open_card(name_or_path, resolver)
@@ -88,13 +94,16 @@ def load_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     gangs: Gangs | None = None,
+    trust_remote_code: bool = False,
 ) -> EmbeddingModel:
     """Load the bare model, in evaluation mode.
 
     :param name_or_path: a card, a Hugging Face folder, a run folder or a checkpoint folder.
+    :param trust_remote_code: whether Python code that comes with the model may be run.
     :raises ModelLoadError: there is no such model, or its checkpoint does not fit.
     """
-    return load_source(find_model(name_or_path), device=device, dtype=dtype, gangs=gangs)
+    source = find_model(name_or_path, trust_remote_code=trust_remote_code)
+    return load_source(source, device=device, dtype=dtype, gangs=gangs)
 
 
 def load_source(
@@ -117,6 +126,9 @@ def load_source(
         raise ModelLoadError(f"{source.name}: the checkpoint does not fit the model. {reason}") from ex
     except (AssetCardError, AssetDownloadError, ModelGatedError) as ex:
         raise ModelLoadError(f"{source.name} cannot be loaded: {ex} {ex.__cause__ or ''}".rstrip()) from ex
+    except ModelLoadError as ex:
+        # What a family finds wrong with tensors does not say where they are from.
+        raise ex if source.name in str(ex) else ModelLoadError(f"{source.name}: {ex}") from ex
     if not isinstance(model, EmbeddingModel):
         raise ModelLoadError(f"{source.name} is of family {source.family}, which is no embedding model.")
     return model.eval()
@@ -141,7 +153,7 @@ def _open_card(name: str, resolver: DependencyResolver) -> ModelSource:
         raise ModelLoadError(f"Card {name} names the model family {family_name}, which is not known.")
     try:
         config = family.get_model_config(card)
-    except AssetCardError as ex:
+    except (AssetCardError, AssetDownloadError) as ex:
         raise ModelLoadError(f"Card {name} cannot be read: {ex} {ex.__cause__ or ''}".rstrip()) from ex
     return ModelSource(name, family_name, config, card, local_folder(card))
 
@@ -155,14 +167,18 @@ def local_folder(card: AssetCard) -> Path | None:
     return path if path.is_dir() else path.parent
 
 
-def _open_folder(name: str, path: Path, resolver: DependencyResolver) -> ModelSource:
+def _open_folder(name: str, path: Path, resolver: DependencyResolver, trust_remote_code: bool) -> ModelSource:
     folder = ModelFolder.open(path)
-    model_type = folder.model_type
+    if folder.is_open_clip:
+        return ModelSource(name, *read_open_clip_config(path), path, path)
+    model_type, code = folder.model_type, folder.config.get("auto_map") or {}
     try:
-        family = find_family(model_type, resolver)
+        # Without that, the code is left where it is, and the family that reads the type reads the model.
+        uses_code = trust_remote_code and "AutoModel" in code
+        family = FALLBACK_FAMILY if uses_code else find_family(model_type, resolver, has_code=bool(code))
         checkpoint_format = get_checkpoint_format(family, resolver)
         assert checkpoint_format is not None
-        config = read_folder_config(path, checkpoint_format)
+        config = read_folder_config(path, checkpoint_format, trust_remote_code=trust_remote_code)
     except ModelLoadError as ex:
         # Families see the content of files, and not where they are.
         raise ex if str(path) in str(ex) else ModelLoadError(f"{path}: {ex}") from None
@@ -177,7 +193,9 @@ def _find_run(path: Path) -> tuple[Path, Path | None] | None:
     return None
 
 
-def _open_run(name: str, checkpoints: Path, step: Path | None, resolver: DependencyResolver) -> ModelSource:
+def _open_run(
+    name: str, checkpoints: Path, step: Path | None, resolver: DependencyResolver, trust_remote_code: bool
+) -> ModelSource:
     file = checkpoints / "model.yaml"
     try:
         metadata: Any = resolver.resolve(YamlLoader).load(file)[0]
@@ -188,6 +206,11 @@ def _open_run(name: str, checkpoints: Path, step: Path | None, resolver: Depende
         config = resolver.resolve(ValueConverter).structure(metadata["model_config"], family.config_kls)
     except (YamlError, LookupError, TypeError, StructureError, OSError) as ex:
         raise ModelLoadError(f"{file} is broken: {ex}") from ex
+    if wants_code(metadata["model_config"]) and not trust_remote_code:
+        raise ModelLoadError(
+            f"{file}: the model needs Python code of its own. Read it, and if you trust it, ask for it: "
+            "`trust_remote_code=True`."
+        )
     step = step or _best_step(checkpoints)
     weights = (step / "model").resolve()
     if not weights.is_dir():

@@ -19,6 +19,10 @@ from torch import Tensor
 
 from vembed_fs2.errors import DataError, ModelLoadError
 from vembed_fs2.files import read_json, write_json
+from vembed_fs2.models.folder import is_open_clip_folder
+from vembed_fs2.processing.float_image import FAST_ONLY, FloatImageProcessor
+from vembed_fs2.processing.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipPreprocessing, OpenClipTransform
+from vembed_fs2.processing.patches import join_patches
 
 MAX_PIXELS: Final = 100_000_000
 """The default limit of an image's pixels; decoded as RGB that is 0.3 GB."""
@@ -37,8 +41,6 @@ _MAX_PROBE_SIDE: Final = 1024
 
 _CHANNEL_MODES: Final = {1: "L", 3: "RGB", 4: "RGBA"}
 
-_OPENAI_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
-_OPENAI_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 
 _pillow_lock: Final = Lock()
 
@@ -177,7 +179,8 @@ class ImageProcessor:
 
     def __init__(self, processor: Any) -> None:
         """
-        :param processor: an image processor of transformers; not one of the ``Fast`` classes.
+        :param processor: an image processor of transformers, not one of the ``Fast`` classes;
+            or :class:`~vembed_fs2.processing.open_clip.OpenClipTransform`.
         :raises ModelLoadError: it does not make pixel values of shape ``[C, H, W]``.
         """
         self._processor = processor
@@ -185,10 +188,18 @@ class ImageProcessor:
         self.num_channels = len(mean) if isinstance(mean, (list, tuple)) else 3
         if self.num_channels not in _CHANNEL_MODES:
             raise ModelLoadError(f"`image_mean` has {self.num_channels} channels, which is not supported.")
+        flexible = "spatial_shapes" in getattr(processor, "model_input_names", ())
+        self.patch_size: int | None = processor.patch_size if flexible else None
+        """The size of patches that images of any size are cut into; ``None`` if all have one size."""
         # How resizing and cropping work together differs between processors: see what they make of a square.
         side = max(_sizes(getattr(processor, "size", None)).values(), default=224)
         side = min(side, _MAX_PROBE_SIDE)
         self._size = self._prepare(Image.new("RGB", (side, side))).shape[1:]
+
+    @property
+    def backend(self) -> Any:
+        """What prepares images: a processor of transformers, or what stands for one."""
+        return self._processor
 
     @property
     def size(self) -> tuple[int, int]:
@@ -213,6 +224,8 @@ class ImageProcessor:
 
     def _prepare(self, image: Image.Image) -> np.ndarray[Any, Any]:
         self._check_shape(image)
+        if isinstance(self._processor, OpenClipTransform):
+            return self._processor(image)
         mode = _CHANNEL_MODES[self.num_channels]
         array = np.asarray(image if image.mode == mode else image.convert(mode))
         if array.ndim == 2:
@@ -223,6 +236,8 @@ class ImageProcessor:
         except ValueError as ex:
             raise DataError(f"An image of {image.width} x {image.height} pixels cannot be prepared: {ex}.") from ex
         pixels = np.asarray(output["pixel_values"][0], dtype=np.float32)
+        if self.patch_size is not None:
+            pixels = join_patches(pixels, output["spatial_shapes"][0], self.patch_size)
         if pixels.ndim != 3:
             kind = type(self._processor).__name__
             raise ModelLoadError(f"{kind} makes pixel values of {pixels.ndim} dimensions, which is not supported.")
@@ -247,7 +262,11 @@ class ImageProcessor:
 
         :raises ModelLoadError: there is none, or it is not supported.
         """
+        if is_open_clip_folder(folder):
+            return ImageProcessor(OpenClipTransform(OpenClipPreprocessing.load(folder)))
         file, config = _read_config(folder)
+        if "open_clip" in config:
+            return ImageProcessor(OpenClipTransform.of_saved(config["open_clip"]))
         name = _class_name(folder, config)
         kls = _find_class(name) if name is not None else None
         if kls is None:
@@ -260,8 +279,8 @@ class ImageProcessor:
     @staticmethod
     def from_size(
         size: int | tuple[int, int],
-        mean: Sequence[float] = _OPENAI_MEAN,
-        std: Sequence[float] = _OPENAI_STD,
+        mean: Sequence[float] = OPENAI_MEAN,
+        std: Sequence[float] = OPENAI_STD,
         *,
         center_crop: bool = True,
         resample: Image.Resampling = Image.Resampling.BICUBIC,
@@ -317,11 +336,14 @@ def _class_name(folder: Path, config: Mapping[str, Any]) -> str | None:
         name = old_name.replace("FeatureExtractor", "ImageProcessor")
     if name is None and folder.joinpath("config.json").is_file():
         model_type = read_json(folder / "config.json").get("model_type")
-        name = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, (None,))[0]
+        # Without torchvision, transformers does not name its fast classes.
+        name = FAST_ONLY.get(model_type) or IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, (None,))[0]
     return None if name is None else str(name).removesuffix("Fast")
 
 
 def _find_class(name: str) -> Any:
+    if name in FAST_ONLY.values():
+        return FloatImageProcessor
     from transformers import BaseImageProcessor
     from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 

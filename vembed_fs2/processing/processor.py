@@ -14,9 +14,12 @@ from torch import Tensor
 from vembed_fs2.data.example import ImageSource, Item
 from vembed_fs2.errors import DataError, ModelLoadError
 from vembed_fs2.files import read_json, write_json
-from vembed_fs2.models.embedding import EncoderBatch
-from vembed_fs2.models.folder import ModelFolder
+from vembed_fs2.models.batch import EncoderBatch
+from vembed_fs2.models.embedding import TextPadding
+from vembed_fs2.models.folder import ModelFolder, is_open_clip_folder
 from vembed_fs2.processing.image import ImageProcessor, decode_image
+from vembed_fs2.processing.open_clip import OpenClipTexts, read_text_options
+from vembed_fs2.processing.patches import cut_patches
 from vembed_fs2.processing.text import TextProcessor
 
 _SETTINGS_FILE: Final = "vembed_processor.json"
@@ -47,6 +50,15 @@ class ProcessorSettings:
     do_lower_case: bool = False
     """If ``True``, texts are lowercased before tokenization."""
 
+    text_cleaning: str = ""
+    """How texts are cleaned before tokenization, as open_clip does it; not at all if empty."""
+
+    open_clip_bpe: bool = False
+    """If ``True``, CLIP's tokenizer does what open_clip's own does, on cleaned texts."""
+
+    strip_sep_token: bool = False
+    """If ``True``, separator tokens become tokens of index 0, as in CLIPA."""
+
 
 class Processor:
     """Tokenizes texts, decodes and transforms images. Safe to call from several threads."""
@@ -58,11 +70,13 @@ class Processor:
         settings: ProcessorSettings | None = None,
         *,
         tokens_per_image: int = 1,
+        text_padding: TextPadding = "longest",
     ) -> None:
         self.text = text
         self.image = image
         self.settings = settings or ProcessorSettings()
         self.tokens_per_image = tokens_per_image
+        self.text_padding = text_padding
         self.image_root: Path | None = None
         """Where images must lie; anywhere if ``None``."""
         self.allow_urls = False
@@ -74,7 +88,9 @@ class Processor:
         :param prompt: put before each text that has no instruction of its own.
         :raises DataError: an image cannot be read, or the model cannot take a kind of input.
         """
-        batch = EncoderBatch(len(items), tokens_per_image=self.tokens_per_image)
+        batch = EncoderBatch(
+            len(items), tokens_per_image=self.tokens_per_image, fixed_width=self.text_padding == "max_length"
+        )
         texts = [(row, item) for row, item in enumerate(items) if item.text is not None]
         if texts:
             self._add_texts(batch, texts, prompt or "")
@@ -103,11 +119,15 @@ class Processor:
     def _add_images(self, batch: EncoderBatch, images: Sequence[tuple[int, ImageSource]]) -> None:
         # One by one: photographs are a hundred times larger than the pixels that a model takes.
         pixels = [self.prepare_image(image) for _, image in images]
-        if len({p.shape for p in pixels}) > 1:
+        patch_size = getattr(self.image, "patch_size", None)
+        if patch_size is not None:
+            batch.pixel_values, batch.patch_mask, batch.spatial_shapes = cut_patches(pixels, patch_size)
+        elif len({p.shape for p in pixels}) > 1:
             raise DataError(
                 "Images have different sizes after resizing. Set `do_center_crop`, or a `size` of `height` and `width`."
             )
-        batch.pixel_values = torch.stack(pixels)
+        else:
+            batch.pixel_values = torch.stack(pixels)
         batch.image_rows = torch.tensor([row for row, _ in images])
 
     def prepare_image(self, image: ImageSource | Tensor) -> Tensor:
@@ -152,12 +172,14 @@ class Processor:
         max_length: int | None = None,
         model_max_length: int | None = None,
         tokens_per_image: int = 1,
+        text_padding: TextPadding = "longest",
     ) -> Processor:
         """Load what a Hugging Face, sentence-transformers or run folder says.
 
         :param modalities: what the model takes: ``text``, ``image`` or both.
         :param max_length: overrides the folder's longest text.
         :param model_max_length: the longest text that the model can take at all.
+        :param text_padding: whether texts are padded to the longest of a batch, or all to the longest there can be.
         :raises ModelLoadError: a file is missing or broken.
         """
         settings, folder = _read_settings(folder)
@@ -165,11 +187,21 @@ class Processor:
         text = image = None
         if "text" in modalities:
             limit = min(lengths) if lengths else None
-            text = TextProcessor.load(folder, max_length=limit, do_lower_case=settings.do_lower_case)
+            text = TextProcessor.load(
+                folder,
+                max_length=limit,
+                do_lower_case=settings.do_lower_case,
+                padding=text_padding,
+                open_clip=OpenClipTexts(
+                    text_cleaning=settings.text_cleaning,
+                    open_clip_bpe=settings.open_clip_bpe,
+                    strip_sep_token=settings.strip_sep_token,
+                ),
+            )
             settings.max_length = text.max_length
         if "image" in modalities:
             image = ImageProcessor.load(folder)
-        return Processor(text, image, settings, tokens_per_image=tokens_per_image)
+        return Processor(text, image, settings, tokens_per_image=tokens_per_image, text_padding=text_padding)
 
 
 def _read_settings(folder: Path) -> tuple[ProcessorSettings, Path]:
@@ -181,6 +213,8 @@ def _read_settings(folder: Path) -> tuple[ProcessorSettings, Path]:
         if unknown := sorted(set(values) - known):
             raise ModelLoadError(f"{file} has unknown keys: {', '.join(unknown)}.")
         return _check_types(ProcessorSettings(**values), file), folder
+    if is_open_clip_folder(folder):
+        return ProcessorSettings(**read_text_options(folder)), folder
     if not folder.joinpath("modules.json").is_file():
         return ProcessorSettings(), folder
     opened = ModelFolder.open(folder)

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.processing.open_clip import OpenClipTexts
+from vembed_fs2.processing.siglip_tokenizer import is_siglip_tokenizer, load_siglip_tokenizer
 
 _TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -58,6 +60,7 @@ class TextProcessor:
         max_length: int | None = None,
         do_lower_case: bool = False,
         padding: Literal["longest", "max_length"] = "longest",
+        open_clip: OpenClipTexts | None = None,
     ) -> None:
         """
         :param tokenizer: a fast tokenizer of transformers.
@@ -65,6 +68,7 @@ class TextProcessor:
             if ``None``, the tokenizer's own limit. The rest is cut off.
         :param do_lower_case: if ``True``, the tokenizer lowercases texts.
         :param padding: whether to pad to the longest text or to ``max_length``.
+        :param open_clip: what open_clip does besides.
         :raises ModelLoadError: an option does not fit the tokenizer.
         """
         if not getattr(tokenizer, "is_fast", False):
@@ -77,11 +81,18 @@ class TextProcessor:
         # transformers' own call sets truncation and padding each time, which other threads see. So this is a copy
         # whose settings never change.
         self._backend = _copy_backend(tokenizer)
+        self._open_clip = open_clip or OpenClipTexts()
+        self._open_clip.change_backend(self._backend)
         if self._max_length is not None:
             self._backend.enable_truncation(self._max_length, direction=tokenizer.truncation_side)
         self._width = self._max_length if padding == "max_length" else None
+        # Models of open_clip see all padding; where there is no more of it to come, they need no mask.
+        is_unmasked = self._width is not None and bool(self._open_clip.text_cleaning)
+        self._is_masked = "attention_mask" in self._names and not is_unmasked
         self._pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._pad_type_id: int = tokenizer.pad_token_type_id
+        # A model that does not mask padding may read it, so its side counts.
+        self._pads_left = tokenizer.padding_side == "left" and "attention_mask" not in self._names
         self._prefix_lengths: dict[str, int] = {"": 0}
 
     @staticmethod
@@ -91,6 +102,7 @@ class TextProcessor:
         max_length: int | None = None,
         do_lower_case: bool = False,
         padding: Literal["longest", "max_length"] = "longest",
+        open_clip: OpenClipTexts | None = None,
     ) -> TextProcessor:
         """Load the tokenizer of a model folder. For the options see the constructor.
 
@@ -99,10 +111,17 @@ class TextProcessor:
         if not any(folder.joinpath(name).is_file() for name in _TOKENIZER_FILES):
             raise ModelLoadError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there.")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
+            if is_siglip_tokenizer(folder):
+                tokenizer = load_siglip_tokenizer(folder)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
+        except ModelLoadError:
+            raise
         except Exception as ex:  # The Rust library raises bare exceptions.
             raise ModelLoadError(f"The tokenizer in {folder} cannot be loaded: {ex}") from None
-        return TextProcessor(tokenizer, max_length=max_length, do_lower_case=do_lower_case, padding=padding)
+        return TextProcessor(
+            tokenizer, max_length=max_length, do_lower_case=do_lower_case, padding=padding, open_clip=open_clip
+        )
 
     @property
     def max_length(self) -> int | None:
@@ -127,17 +146,20 @@ class TextProcessor:
             if len(prefixes) != len(texts):
                 raise ValueError(f"`prefixes` must be as many as `texts` ({len(texts)}), but are {len(prefixes)}.")
             texts = [prefix + text for prefix, text in zip(prefixes, texts)]
-        encodings = self._backend.encode_batch(list(texts))
+        encodings = self._backend.encode_batch(self._open_clip.clean(texts))
         width = self._width or max((len(e) for e in encodings), default=0)
         pooling_mask = None
         if prefixes is not None and mask_prefixes:
             pooling_mask = self._mask(encodings, width)
             for row, prefix in enumerate(prefixes):
                 pooling_mask[row, : self._prefix_length(prefix)] = False
+        input_ids = _pad([e.ids for e in encodings], width, self._pad_id, left=self._pads_left)
+        if self._open_clip.strip_sep_token:
+            input_ids[input_ids == self._tokenizer.sep_token_id] = 0
         return TokenizedTexts(
-            _pad([e.ids for e in encodings], width, self._pad_id),
-            self._mask(encodings, width) if "attention_mask" in self._names else None,
-            _pad([e.type_ids for e in encodings], width, self._pad_type_id)
+            input_ids,
+            self._mask(encodings, width) if self._is_masked else None,
+            _pad([e.type_ids for e in encodings], width, self._pad_type_id, left=self._pads_left)
             if "token_type_ids" in self._names
             else None,
             pooling_mask,
@@ -151,7 +173,7 @@ class TextProcessor:
         """The tokens of ``prefix``, with the special tokens before it but not those after it."""
         length = self._prefix_lengths.get(prefix)
         if length is None:
-            ids = self._backend.encode(prefix).ids
+            ids = self._backend.encode(self._open_clip.clean([prefix])[0]).ids
             length = len(ids) - 1 if ids and ids[-1] in self._tokenizer.all_special_ids else len(ids)
             self._prefix_lengths[prefix] = length
         return length
@@ -190,10 +212,11 @@ def _copy_backend(tokenizer: Any) -> Tokenizer:
     return backend
 
 
-def _pad(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
+def _pad(rows: Sequence[Sequence[int]], width: int, value: int, *, left: bool) -> Tensor:
     padded = np.full((len(rows), width), value, dtype=np.int64)
     for row, ids in enumerate(rows):
-        padded[row, : len(ids)] = ids
+        start = width - len(ids) if left else 0
+        padded[row, start : start + len(ids)] = ids
     return torch.from_numpy(padded)
 
 

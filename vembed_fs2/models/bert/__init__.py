@@ -24,5 +24,6 @@ def register_bert(container: DependencyContainer) -> None:
         config_kls=BertConfig,
         factory=create_bert_model,
         checkpoint_format=BertCheckpointFormat(),
+        supports_tensor_parallel=True,
     )
     register_bert_archs(container)

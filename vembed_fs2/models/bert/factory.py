@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 import torch
 from fairseq2.models.transformer import (
+    SDPA,
     StandardFeedForwardNetwork,
     StandardMultiheadAttention,
     StandardTransformerEncoder,
@@ -19,22 +20,29 @@ from vembed_fs2.errors import ConfigError, ModelLoadError
 from vembed_fs2.models.activations import create_activation
 from vembed_fs2.models.attention import create_sdpa
 from vembed_fs2.models.bert.model import BertFrontend, BertModel, UnusedPooler
+from vembed_fs2.models.bert.relative import NUM_BUCKETS, RelativePositions, RelativeSDPA
+from vembed_fs2.models.bert.variants import VARIANTS, BertVariant
 from vembed_fs2.models.dropout import Dropout
 from vembed_fs2.models.embedding import EmbeddingModelConfig, HeadConfig
-from vembed_fs2.models.head import TextHead, head_output_dim, validate_head
+from vembed_fs2.models.head import validate_head
 
 BERT_FAMILY: Final = "vembed_bert"
+
+BertType: TypeAlias = Literal["bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet"]
 
 
 @dataclass(kw_only=True)
 class BertConfig(EmbeddingModelConfig):
     """Holds the configuration of a BERT model. The default values are those of BERT base."""
 
+    model_type: BertType = "bert"
+    """Which of transformers' models it is: BERT, or one that is built like it."""
+
     model_dim: int = 768
     """The dimensionality of the model."""
 
     max_seq_len: int = 512
-    """The maximum sequence length: the size of the position table."""
+    """The size of the position table; RoBERTa and its kind use it from ``pad_idx + 1`` on."""
 
     vocab_size: int = 30_522
     """The size of the vocabulary."""
@@ -43,7 +51,13 @@ class BertConfig(EmbeddingModelConfig):
     """The index of the padding token, whose embedding is not trained."""
 
     type_vocab_size: int = 2
-    """The number of segments (token types)."""
+    """The number of segments (token types); 0 for DistilBERT and MPNet, which have none."""
+
+    sinusoidal_positions: bool = False
+    """If ``True``, the position table starts as sines and cosines and is not trained (DistilBERT)."""
+
+    num_relative_buckets: int = 0
+    """The size of the table of attention biases (MPNet, of which it uses the first 32)."""
 
     num_layers: int = 12
     """The number of encoder layers."""
@@ -77,15 +91,18 @@ class BertConfig(EmbeddingModelConfig):
 
     def validate(self) -> ValidationResult:
         result = ValidationResult()
+        if self.model_type not in VARIANTS:
+            known = ", ".join(VARIANTS)
+            result.add_error(f"`model_type` must be one of {known}, but is '{self.model_type}' instead.")
+            return result
         head_errors = validate_head(self.head, self.model_dim, multi_vector=True)
-        for error in (*self._dim_errors(), *self._value_errors(), *head_errors):
+        for error in (*self._dim_errors(), *self._value_errors(), *self._type_errors(), *head_errors):
             result.add_error(error)
         return result
 
     def _dim_errors(self) -> list[str]:
         errors = []
-        sizes = ("model_dim", "max_seq_len", "vocab_size", "type_vocab_size", "num_attn_heads", "ffn_inner_dim")
-        for name in sizes:
+        for name in ("model_dim", "max_seq_len", "vocab_size", "num_attn_heads", "ffn_inner_dim"):
             if getattr(self, name) < 1:
                 errors.append(f"`{name}` must be positive, but is {getattr(self, name)} instead.")
         if self.num_layers < 0:
@@ -118,6 +135,42 @@ class BertConfig(EmbeddingModelConfig):
             errors.append("`head.pooling` is 'pooler', but `pooler` is not set: the model has none.")
         return errors
 
+    def _type_errors(self) -> list[str]:
+        """What transformers' model of this type does not have or needs, and so could not be written."""
+        variant, errors = self.variant, []
+        if variant.has_segments and self.type_vocab_size < 1:
+            errors.append(f"`type_vocab_size` must be positive, but is {self.type_vocab_size} instead.")
+        if not variant.has_segments and self.type_vocab_size != 0:
+            errors.append(f"`type_vocab_size` must be 0 for {variant.name}, but is {self.type_vocab_size} instead.")
+        if variant.counts_positions and (self.pad_idx is None or not 0 <= self.pad_idx < self.max_seq_len - 1):
+            errors.append(
+                f"`pad_idx` must be less than `max_seq_len` ({self.max_seq_len}) minus 1 for {variant.name}, "
+                f"which counts positions from it, but is {self.pad_idx} instead."
+            )
+        if not variant.has_pooler and self.pooler:
+            errors.append(f"`pooler` must not be set for {variant.name}.")
+        if self.model_type == "mpnet":
+            if self.pad_idx != 1:
+                errors.append(f"`pad_idx` must be 1 for {variant.name}, whatever its tokenizer, but is {self.pad_idx}.")
+            if self.num_relative_buckets < NUM_BUCKETS:
+                errors.append(
+                    f"`num_relative_buckets` must be at least {NUM_BUCKETS}, which {variant.name} uses in any case, "
+                    f"but is {self.num_relative_buckets} instead."
+                )
+        elif self.num_relative_buckets != 0:
+            errors.append(f"`num_relative_buckets` must be 0 for {variant.name}.")
+        if self.model_type == "distilbert":
+            if self.layer_norm_eps != 1e-12:
+                errors.append(f"`layer_norm_eps` must be 1e-12 for {variant.name}.")
+        elif self.sinusoidal_positions:
+            errors.append(f"`sinusoidal_positions` must not be set for {variant.name}.")
+        return errors
+
+    @property
+    def variant(self) -> BertVariant:
+        """What is special about ``model_type``."""
+        return VARIANTS[self.model_type]
+
 
 def create_bert_model(config: BertConfig) -> BertModel:
     """Create a BERT model.
@@ -138,20 +191,18 @@ class BertFactory:
 
     def create_model(self) -> BertModel:
         config = self._config
-        model = BertModel(self.create_frontend(), self.create_encoder(), self.create_pooler(), TextHead(config.head))
-        model.embedding_dim = head_output_dim(config.head, config.model_dim)
-        model.modalities = frozenset({"text"})
-        model.normalize = config.head.normalize
-        model.similarity = "maxsim" if config.head.pooling == "none" else "cosine"
-        model.max_text_length = config.max_seq_len
+        frontend = self.create_frontend()
+        model = BertModel(frontend, self.create_encoder(), self.create_pooler(), self.create_relative_positions())
+        model.set_head(config.head, config.model_dim)
+        model.max_text_length = frontend.max_length
         return model
 
     def create_frontend(self) -> BertFrontend:
         config = self._config
         return BertFrontend(
             self.create_embedding(config.vocab_size, config.pad_idx),
-            self.create_embedding(config.type_vocab_size),
-            self.create_embedding(config.max_seq_len),
+            self.create_embedding(config.type_vocab_size) if config.variant.has_segments else None,
+            self.create_position_embedding(),
             self.create_layer_norm(),
             config.dropout_p,
         )
@@ -159,10 +210,25 @@ class BertFactory:
     def create_embedding(self, num_embeddings: int, pad_idx: int | None = None) -> StandardEmbedding:
         return StandardEmbedding(num_embeddings, self._config.model_dim, pad_idx, init_fn=self.init_embedding)
 
+    def create_position_embedding(self) -> StandardEmbedding:
+        config = self._config
+        if config.sinusoidal_positions:
+            embed = StandardEmbedding(config.max_seq_len, config.model_dim, init_fn=init_sinusoidal)
+            embed.weight.requires_grad_(False)
+            return embed
+        return self.create_embedding(config.max_seq_len, config.pad_idx if config.variant.counts_positions else None)
+
+    def create_relative_positions(self) -> RelativePositions | None:
+        config = self._config
+        if config.num_relative_buckets == 0:
+            return None
+        return RelativePositions(config.num_relative_buckets, config.num_attn_heads, self.init_embedding)
+
     def create_encoder(self) -> StandardTransformerEncoder:
         return StandardTransformerEncoder([self.create_encoder_layer() for _ in range(self._config.num_layers)])
 
     def create_encoder_layer(self) -> StandardTransformerEncoderLayer:
+        config = self._config
         layer = StandardTransformerEncoderLayer(
             self.create_self_attention(),
             self.create_layer_norm(),
@@ -170,8 +236,10 @@ class BertFactory:
             self.create_layer_norm(),
             norm_order=TransformerNormOrder.POST,
         )
-        if self._config.dropout_p > 0.0:
-            layer.self_attn_dropout, layer.ffn_dropout = (Dropout(self._config.dropout_p) for _ in range(2))
+        if config.dropout_p > 0.0:
+            layer.ffn_dropout = Dropout(config.dropout_p)
+            if config.variant.drops_attention:
+                layer.self_attn_dropout = Dropout(config.dropout_p)
         return layer
 
     def create_self_attention(self) -> StandardMultiheadAttention:
@@ -179,10 +247,16 @@ class BertFactory:
         return StandardMultiheadAttention(
             config.model_dim,
             config.num_attn_heads,
-            create_sdpa(dropout_p=config.attn_dropout_p),
+            self.create_sdpa(),
             qkv_proj_init_fn=self.init_projection,
             output_proj_init_fn=self.init_projection,
         )
+
+    def create_sdpa(self) -> SDPA:
+        dropout_p = self._config.attn_dropout_p
+        if self._config.num_relative_buckets > 0:
+            return RelativeSDPA(dropout_p=dropout_p)
+        return create_sdpa(dropout_p=dropout_p)
 
     def create_ffn(self) -> StandardFeedForwardNetwork:
         config = self._config
@@ -212,3 +286,13 @@ class BertFactory:
         torch.nn.init.normal_(proj.weight, std=self._config.init_std)
         if proj.bias is not None:
             torch.nn.init.zeros_(proj.bias)
+
+
+def init_sinusoidal(embed: StandardEmbedding) -> None:
+    """Initialize ``embed`` with the sines and cosines of Vaswani et al., 2017 (https://arxiv.org/abs/1706.03762)."""
+    device = embed.weight.device
+    steps = torch.arange(embed.num_embeddings, dtype=torch.float64, device=device).unsqueeze(1)
+    dims = torch.arange(embed.embed_dim, dtype=torch.float64, device=device)
+    angles = steps / 10_000 ** (2 * (dims // 2) / embed.embed_dim)
+    with torch.no_grad():
+        embed.weight.copy_(torch.where(dims % 2 == 0, angles.sin(), angles.cos()))

@@ -1,6 +1,6 @@
-"""BERT as an embedding model.
+"""BERT and its near relatives as embedding models.
 
-Shapes: T texts, L tokens, M model size, D embedding size.
+Shapes: T texts, L tokens, M model size.
 """
 
 from __future__ import annotations
@@ -16,57 +16,48 @@ from typing_extensions import override
 
 from vembed_fs2.errors import DataError
 from vembed_fs2.models.attention import PaddedLayout
+from vembed_fs2.models.bert.relative import RelativeLayout, RelativePositions
 from vembed_fs2.models.dropout import Dropout
-from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
-from vembed_fs2.models.head import TextHead
+from vembed_fs2.models.embedding import EncoderBatch
+from vembed_fs2.models.text_model import TextBackboneModel
 
 
 @final
-class BertModel(EmbeddingModel):
-    """Represents BERT as described in :cite:t:`https://doi.org/10.48550/arxiv.1810.04805`, with pooling on top."""
+class BertModel(TextBackboneModel):
+    """Represents BERT as described in :cite:t:`https://doi.org/10.48550/arxiv.1810.04805`, with pooling on top.
+
+    Its relatives differ in how they number positions
+    (RoBERTa, :cite:t:`https://doi.org/10.48550/arxiv.1907.11692`), in what they leave out
+    (DistilBERT, :cite:t:`https://doi.org/10.48550/arxiv.1910.01108`), and by an attention bias
+    (MPNet, :cite:t:`https://doi.org/10.48550/arxiv.2004.09297`).
+    """
 
     def __init__(
-        self, frontend: BertFrontend, encoder: TransformerEncoder, pooler: Module | None, head: TextHead
+        self,
+        frontend: BertFrontend,
+        encoder: TransformerEncoder,
+        pooler: Module | None,
+        relative_positions: RelativePositions | None,
     ) -> None:
         super().__init__()
         self.frontend = frontend
+        self.relative_positions: RelativePositions | None
+        self.register_module("relative_positions", relative_positions)
         self.encoder = encoder
         self.pooler: Module | None
         self.register_module("pooler", pooler)
-        self.head = head
 
     @override
-    def encode_text(self, batch: EncoderBatch) -> Tensor:
-        """Encode the texts of ``batch``.
-
-        :returns: embeddings, not normalised. *Shape:* ``[T, D]``; ``[T, L, D]`` for the pooling "none".
-        :raises DataError: a text is longer than the position table.
-        """
-        seqs = self.encode_tokens(batch)
-        return self.head(seqs, _pooling_mask(batch), pooled=self._pool(seqs))
-
-    @override
-    def encode_rows(self, batch: EncoderBatch) -> tuple[Tensor, Tensor | None]:
-        """Encode rows; with the pooling "none", each is one text, and the mask says which tokens' vectors count.
-
-        :raises DataError: a row of such a model holds something else than one text.
-        """
-        if self.head.pooling != "none":
-            return super().encode_rows(batch)
-        if batch.pixel_values is not None or batch.num_texts != batch.num_rows:
-            raise DataError("Each row of a model with several vectors per row must be one text, and no image.")
-        mask = _pooling_mask(batch)
-        vectors = self.encode_text(batch)
-        return vectors, vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-
     def encode_tokens(self, batch: EncoderBatch) -> Tensor:
-        """Return the last state of each token of ``batch``. *Shape:* ``[T, L, M]``."""
         assert batch.input_ids is not None
-        seqs = self.frontend(batch.input_ids, batch.token_type_ids)
-        return self.encoder(seqs, PaddedLayout(seqs, batch.attention_mask))
+        mask = batch.attention_mask
+        seqs = self.frontend(batch.input_ids, mask, batch.token_type_ids)
+        if self.relative_positions is None:
+            return self.encoder(seqs, PaddedLayout(seqs, mask))
+        return self.encoder(seqs, RelativeLayout(seqs, mask, self.relative_positions(seqs.size(1))))
 
-    def _pool(self, seqs: Tensor) -> Tensor | None:
-        """What next sentence prediction pools. *Shape:* ``[T, M]``."""
+    @override
+    def pool_tokens(self, seqs: Tensor) -> Tensor | None:
         if self.head.pooling != "pooler":
             return None
         assert self.pooler is not None
@@ -77,42 +68,61 @@ class BertModel(EmbeddingModel):
         return [self.encoder.layers]
 
 
-def _pooling_mask(batch: EncoderBatch) -> Tensor | None:
-    """True for the tokens that the head looks at; ``None`` means all. *Shape:* ``[T, L]``."""
-    return batch.attention_mask if batch.pooling_mask is None else batch.pooling_mask
-
-
 @final
 class BertFrontend(Module):
     """Adds word, segment and position embeddings, and normalises them."""
 
     def __init__(
-        self, embed: Embedding, type_embed: Embedding, pos_embed: Embedding, layer_norm: LayerNorm, dropout_p: float
+        self,
+        embed: Embedding,
+        type_embed: Embedding | None,
+        pos_embed: Embedding,
+        layer_norm: LayerNorm,
+        dropout_p: float,
     ) -> None:
+        """
+        :param type_embed: ``None`` if the model has no segments.
+        :param pos_embed: with a padding index, positions are numbered like RoBERTa's: padding tokens have that
+            position wherever they are, and the others are counted from the position after it.
+        """
         super().__init__()
         self.embed = embed
-        self.type_embed = type_embed
+        self.type_embed: Embedding | None
+        self.register_module("type_embed", type_embed)
         self.pos_embed = pos_embed
         self.layer_norm = layer_norm
         self.dropout = Dropout(dropout_p)
+        first_position = 0 if pos_embed.pad_idx is None else pos_embed.pad_idx + 1
+        self.max_length = pos_embed.num_embeddings - first_position
 
     @override
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    def forward(self, input_ids: Tensor, mask: Tensor | None, token_type_ids: Tensor | None) -> Tensor:
         """
         :param input_ids: *Shape:* ``[T, L]``.
+        :param mask: True for tokens; ``None`` means all. *Shape:* ``[T, L]``.
         :param token_type_ids: ``None`` means the first segment. *Shape:* ``[T, L]``.
         :returns: *Shape:* ``[T, L, M]``.
+        :raises DataError: there are more tokens than positions.
         """
-        length, max_length = input_ids.size(1), self.pos_embed.num_embeddings
-        if length > max_length:
-            raise DataError(f"A text has {length} tokens, but the model takes at most {max_length}. Truncate it.")
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        positions = torch.arange(length, device=input_ids.device)
+        length = input_ids.size(1)
+        if length > self.max_length:
+            raise DataError(f"A text has {length} tokens, but the model takes at most {self.max_length}. Truncate it.")
         # In the order in which transformers adds them, for equal rounding.
-        seqs = self.embed(input_ids) + self.type_embed(token_type_ids) + self.pos_embed(positions)
+        seqs = self.embed(input_ids)
+        if self.type_embed is not None:
+            seqs = seqs + self.type_embed(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
+        seqs = seqs + self.pos_embed(self._positions(input_ids, mask))
         states: Tensor = self.dropout(self.layer_norm(seqs))
         return states
+
+    def _positions(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """*Shape:* ``[L]`` or ``[T, L]``."""
+        pad_idx = self.pos_embed.pad_idx
+        if pad_idx is None:
+            return torch.arange(input_ids.size(1), device=input_ids.device)
+        # What is padded may have any id: batches are joined with another one.
+        counts = input_ids != pad_idx if mask is None else (input_ids != pad_idx) & mask.bool()
+        return counts.cumsum(1) * counts + pad_idx
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -37,5 +37,6 @@ def register_clip(container: DependencyContainer) -> None:
         config_kls=ClipConfig,
         factory=create_clip_model,
         checkpoint_format=ClipCheckpointFormat(),
+        supports_tensor_parallel=True,
     )
     register_clip_archs(container)

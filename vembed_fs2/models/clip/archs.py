@@ -51,10 +51,26 @@ def register_clip_archs(container: DependencyContainer) -> None:
     @arch("laion_vit_base_patch32")
     def laion_vit_base_patch32() -> ClipConfig:
         """ViT-B/32 as OpenCLIP trains it: with exact GELU."""
-        config = vit_base_patch32()
-        config.text.activation = "gelu"
-        config.vision.activation = "gelu"
+        return _with_exact_gelu(vit_base_patch32())
+
+    @arch("laion_vit_base_patch32_256")
+    def laion_vit_base_patch32_256() -> ClipConfig:
+        """``laion_vit_base_patch32`` on images of 256 pixels."""
+        config = laion_vit_base_patch32()
+        config.vision.image_size = 256
         return config
+
+    @arch("laion_vit_base_patch16")
+    def laion_vit_base_patch16() -> ClipConfig:
+        """``laion_vit_base_patch32`` with patches of 16 pixels."""
+        config = laion_vit_base_patch32()
+        config.vision.patch_size = 16
+        return config
+
+    @arch("laion_vit_large_patch14")
+    def laion_vit_large_patch14() -> ClipConfig:
+        """``vit_large_patch14`` with exact GELU."""
+        return _with_exact_gelu(vit_large_patch14())
 
     @arch("laion_vit_huge_patch14")
     def laion_vit_huge_patch14() -> ClipConfig:
@@ -73,6 +89,31 @@ def register_clip_archs(container: DependencyContainer) -> None:
         config.vision.patch_size = 14
         config.vision.single_tower_dim = 1024
         return config
+
+    @arch("vit_huge_patch14")
+    def vit_huge_patch14() -> ClipConfig:
+        """``laion_vit_huge_patch14`` with OpenAI's approximation of GELU."""
+        config = laion_vit_huge_patch14()
+        for tower in (config.text, config.vision):
+            tower.activation = "quick_gelu"
+        return config
+
+    @arch("vit_huge_patch14_378")
+    def vit_huge_patch14_378() -> ClipConfig:
+        """``vit_huge_patch14`` on images of 378 pixels."""
+        config = vit_huge_patch14()
+        config.vision.image_size = 378
+        return config
+
+    @arch("clipa_vit_large_patch14")
+    def clipa_vit_large_patch14() -> ClipConfig:
+        """``laion_vit_large_patch14`` as CLIPA changes it: BERT's tokens, no causal mask, mean of patches."""
+        return _as_clipa(laion_vit_large_patch14())
+
+    @arch("clipa_vit_huge_patch14")
+    def clipa_vit_huge_patch14() -> ClipConfig:
+        """``laion_vit_huge_patch14`` as CLIPA changes it."""
+        return _as_clipa(laion_vit_huge_patch14())
 
     @arch("tiny")
     def tiny() -> ClipConfig:
@@ -97,3 +138,23 @@ def register_clip_archs(container: DependencyContainer) -> None:
         config.vision.image_size = 16
         config.vision.patch_size = 4
         return config
+
+
+def _with_exact_gelu(config: ClipConfig) -> ClipConfig:
+    for tower in (config.text, config.vision):
+        tower.activation = "gelu"
+    return config
+
+
+def _as_clipa(config: ClipConfig) -> ClipConfig:
+    """Change a model as CLIPA does (Li et al., 2023, https://arxiv.org/abs/2305.07017)."""
+    config.text.vocab_size = 32_000
+    config.text.max_seq_len = 32
+    config.text.pad_idx = 0
+    config.text.bos_idx = None
+    config.text.eos_idx = 2
+    config.text.pooling = "last"
+    config.text.causal = False
+    config.vision.pre_norm = False
+    config.vision.pooling = "mean"
+    return config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, get_args
 
 import torch.nn as nn
 from fairseq2.models.transformer import (
@@ -14,9 +14,10 @@ from fairseq2.models.transformer import (
     StandardTransformerEncoderLayer,
     TransformerNormOrder,
 )
-from fairseq2.nn import Linear, StandardEmbedding, StandardLayerNorm
+from fairseq2.nn import Linear, ResidualConnect, StandardEmbedding, StandardLayerNorm
 from fairseq2.utils.validation import ValidationResult
 from torch.nn import Conv2d
+from typing_extensions import override
 
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.models.activations import create_activation
@@ -27,8 +28,11 @@ from vembed_fs2.models.clip.model import (
     ClipTextTower,
     ClipVisionFrontend,
     ClipVisionTower,
+    TextPooling,
+    VisionPooling,
 )
 from vembed_fs2.models.embedding import EmbeddingModelConfig
+from vembed_fs2.models.vision import BranchResidual, LayerScale, PatchProjection
 
 CLIP_FAMILY: Final = "vembed_clip"
 
@@ -57,6 +61,9 @@ class ClipTowerConfig:
 
     attn_dropout_p: float = 0.0
     """The dropout probability on attention weights."""
+
+    layer_scale_init: float | None = None
+    """The initial factor of what each layer adds to its input (LayerScale); none if ``None``."""
 
     init_range: float = 0.02
     """The standard deviation of the initial patch projection and image positions."""
@@ -106,7 +113,7 @@ class ClipTextConfig(ClipTowerConfig):
     """The maximum number of tokens of a text, special tokens included."""
 
     pad_idx: int | None = 1
-    """The index of the padding token. The model does not use it; kept for export."""
+    """The index of the padding token. The model uses it only if it sees padding (:attr:`sees_padding`)."""
 
     bos_idx: int | None = 49_406
     """The index of the token that starts a text. The model does not use it; kept for export."""
@@ -114,9 +121,39 @@ class ClipTextConfig(ClipTowerConfig):
     eos_idx: int = 49_407
     """
     The index of the token that ends a text, whose state becomes the embedding.
-    2 stands for the highest index in the text, as in old configurations.
+    2 stands for the highest index in the text, as in old configurations, if
+    ``pooling`` is ``clip``.
     """
 
+    pooling: TextPooling = "clip"
+    """
+    Whose state becomes the embedding: as in transformers' CLIP (``clip``), that
+    of the first token ``eos_idx`` (``eos``), or of the ``first`` or ``last``
+    position.
+    """
+
+    causal: bool = True
+    """If ``True``, no token sees the ones after it."""
+
+    proj_bias: bool = False
+    """If ``True``, the projection to the embedding has a bias."""
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether padding changes embeddings, so that each text is padded to ``max_seq_len``."""
+        return not self.causal or self.pooling == "last"
+
+    @override
+    def validate(self) -> ValidationResult:
+        result = super().validate()
+        if self.pooling not in get_args(TextPooling):
+            known = ", ".join(get_args(TextPooling))
+            result.add_error(f"`pooling` must be one of {known}, but is '{self.pooling}' instead.")
+        if self.sees_padding and self.pad_idx is None:
+            result.add_error("`pad_idx` must be set: the model sees padding.")
+        return result
+
+    @override
     def _positive_fields(self) -> tuple[str, ...]:
         return (*super()._positive_fields(), "vocab_size", "max_seq_len")
 
@@ -137,27 +174,57 @@ class ClipVisionConfig(ClipTowerConfig):
     num_channels: int = 3
     """The number of image channels."""
 
-    image_size: int = 224
-    """The height and width of images in pixels; other sizes interpolate the positions."""
+    image_size: int | tuple[int, int] = 224
+    """The height and width of images in pixels, if one number, both; other sizes interpolate the positions."""
 
-    patch_size: int = 32
-    """The height and width of patches in pixels."""
+    patch_size: int | tuple[int, int] = 32
+    """The height and width of patches in pixels, if one number, both."""
 
+    pre_norm: bool = True
+    """If ``True``, the inputs of the Transformer are normalised."""
+
+    pooling: VisionPooling = "cls"
+    """Whose state becomes the embedding: the class token's, or the mean of the patches'."""
+
+    norm_after_pooling: bool = True
+    """If ``True``, the mean is normalised; else the states that it is taken of."""
+
+    patch_dropout_p: float = 0.0
+    """The part of the patches that each image does without in training."""
+
+    @override
     def validate(self) -> ValidationResult:
         result = super().validate()
-        if self.image_size < self.patch_size:
-            result.add_error(
-                f"`image_size` must be at least `patch_size` ({self.patch_size}), but is {self.image_size} instead."
-            )
+        for side, image, patch in zip(("height", "width"), as_pair(self.image_size), as_pair(self.patch_size)):
+            if min(image, patch) < 1:
+                result.add_error(f"The {side} of `image_size` and `patch_size` must be at least 1.")
+            elif image < patch:
+                result.add_error(
+                    f"The {side} of `image_size` must be at least that of `patch_size` ({patch}), "
+                    f"but is {image} instead."
+                )
+        if self.pooling not in get_args(VisionPooling):
+            known = ", ".join(get_args(VisionPooling))
+            result.add_error(f"`pooling` must be one of {known}, but is '{self.pooling}' instead.")
+        if not 0.0 <= self.patch_dropout_p < 1.0:
+            result.add_error(f"`patch_dropout_p` must be in [0, 1), but is {self.patch_dropout_p} instead.")
         return result
 
+    @override
     def _positive_fields(self) -> tuple[str, ...]:
-        return (*super()._positive_fields(), "num_channels", "image_size", "patch_size")
+        return (*super()._positive_fields(), "num_channels")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The rows and columns of patches in an image of ``image_size``."""
+        (height, width), (patch_height, patch_width) = as_pair(self.image_size), as_pair(self.patch_size)
+        return height // patch_height, width // patch_width
 
     @property
     def num_patches(self) -> int:
         """The number of patches of an image of ``image_size``."""
-        return (self.image_size // self.patch_size) ** 2
+        rows, columns = self.grid
+        return rows * columns
 
 
 @dataclass(kw_only=True)
@@ -212,8 +279,15 @@ class ClipFactory:
             self.create_embedding(config.vocab_size, config.model_dim, std),
             self.create_embedding(config.max_seq_len, config.model_dim, std),
         )
-        encoder = self.create_encoder(config, self.create_layer_norm(config), causal=True)
-        return ClipTextTower(frontend, encoder, self.create_projection(config.model_dim), config.eos_idx)
+        encoder = self.create_encoder(config, self.create_layer_norm(config), causal=config.causal)
+        return ClipTextTower(
+            frontend,
+            encoder,
+            self.create_projection(config.model_dim, bias=config.proj_bias),
+            config.eos_idx,
+            pooling=config.pooling,
+            pad_id=config.pad_idx if config.sees_padding else None,
+        )
 
     def create_vision_tower(self) -> ClipVisionTower:
         config = self._config.vision
@@ -223,16 +297,27 @@ class ClipFactory:
             encoder,
             self.create_layer_norm(config),
             self.create_projection(config.model_dim),
+            pooling=config.pooling,
+            norm_after_pooling=config.norm_after_pooling,
         )
 
     def create_vision_frontend(self) -> ClipVisionFrontend:
         config = self._config.vision
         std = config.init_range * config.init_factor
         # fairseq2's patch extractor always has a bias, and CLIP's has none.
-        patch_proj = _PatchProjection(config.num_channels, config.model_dim, config.patch_size, std)
+        patch_proj = PatchProjection(
+            config.num_channels, config.model_dim, config.patch_size, bias=False, init_fn=_normal(std)
+        )
         pos_embed = self.create_embedding(config.num_patches + 1, config.model_dim, std)
         class_std = config.model_dim**-0.5 * config.init_factor
-        return ClipVisionFrontend(patch_proj, pos_embed, self.create_layer_norm(config), class_std)
+        return ClipVisionFrontend(
+            patch_proj,
+            pos_embed,
+            self.create_layer_norm(config) if config.pre_norm else None,
+            class_std,
+            grid=config.grid,
+            patch_dropout_p=config.patch_dropout_p,
+        )
 
     def create_encoder(
         self, config: ClipTowerConfig, layer_norm: StandardLayerNorm | None, *, causal: bool
@@ -247,7 +332,14 @@ class ClipFactory:
             self.create_ffn(config),
             self.create_layer_norm(config),
             norm_order=TransformerNormOrder.PRE,
+            self_attn_residual=self.create_residual(config),
+            ffn_residual=self.create_residual(config),
         )
+
+    def create_residual(self, config: ClipTowerConfig) -> ResidualConnect | None:
+        if config.layer_scale_init is None:
+            return None
+        return BranchResidual(LayerScale(config.model_dim, config.layer_scale_init))
 
     def create_self_attention(self, config: ClipTowerConfig, causal: bool) -> StandardMultiheadAttention:
         std = config.model_dim**-0.5 * config.init_factor
@@ -276,8 +368,8 @@ class ClipFactory:
             proj_init_fn=init_projection,
         )
 
-    def create_projection(self, model_dim: int) -> Linear:
-        return Linear(model_dim, self._config.projection_dim, bias=False, init_fn=_normal(model_dim**-0.5))
+    def create_projection(self, model_dim: int, *, bias: bool = False) -> Linear:
+        return Linear(model_dim, self._config.projection_dim, bias=bias, init_fn=_normal(model_dim**-0.5))
 
     def create_layer_norm(self, config: ClipTowerConfig) -> StandardLayerNorm:
         return StandardLayerNorm(config.model_dim, bias=True, eps=config.layer_norm_eps)
@@ -289,15 +381,9 @@ class ClipFactory:
         return StandardEmbedding(num_embeddings, embed_dim, init_fn=init_embed)
 
 
-class _PatchProjection(Conv2d):
-    """A convolution without bias, initialised from a normal distribution."""
-
-    def __init__(self, num_channels: int, model_dim: int, patch_size: int, std: float) -> None:
-        self._std = std
-        super().__init__(num_channels, model_dim, patch_size, stride=patch_size, bias=False)
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self._std)
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return height and width."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def _depth_scale(config: ClipTowerConfig) -> float:
@@ -305,8 +391,8 @@ def _depth_scale(config: ClipTowerConfig) -> float:
     return scale
 
 
-def _normal(std: float) -> Callable[[Linear], None]:
-    def init_projection(proj: Linear) -> None:
+def _normal(std: float) -> Callable[[Linear | Conv2d], None]:
+    def init_projection(proj: Linear | Conv2d) -> None:
         nn.init.normal_(proj.weight, std=std)
         if proj.bias is not None:
             nn.init.zeros_(proj.bias)

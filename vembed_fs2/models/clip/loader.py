@@ -13,9 +13,10 @@ from fairseq2.utils.validation import StandardObjectValidator, ValidationError
 from torch import Tensor
 from typing_extensions import override
 
-from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.errors import ModelLoadError, VembedError
 from vembed_fs2.models.activations import create_activation
-from vembed_fs2.models.clip.factory import ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig
+from vembed_fs2.models.clip.factory import ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig, as_pair
+from vembed_fs2.models.clip.model import LEGACY_EOS_ID
 from vembed_fs2.models.embedding import HeadConfig
 from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
 
@@ -135,10 +136,18 @@ class ClipCheckpointFormat(CheckpointFormat):
         from transformers import CLIPTextConfig, CLIPVisionConfig
 
         config = cast_config_type(config, ClipConfig)
+        if names := _find_inexpressible(config):
+            fields = ", ".join(f"`{name}`" for name in names)
+            raise VembedError(
+                f"transformers' CLIP cannot express {fields} of the model. Write it for open_clip instead."
+            )
+        vision = _write_fields(config.vision, _VISION_FIELDS)
+        for name in ("image_size", "patch_size"):
+            vision[name] = as_pair(getattr(config.vision, name))[0]
         data: dict[str, object] = {
             **_write_fields(config, _FIELDS),
             "text_config": CLIPTextConfig(**_write_fields(config.text, _TEXT_FIELDS)),
-            "vision_config": CLIPVisionConfig(**_write_fields(config.vision, _VISION_FIELDS)),
+            "vision_config": CLIPVisionConfig(**vision),
         }
         return HuggingFaceConfig(data, kls_name="CLIPConfig", arch="CLIPModel")
 
@@ -148,6 +157,25 @@ class ClipCheckpointFormat(CheckpointFormat):
         unknown = [key for key in LEARNED_PARTS if key != "logit_scale"]
         state_dict = {key: value for key, value in state_dict.items() if key not in unknown}
         return _reshape_logit_scale(convert_state_dict(state_dict, create_reverse_key_map(_KEY_MAP)), ())
+
+
+def _find_inexpressible(config: ClipConfig) -> list[str]:
+    """The fields whose values no configuration of transformers stands for."""
+    text, vision = config.text, config.vision
+    # There, 2 stands for another pooling.
+    is_first_end = text.pooling == "eos" and text.eos_idx != LEGACY_EOS_ID
+    expressible = {
+        "text.pooling": text.pooling == "clip" or is_first_end,
+        "text.causal": text.causal,
+        "text.proj_bias": not text.proj_bias,
+        "text.layer_scale_init": text.layer_scale_init is None,
+        "vision.layer_scale_init": vision.layer_scale_init is None,
+        "vision.image_size": len(set(as_pair(vision.image_size))) == 1,
+        "vision.patch_size": len(set(as_pair(vision.patch_size))) == 1,
+        "vision.pre_norm": vision.pre_norm,
+        "vision.pooling": vision.pooling == "cls",
+    }
+    return [name for name, is_expressible in expressible.items() if not is_expressible]
 
 
 def _refuse_unsupported(where: str, values: Mapping[str, Any]) -> None:

@@ -9,8 +9,8 @@ D embedding size, C x H x W pixels.
 
 from __future__ import annotations
 
-from math import isqrt
-from typing import TYPE_CHECKING, Final, final
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, final
 
 import torch
 import torch.nn as nn
@@ -18,13 +18,19 @@ from fairseq2.models.transformer import StandardTransformerEncoder, TransformerF
 from fairseq2.nn import BatchLayout, IncrementalStateBag, LayerNorm, Projection, StandardEmbedding
 from torch import Tensor
 from torch.nn import Conv2d, Module, ModuleList, Parameter
-from torch.nn.functional import interpolate
+from torch.nn.functional import pad
 from typing_extensions import override
 
 from vembed_fs2.models.attention import PaddedLayout
 from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
+from vembed_fs2.models.head import pool
+from vembed_fs2.models.vision import resize_positions
 
-_LEGACY_EOS_ID: Final = 2
+TextPooling: TypeAlias = Literal["clip", "eos", "first", "last"]
+
+VisionPooling: TypeAlias = Literal["cls", "mean"]
+
+LEGACY_EOS_ID: Final = 2
 """The end token that old configurations name, whatever the tokenizer's is."""
 
 
@@ -47,16 +53,29 @@ class ClipTextFrontend(TransformerFrontend):
 
 @final
 class ClipTextTower(Module):
-    """A causal Transformer; the state of the end token is the text."""
+    """A Transformer, causal in most models; the state of one position is the text."""
 
     def __init__(
-        self, frontend: ClipTextFrontend, encoder: StandardTransformerEncoder, proj: Projection, eos_id: int
+        self,
+        frontend: ClipTextFrontend,
+        encoder: StandardTransformerEncoder,
+        proj: Projection,
+        eos_id: int,
+        *,
+        pooling: TextPooling = "clip",
+        pad_id: int | None = None,
     ) -> None:
+        """
+        :param pooling: which position; see :class:`~vembed_fs2.models.clip.ClipTextConfig`.
+        :param pad_id: what fills each text up to the full length, where the model sees padding; else ``None``.
+        """
         super().__init__()
         self.frontend = frontend
         self.encoder = encoder
         self.proj = proj
         self.eos_id = eos_id
+        self.pooling = pooling
+        self.pad_id = pad_id
 
     @override
     def forward(self, ids_TL: Tensor, mask_TL: Tensor | None) -> Tensor:
@@ -64,19 +83,29 @@ class ClipTextTower(Module):
 
         :param mask_TL: True for tokens, which come before the padding. It only
             keeps padding from being taken for the end token: causal attention
-            never looks at what follows.
+            never looks at what follows. Models that see padding have no mask.
         """
         max_length = self.frontend.pos_embed.num_embeddings
         if ids_TL.size(1) > max_length:
             raise ValueError(f"Texts must have at most {max_length} tokens, but one has {ids_TL.size(1)} instead.")
+        if self.pad_id is not None:
+            ids_TL, mask_TL = _fill(ids_TL, mask_TL, max_length, self.pad_id), None
         seqs_TLM, layout = self.frontend(ids_TL, PaddedLayout(ids_TL, None))
         seqs_TLM = self.encoder(seqs_TLM, layout)
+        return self.proj(self._pool(seqs_TLM, ids_TL, mask_TL))
+
+    def _pool(self, seqs_TLM: Tensor, ids_TL: Tensor, mask_TL: Tensor | None) -> Tensor:
+        """The state that stands for each text. *Returns:* ``[T, M]``."""
+        if self.pooling == "first":
+            return seqs_TLM[:, 0]
+        if self.pooling == "last":
+            return seqs_TLM[:, -1]
         rows = torch.arange(ids_TL.size(0), device=ids_TL.device, dtype=torch.int64)
-        return self.proj(seqs_TLM[rows, self._end_positions(ids_TL, mask_TL)])
+        return seqs_TLM[rows, self._end_positions(ids_TL, mask_TL)]
 
     def _end_positions(self, ids_TL: Tensor, mask_TL: Tensor | None) -> Tensor:
         # The padding token may be the end token or may sit above it, so padding does not take part.
-        if self.eos_id == _LEGACY_EOS_ID:
+        if self.pooling == "clip" and self.eos_id == LEGACY_EOS_ID:
             score_TL = ids_TL if mask_TL is None else ids_TL.masked_fill(~mask_TL, -1)
         else:
             is_end_TL = ids_TL == self.eos_id
@@ -87,19 +116,41 @@ class ClipTextTower(Module):
         __call__ = forward
 
 
+def _fill(ids_TL: Tensor, mask_TL: Tensor | None, length: int, pad_id: int) -> Tensor:
+    """Make the padding, and what is missing to the full length, the padding token. *Returns:* ``[T, length]``."""
+    if mask_TL is not None:
+        ids_TL = ids_TL.masked_fill(~mask_TL, pad_id)
+    return pad(ids_TL, (0, length - ids_TL.size(1)), value=pad_id)
+
+
 @final
 class ClipVisionFrontend(Module):
     """Cuts images into patches, puts the class token before them, adds positions and normalises."""
 
-    def __init__(self, patch_proj: Conv2d, pos_embed: StandardEmbedding, layer_norm: LayerNorm, std: float) -> None:
+    def __init__(
+        self,
+        patch_proj: Conv2d,
+        pos_embed: StandardEmbedding,
+        layer_norm: LayerNorm | None,
+        std: float,
+        *,
+        grid: tuple[int, int],
+        patch_dropout_p: float = 0.0,
+    ) -> None:
         """
         :param std: The standard deviation of the initial class token.
+        :param grid: The rows and columns of patches that the positions belong to.
+        :param patch_dropout_p: The part of the patches that each image does without in training
+            (Li et al., FLIP, 2022, https://arxiv.org/abs/2212.00794).
         """
         super().__init__()
         self.class_embed = Parameter(torch.empty(pos_embed.embed_dim))
         self.patch_proj = patch_proj
         self.pos_embed = pos_embed
-        self.layer_norm = layer_norm
+        self.layer_norm: LayerNorm | None
+        self.register_module("layer_norm", layer_norm)
+        self.grid = grid
+        self.patch_dropout_p = patch_dropout_p
         self._std = std
         self.reset_parameters()
 
@@ -112,26 +163,49 @@ class ClipVisionFrontend(Module):
         x_PMhw = self.patch_proj(x_PCHW.to(self.patch_proj.weight.dtype))
         positions_SM = self._positions(x_PMhw.size(2), x_PMhw.size(3))
         class_P1M = self.class_embed.expand(x_PMhw.size(0), 1, -1)
-        seqs_PSM = torch.cat([class_P1M, x_PMhw.flatten(2).transpose(1, 2)], dim=1)
-        return self.layer_norm(seqs_PSM + positions_SM)
+        seqs_PSM = torch.cat([class_P1M, x_PMhw.flatten(2).transpose(1, 2)], dim=1) + positions_SM
+        if self.training and self.patch_dropout_p > 0.0:
+            seqs_PSM = self._drop_patches(seqs_PSM)
+        return seqs_PSM if self.layer_norm is None else self.layer_norm(seqs_PSM)
 
     def _positions(self, height: int, width: int) -> Tensor:
         """Positions of a grid of ``height`` x ``width`` patches, resized from the trained grid where it differs."""
         table_SM = self.pos_embed.weight
-        side = isqrt(table_SM.size(0) - 1)
-        if (height, width) == (side, side):
+        if (height, width) == self.grid:
             return table_SM
-        grid_1Mhw = table_SM[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        grid_1Mhw = interpolate(grid_1Mhw, size=(height, width), mode="bicubic", align_corners=False)
-        return torch.cat([table_SM[:1], grid_1Mhw.flatten(2).transpose(1, 2).squeeze(0)])
+        grid_hwM = table_SM[1:].reshape(*self.grid, -1)
+        return torch.cat([table_SM[:1], resize_positions(grid_hwM, height, width)])
+
+    def _drop_patches(self, seqs_PSM: Tensor) -> Tensor:
+        """Keep the class token and a random choice of the patches of each image, in any order."""
+        num_images, size, model_dim = seqs_PSM.shape
+        num_kept = max(1, int((size - 1) * (1.0 - self.patch_dropout_p)))
+        draws_PS = torch.rand((num_images, size - 1), device=seqs_PSM.device, dtype=torch.float32)
+        index_PS = draws_PS.topk(num_kept, dim=1).indices + 1
+        patches_PSM = seqs_PSM.gather(1, index_PS.unsqueeze(2).expand(-1, -1, model_dim))
+        return torch.cat([seqs_PSM[:, :1], patches_PSM], dim=1)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+class ImageTower(Module, ABC):
+    """An image Transformer that projects to the space of a :class:`ClipModel`."""
+
+    encoder: StandardTransformerEncoder
+
+    @abstractmethod
+    @override
+    def forward(self, x_PCHW: Tensor) -> Tensor:
+        """Encode images of any size; return ``[P, D]``."""
 
     if TYPE_CHECKING:
         __call__ = forward
 
 
 @final
-class ClipVisionTower(Module):
-    """A Vision Transformer; the state of the class token is the image."""
+class ClipVisionTower(ImageTower):
+    """A Vision Transformer; the state of the class token, or the mean of the patches', is the image."""
 
     def __init__(
         self,
@@ -139,32 +213,44 @@ class ClipVisionTower(Module):
         encoder: StandardTransformerEncoder,
         layer_norm: LayerNorm,
         proj: Projection,
+        *,
+        pooling: VisionPooling = "cls",
+        norm_after_pooling: bool = True,
     ) -> None:
         super().__init__()
         self.frontend = frontend
         self.encoder = encoder
         self.layer_norm = layer_norm
         self.proj = proj
+        self.pooling = pooling
+        self.norm_after_pooling = norm_after_pooling
 
     @override
     def forward(self, x_PCHW: Tensor) -> Tensor:
         """Encode images of any size; return ``[P, D]``."""
         seqs_PSM = self.frontend(x_PCHW)
         seqs_PSM = self.encoder(seqs_PSM, PaddedLayout(seqs_PSM, None))
-        return self.proj(self.layer_norm(seqs_PSM[:, 0]))
+        return self.proj(self._pool(seqs_PSM))
+
+    def _pool(self, seqs_PSM: Tensor) -> Tensor:
+        """The normalised state that stands for each image. *Returns:* ``[P, M]``."""
+        if self.pooling == "cls":
+            return self.layer_norm(seqs_PSM[:, 0])
+        if self.norm_after_pooling:
+            return self.layer_norm(pool(seqs_PSM[:, 1:], None, "mean"))
+        return pool(self.layer_norm(seqs_PSM[:, 1:]), None, "mean")
 
     if TYPE_CHECKING:
         __call__ = forward
 
 
-@final
 class ClipModel(EmbeddingModel):
     """A CLIP model: unnormalised, projected embeddings of texts and images."""
 
     modalities = frozenset({"text", "image"})
 
     def __init__(
-        self, text: ClipTextTower, vision: ClipVisionTower, logit_scale_init: float, train_logit_scale: bool
+        self, text: ClipTextTower, vision: ImageTower, logit_scale_init: float, train_logit_scale: bool
     ) -> None:
         """
         :param logit_scale_init: The initial log inverse temperature.
