@@ -207,7 +207,7 @@ def test_processor_config_and_model_type_are_used(tmp_path: Path) -> None:
     [
         (None, "preprocessor_config.json is missing"),
         ({"image_processor_type": "NoSuchImageProcessor"}, "NoSuchImageProcessor"),
-        ({"image_processor_type": "DINOv3ViTImageProcessorFast"}, "DINOv3ViTImageProcessor"),
+        ({"image_processor_type": "Sam2ImageProcessorFast"}, "Sam2ImageProcessor"),
         ({"size": 224}, "None"),
         ({"image_processor_type": "CLIPImageProcessor", "size": {"longest": 3}}, "not a valid image processor"),
         ({"image_processor_type": "CLIPImageProcessor", "image_mean": [0.5, 0.5]}, "2 channels"),

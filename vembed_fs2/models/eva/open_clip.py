@@ -1,0 +1,341 @@
+"""EVA-CLIP checkpoints of open_clip, whose image Transformers are timm's, read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any, Final
+
+import torch
+from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_key_map
+from torch import Tensor
+
+from vembed_fs2.errors import ModelLoadError, VembedError
+from vembed_fs2.models.clip.open_clip import (
+    text_config_from_open_clip,
+    text_config_to_open_clip,
+    text_state_dict_from_open_clip,
+    text_state_dict_to_open_clip,
+)
+from vembed_fs2.models.eva.factory import EvaConfig, EvaVisionConfig
+from vembed_fs2.models.eva.model import EvaPooling
+from vembed_fs2.models.family import config_errors
+from vembed_fs2.models.open_clip import BLOCK_OPTIONS, read_model_options, read_options, read_pair
+
+_BASE: Final = EvaVisionConfig()
+
+_LARGE: Final = replace(_BASE, model_dim=1024, num_layers=24, num_attn_heads=16, ffn_inner_dim=2730, patch_size=14)
+
+_GIANT: Final = EvaVisionConfig(
+    model_dim=1408,
+    num_layers=40,
+    num_attn_heads=16,
+    ffn_inner_dim=6144,
+    patch_size=14,
+    fused_qkv=True,
+    gated_ffn=False,
+    attn_norm=False,
+    ffn_norm=False,
+    rope=False,
+    rope_ref_size=None,
+)
+
+_ENORMOUS: Final = replace(_GIANT, model_dim=1792, num_layers=64, ffn_inner_dim=15360, post_norm=True)
+
+# Those that were pretrained without texts have no norm inside attention, and the smaller ones none inside
+# feed-forward networks.
+_BASE_14: Final = replace(_BASE, patch_size=14, attn_norm=False)
+
+_LARGE_14: Final = replace(_LARGE, attn_norm=False)
+
+_SMALL_14: Final = replace(
+    _BASE_14, model_dim=384, num_attn_heads=6, ffn_inner_dim=1024, fused_qkv=True, ffn_norm=False
+)
+
+_TINY_14: Final = replace(_SMALL_14, model_dim=192, num_attn_heads=3, ffn_inner_dim=512)
+
+
+def _with_mean(config: EvaVisionConfig, image_size: int) -> EvaVisionConfig:
+    return replace(config, image_size=image_size, pooling="mean", norm_after_pooling=True)
+
+
+TIMM_MODELS: Final[dict[str, EvaVisionConfig]] = {
+    "eva02_base_patch16_clip_224": _BASE,
+    "eva02_large_patch14_clip_224": _LARGE,
+    "eva02_large_patch14_clip_336": replace(_LARGE, image_size=336),
+    "eva02_enormous_patch14_clip_224": _ENORMOUS,
+    "eva_giant_patch14_224": _with_mean(_GIANT, 224),
+    "eva_giant_patch14_336": _with_mean(_GIANT, 336),
+    "eva_giant_patch14_560": _with_mean(_GIANT, 560),
+    "eva_giant_patch14_clip_224": _GIANT,
+    "eva02_tiny_patch14_224": _with_mean(_TINY_14, 224),
+    "eva02_tiny_patch14_336": _with_mean(_TINY_14, 336),
+    "eva02_small_patch14_224": _with_mean(_SMALL_14, 224),
+    "eva02_small_patch14_336": _with_mean(_SMALL_14, 336),
+    "eva02_base_patch14_224": _with_mean(_BASE_14, 224),
+    "eva02_base_patch14_448": _with_mean(_BASE_14, 448),
+    "eva02_large_patch14_224": _with_mean(_LARGE_14, 224),
+    "eva02_large_patch14_448": _with_mean(_LARGE_14, 448),
+}
+"""The image Transformers by the names of timm, with the pooling that timm gives them."""
+
+_POOLINGS: Final[dict[str, EvaPooling]] = {"token": "cls", "avg": "mean", "max": "max", "avgmax": "mean_max"}
+
+_VISION_DEFAULTS: Final = {
+    "timm_model_name": "",
+    "timm_pool": "avg",
+    "timm_proj": None,
+    "timm_proj_bias": False,
+    "timm_drop": 0.0,
+    "timm_drop_path": None,
+    "image_size": None,
+}
+
+_VISION_FIXED: Final = {"patch_dropout": 0.0}
+
+# The name says it all: open_clip looks at none of these.
+_VISION_IGNORED: Final = (
+    *BLOCK_OPTIONS,
+    "act_kwargs",
+    "attentional_pool",
+    "attn_pooler_heads",
+    "attn_pooler_queries",
+    "block_type",
+    "final_ln_after_pool",
+    "head_width",
+    "layers",
+    "ls_init_value",
+    "mlp_ratio",
+    "no_ln_pre",
+    "norm_kwargs",
+    "patch_size",
+    "pool_type",
+    "pos_embed_type",
+    "timm_model_pretrained",
+    "width",
+)
+
+_KEYS: Final = {
+    "cls_token": "frontend.class_embed",
+    "pos_embed": "frontend.pos_embed.weight",
+    "patch_embed.proj.": "frontend.patch_proj.",
+    "norm_pre.": "frontend.layer_norm.",
+}
+
+_LAYER_KEYS: Final = {
+    "norm1.": "self_attn_layer_norm.",
+    "attn.q_proj.": "self_attn.q_proj.",
+    "attn.k_proj.": "self_attn.k_proj.",
+    "attn.v_proj.": "self_attn.v_proj.",
+    "gamma_1": "self_attn_residual.scale.gamma",
+    "norm2.": "ffn_layer_norm.",
+    "gamma_2": "ffn_residual.scale.gamma",
+}
+
+_PROJECTION_KEYS: Final = {
+    "classifier": {"visual.trunk.head.": "vision.head.proj."},
+    "linear": {"visual.head.proj.": "vision.head.proj."},
+    "mlp": {
+        "visual.head.mlp.fc1.": "vision.head.proj.inner_proj.",
+        "visual.head.mlp.fc2.": "vision.head.proj.output_proj.",
+    },
+    "none": {},
+}
+
+_BLOCKS: Final = "visual.trunk.blocks."
+
+_CLASS_EMBED: Final = "vision.frontend.class_embed"
+
+_POS_EMBED: Final = "vision.frontend.pos_embed.weight"
+
+
+def config_from_open_clip(model_cfg: Mapping[str, Any]) -> EvaConfig:
+    """Convert ``model_cfg``.
+
+    :raises ModelLoadError: an option is not supported; the message names it.
+    """
+    options = read_model_options(model_cfg)
+    config = EvaConfig(
+        text=text_config_from_open_clip(model_cfg),
+        vision=_read_vision(options["vision_cfg"]),
+        projection_dim=options["embed_dim"],
+        logit_scale_init=options["init_logit_scale"],
+        logit_bias_init=None if options["init_logit_bias"] is None else float(options["init_logit_bias"]),
+    )
+    if errors := config_errors(config):
+        raise ModelLoadError(f"`model_cfg` is not valid. {' '.join(errors)}")
+    return config
+
+
+def _read_vision(vision_cfg: Mapping[str, Any]) -> EvaVisionConfig:
+    values = read_options(
+        {"timm_proj": "linear", **vision_cfg},
+        "vision_cfg.",
+        _VISION_DEFAULTS,
+        fixed=_VISION_FIXED,
+        ignored=_VISION_IGNORED,
+    )
+    config = _find_timm_model(values["timm_model_name"])
+    image_size = read_pair(values["image_size"] or 224, "vision_cfg.image_size")
+    if image_size != config.image_size:
+        raise ModelLoadError(
+            f"`vision_cfg.image_size` is {image_size}, which is not supported: "
+            f"the images of {values['timm_model_name']} are of {config.image_size} pixels."
+        )
+    projection: Any = values["timm_proj"] or "classifier"
+    if projection not in ("classifier", "linear", "mlp", "none"):
+        raise ModelLoadError(f"`vision_cfg.timm_proj` is '{projection}', which is not supported.")
+    if values["timm_pool"] or projection in ("classifier", "none"):
+        pooling = _POOLINGS.get(values["timm_pool"])
+        if pooling is None:
+            raise ModelLoadError(f"`vision_cfg.timm_pool` is '{values['timm_pool']}', which is not supported.")
+        # timm chooses the norm when it makes the Transformer, and open_clip sets the pooling of some only later.
+        norm_after_pooling = config.norm_after_pooling if projection in ("linear", "mlp") else pooling == "mean"
+        config = replace(config, pooling=pooling, norm_after_pooling=norm_after_pooling)
+    return replace(
+        config,
+        projection=projection,
+        projection_bias=projection == "classifier" or values["timm_proj_bias"],
+        drop_path_p=float(values["timm_drop_path"] or 0.0),
+        head_dropout_p=values["timm_drop"],
+    )
+
+
+def _find_timm_model(name: str) -> EvaVisionConfig:
+    config = TIMM_MODELS.get(name)
+    if config is None:
+        nearest = get_close_matches(name, TIMM_MODELS, 1)
+        hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
+        raise ModelLoadError(
+            f"`vision_cfg.timm_model_name` is '{name}', which is not supported.{hint} "
+            f"Supported are: {', '.join(TIMM_MODELS)}."
+        )
+    return config
+
+
+def config_to_open_clip(config: EvaConfig) -> dict[str, Any]:
+    """Convert to ``model_cfg``.
+
+    :raises VembedError: open_clip cannot express an option; the message names it.
+    """
+    model_cfg = {
+        "embed_dim": config.projection_dim,
+        "quick_gelu": config.text.activation == "quick_gelu",
+        "init_logit_scale": config.logit_scale_init,
+        "vision_cfg": _write_vision(config.vision),
+        "text_cfg": text_config_to_open_clip(config.text),
+        "custom_text": True,
+    }
+    if config.logit_bias_init is not None:
+        model_cfg["init_logit_bias"] = config.logit_bias_init
+    return model_cfg
+
+
+def _write_vision(config: EvaVisionConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "image_size": config.image_size,
+        "timm_pool": next(name for name, pooling in _POOLINGS.items() if pooling == config.pooling),
+        "timm_proj": None if config.projection == "classifier" else config.projection,
+        "timm_proj_bias": config.projection_bias and config.projection != "classifier",
+        "timm_drop": config.head_dropout_p,
+        "timm_drop_path": config.drop_path_p or None,
+    }
+    differences = []
+    for name, model in TIMM_MODELS.items():
+        if model.image_size == config.image_size:
+            vision_cfg = {"timm_model_name": name, **values}
+            differences.append(_list_differences(_read_vision(vision_cfg), config))
+            if not differences[-1]:
+                return vision_cfg
+    if not differences:
+        raise VembedError(f"timm has no EVA of the `image_size` {config.image_size} of `vision`.")
+    fields = ", ".join(f"`{name}`" for name in min(differences, key=len))
+    raise VembedError(f"open_clip cannot express {fields} of `vision`: it has only what timm has a name for.")
+
+
+def _list_differences(a: EvaVisionConfig, b: EvaVisionConfig) -> list[str]:
+    return [name for name, value in vars(a).items() if value != getattr(b, name)]
+
+
+def state_dict_from_open_clip(state: dict[str, object], config: EvaConfig) -> dict[str, object]:
+    """Convert tensors to our names. Those that are not known stay as they are."""
+    state = text_state_dict_from_open_clip(_split_fused(state, config.vision))
+    state = convert_state_dict(state, _create_key_map(config.vision))
+    # timm's have the dimensions of a batch of one.
+    for key in (_CLASS_EMBED, _POS_EMBED):
+        value = state.get(key)
+        if isinstance(value, Tensor):
+            state[key] = value.flatten() if key == _CLASS_EMBED else value.flatten(0, 1)
+    return state
+
+
+def state_dict_to_open_clip(state: dict[str, object], config: EvaConfig) -> dict[str, object]:
+    """Convert our tensors to open_clip's names, with the text tower in a module of its own (``custom_text``)."""
+    vision = {key: value for key, value in state.items() if key.startswith("vision.")}
+    others = text_state_dict_to_open_clip({key: value for key, value in state.items() if key not in vision})
+    result = {key if key.startswith("logit_") else f"text.{key}": value for key, value in others.items()}
+    for key in (_CLASS_EMBED, _POS_EMBED):
+        value = vision.get(key)
+        if isinstance(value, Tensor):
+            vision[key] = value.reshape(1, -1, value.size(-1))
+    vision = convert_state_dict(vision, create_reverse_key_map(_create_key_map(config.vision)))
+    return result | _join_fused(vision, config.vision)
+
+
+def _create_key_map(config: EvaVisionConfig) -> dict[str, str]:
+    key_map = {f"visual.trunk.{key}": f"vision.{name}" for key, name in _KEYS.items()}
+    norm = "fc_norm" if config.norm_after_pooling else "norm"
+    key_map[f"visual.trunk.{norm}."] = "vision.head.layer_norm."
+    key_map |= _PROJECTION_KEYS[config.projection]
+    for key, name in _list_layer_keys(config).items():
+        key_map[f"visual.trunk.blocks.([0-9]+).{key}"] = rf"vision.encoder.layers.\1.{name}"
+    return {"^" + key.replace(".", r"\."): name for key, name in key_map.items()}
+
+
+def _list_layer_keys(config: EvaVisionConfig) -> dict[str, str]:
+    keys = dict(_LAYER_KEYS)
+    for has_norm, module, proj, name in (
+        (config.attn_norm, "attn", "proj", "self_attn.output_proj"),
+        (config.ffn_norm, "mlp", "fc2", "ffn.output_proj"),
+    ):
+        keys[f"{module}.{proj}."] = f"{name}.proj." if has_norm else f"{name}."
+        if has_norm:
+            keys[f"{module}.norm."] = f"{name}.layer_norm."
+    if config.gated_ffn:
+        return keys | {"mlp.fc1_g.": "ffn.gate_proj.", "mlp.fc1_x.": "ffn.inner_proj."}
+    return keys | {"mlp.fc1.": "ffn.inner_proj."}
+
+
+def _list_fused(config: EvaVisionConfig) -> dict[str, tuple[str, ...]]:
+    """The names of tensors that timm makes of several, and of those."""
+    fused: dict[str, tuple[str, ...]] = {}
+    if config.fused_qkv:
+        fused["attn.qkv.weight"] = ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")
+        fused["attn.q_bias"] = ("attn.q_proj.bias",)
+        fused["attn.v_bias"] = ("attn.v_proj.bias",)
+    if config.gated_ffn and not config.ffn_norm:
+        fused["mlp.fc1.weight"] = ("mlp.fc1_g.weight", "mlp.fc1_x.weight")
+        fused["mlp.fc1.bias"] = ("mlp.fc1_g.bias", "mlp.fc1_x.bias")
+    return fused
+
+
+def _split_fused(state: Mapping[str, object], config: EvaVisionConfig) -> dict[str, object]:
+    result = dict(state)
+    for name, parts in _list_fused(config).items():
+        for key in [key for key in state if key.startswith(_BLOCKS) and key.endswith(name)]:
+            value = result.pop(key)
+            assert isinstance(value, Tensor)
+            for part, tensor in zip(parts, value.chunk(len(parts))):
+                result[key.removesuffix(name) + part] = tensor
+    return result
+
+
+def _join_fused(state: Mapping[str, object], config: EvaVisionConfig) -> dict[str, object]:
+    result = dict(state)
+    for name, parts in _list_fused(config).items():
+        for key in [key for key in state if key.startswith(_BLOCKS) and key.endswith(parts[0])]:
+            stem = key.removesuffix(parts[0])
+            tensors = [result.pop(stem + part) for part in parts]
+            result[stem + name] = torch.cat([tensor for tensor in tensors if isinstance(tensor, Tensor)])
+    return result

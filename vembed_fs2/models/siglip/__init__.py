@@ -1,0 +1,42 @@
+"""The SigLIP family."""
+
+from __future__ import annotations
+
+from fairseq2.runtime.dependency import DependencyContainer
+
+from vembed_fs2.models.family import register_family
+from vembed_fs2.models.siglip.archs import register_siglip_archs
+from vembed_fs2.models.siglip.factory import (
+    SIGLIP_FAMILY,
+    SiglipConfig,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    create_siglip_model,
+)
+from vembed_fs2.models.siglip.loader import SiglipCheckpointFormat
+from vembed_fs2.models.siglip.model import SiglipModel
+
+__all__ = [
+    "SIGLIP_FAMILY",
+    "SiglipCheckpointFormat",
+    "SiglipConfig",
+    "SiglipModel",
+    "SiglipTextConfig",
+    "SiglipVisionConfig",
+    "create_siglip_model",
+    "register_siglip",
+]
+
+
+def register_siglip(container: DependencyContainer) -> None:
+    """Register the family, its architectures and its Hugging Face format."""
+    register_family(
+        container,
+        SIGLIP_FAMILY,
+        kls=SiglipModel,
+        config_kls=SiglipConfig,
+        factory=create_siglip_model,
+        checkpoint_format=SiglipCheckpointFormat(),
+        supports_tensor_parallel=True,
+    )
+    register_siglip_archs(container)
