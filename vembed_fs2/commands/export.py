@@ -12,9 +12,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output_dir", type=Path, metavar="OUT", help="folder to write; must not exist or be empty")
     parser.add_argument(
         "--format",
-        choices=["hf", "sentence-transformers"],
+        choices=["hf", "sentence-transformers", "open_clip"],
         default="sentence-transformers",
-        help="for transformers, or for sentence-transformers (default; transformers reads it as well)",
+        help="for transformers, for sentence-transformers (default; transformers reads it as well), or for open_clip",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that comes with the model; read it before",
     )
 
 
@@ -24,9 +29,11 @@ def run(args: argparse.Namespace) -> int:
     from vembed_fs2.files import check_new_folder
 
     check_new_folder(args.output_dir)
-    embedder = Embedder.load(args.model, device="cpu")
+    embedder = Embedder.load(args.model, device="cpu", trust_remote_code=args.trust_remote_code)
     if args.format == "hf":
         embedder.save_hf(args.output_dir)
+    elif args.format == "open_clip":
+        embedder.save_open_clip(args.output_dir)
     else:
         embedder.save_sentence_transformers(args.output_dir)
     print(f"Written to {args.output_dir}.")
