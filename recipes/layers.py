@@ -120,18 +120,25 @@ def structure(kls: type[Any], values: Mapping[str, Any], component_config: Compo
 def _find_errors(kls: type[Any], values: Mapping[str, Any], path: str, components: ComponentConfigs) -> Iterator[str]:
     hints = get_type_hints(kls)
     names = [f.name for f in fields(kls)]
-    is_component = "name" in names and hints.get("config") is object
+    selector = _selector(names, hints)
     for key, value in values.items():
         where = f"{path}{key}"
         if key not in names:
             yield _unknown_key(where, str(key), path, kls, names)
-        elif key != "config" or not is_component:
+        elif key != "config" or selector is None:
             yield from _find_value_errors(value, hints[key], where, components)
-    if is_component:
-        yield from _find_component_errors(values.get("config", {}), values.get("name"), path, components)
+    if selector is not None:
+        yield from _find_component_errors(values.get("config", {}), values.get(selector), path, components)
     for field in fields(kls):
         if field.name not in values and field.default is field.default_factory is MISSING:
             yield f"`{path}{field.name}` is missing."
+
+
+def _selector(names: Sequence[str], hints: Mapping[str, Any]) -> str | None:
+    """The field whose value says of which class ``config`` is: that of a model's family, or a component's name."""
+    if hints.get("config") is not object:
+        return None
+    return next((name for name in ("family", "name") if name in names), None)
 
 
 def _find_value_errors(value: Any, hint: Any, where: str, components: ComponentConfigs) -> Iterator[str]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal, final
 
 from fairseq2.optim.lr_schedulers import AbstractLRScheduler, LRScheduler
 from fairseq2.recipe.component import register_component
-from fairseq2.recipe.config import AdamWGroupConfig, RegimeSection
-from fairseq2.recipe.optim import prepare_parameter_groups
+from fairseq2.recipe.config import AdamWGroupConfig, RegimeSection, default
 from fairseq2.runtime.dependency import DependencyContainer, DependencyResolver
 from fairseq2.utils.validation import ValidationResult
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
+
+from vembed_fs2.errors import ConfigError
 
 ADAMW: Final = "vembed_adamw"
 
@@ -40,7 +43,7 @@ class EmbeddingAdamWConfig:
     """The decay of matrices."""
 
     groups: Sequence[AdamWGroupConfig] = field(default_factory=list)
-    """Groups of parameters, by regular expression, that have values of their own."""
+    """Parameters that have values of their own, by regular expressions that the beginnings of their names match."""
 
     def validate(self) -> ValidationResult:
         result = ValidationResult()
@@ -48,6 +51,12 @@ class EmbeddingAdamWConfig:
             result.add_error(f"`lr` must be positive, but is {self.lr} instead.")
         if self.weight_decay < 0.0:
             result.add_error(f"`weight_decay` must not be negative, but is {self.weight_decay} instead.")
+        for idx, group in enumerate(self.groups):
+            for pattern in _patterns(group):
+                try:
+                    re.compile(pattern)
+                except re.error as ex:
+                    result.add_error(f"`groups[{idx}].params`: '{pattern}' is not a valid regular expression: {ex}.")
         return result
 
 
@@ -90,22 +99,56 @@ def _create_adamw(resolver: DependencyResolver, config: EmbeddingAdamWConfig) ->
 
 
 def split_decay(model: Module, config: EmbeddingAdamWConfig) -> list[dict[str, Any]]:
-    """Split each group of parameters into those with and those without weight decay."""
+    """Split each group of trained parameters into those with and those without weight decay.
+
+    :raises ConfigError: lists the groups of the configuration that no trained parameter belongs to.
+    """
     groups: list[dict[str, Any]] = []
-    # Without groups of the user, fairseq2 returns the parameters themselves.
-    prepared = (
-        list(prepare_parameter_groups(model, config.groups)) if config.groups else [{"params": model.parameters()}]
-    )
-    for group in prepared:
-        assert isinstance(group, dict)
-        parameters: list[Parameter] = [p for p in group["params"] if p.requires_grad]
-        matrices = [p for p in parameters if p.ndim > 1]
-        vectors = [p for p in parameters if p.ndim <= 1]
+    for group in _group_parameters(model, config.groups):
+        matrices = [p for p in group["params"] if p.ndim > 1]
+        vectors = [p for p in group["params"] if p.ndim <= 1]
         if matrices:
             groups.append({**group, "params": matrices})
         if vectors:
             groups.append({**group, "params": vectors, "weight_decay": 0.0})
     return groups
+
+
+def _group_parameters(model: Module, configs: Sequence[AdamWGroupConfig]) -> list[dict[str, Any]]:
+    """Put each trained parameter into the first group that it matches, or into one without values of its own.
+
+    Unlike fairseq2's ``prepare_parameter_groups``, by the model's own names: DDP
+    and activation checkpointing add to them.
+    """
+    groups: list[dict[str, Any]] = [{"params": [], **_own_values(config)} for config in configs]
+    rest: dict[str, Any] = {"params": []}
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    for full_name, parameter in inner.named_parameters():
+        if parameter.requires_grad:
+            name = full_name.replace("_checkpoint_wrapped_module.", "")
+            fitting = (group for group, config in zip(groups, configs) if _matches(config, name))
+            next(fitting, rest)["params"].append(parameter)
+    errors = [
+        f"`groups[{idx}].params` {config.params!r} matches no parameter that is trained and in no earlier group."
+        for idx, config in enumerate(configs)
+        if not groups[idx]["params"]
+    ]
+    if errors:
+        raise ConfigError(errors, where="`optimizer.config`")
+    return [*groups, rest]
+
+
+def _own_values(config: AdamWGroupConfig) -> dict[str, Any]:
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "params"}
+    return {name: value for name, value in values.items() if value != default}
+
+
+def _matches(config: AdamWGroupConfig, name: str) -> bool:
+    return any(re.match(pattern, name) for pattern in _patterns(config))
+
+
+def _patterns(config: AdamWGroupConfig) -> Sequence[str]:
+    return [config.params] if isinstance(config.params, str) else config.params
 
 
 def _create_warmup_decay(resolver: DependencyResolver, config: WarmupDecayConfig) -> LRScheduler:

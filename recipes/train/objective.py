@@ -30,7 +30,15 @@ def create_objective(section: LossSection, gather: RowGather | None = None) -> O
 
 
 def embedding_dim_of(family_name: str, config: object) -> int:
-    """Return the size of the embeddings of a model, without its weights.
+    """Return the size of the embeddings of a model.
+
+    :raises ConfigError: it is no embedding model.
+    """
+    return create_blank(family_name, config).embedding_dim
+
+
+def create_blank(family_name: str, config: object) -> EmbeddingModel:
+    """Create a model without memory for its weights, if the family can.
 
     :raises ConfigError: it is no embedding model.
     """
@@ -39,7 +47,7 @@ def embedding_dim_of(family_name: str, config: object) -> int:
     model = family.create_new_model(config, gangs, torch.float32, family.supports_meta, True)
     if not isinstance(model, EmbeddingModel):
         raise ConfigError(f"'{family_name}' is not a family of embedding models.", where="`model`")
-    return model.embedding_dim
+    return model
 
 
 def learned_parts(

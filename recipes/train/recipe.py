@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
-from typing import cast, final
+from typing import final
 
 from fairseq2.gang import Gangs
-from fairseq2.models import ModelFamily
 from fairseq2.recipe.base import Recipe, RecipeContext
-from fairseq2.runtime.dependency import DependencyContainer, DependencyLookup
+from fairseq2.runtime.dependency import DependencyContainer
 from fairseq2.task import Task
-from fairseq2.utils.config import StandardConfigMerger
-from fairseq2.utils.structured import StandardValueConverter
 from torch.nn import Module
 from typing_extensions import override
 
 from vembed_fs2.data.dataset import ExampleDataset
 from vembed_fs2.data.reader import EmbeddingDataReader
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.embedder import load_processor
-from vembed_fs2.errors import ConfigError
 from vembed_fs2.evaluation.datasets import RetrievalTask, task_from_examples
+from vembed_fs2.models.composed import ComposedModel, load_towers
 from vembed_fs2.models.embedding import EmbeddingModel
-from vembed_fs2.models.hub import ModelSource, find_model, get_resolver
-from vembed_fs2.processing.processor import Processor
-from vembed_fs2.recipes.layers import structure
+from vembed_fs2.models.hub import ModelSource
 from vembed_fs2.recipes.optim import register_optim
 from vembed_fs2.recipes.stop import StopRequest
-from vembed_fs2.recipes.train.config import DataSection, EmbeddingModelSection, TrainConfig
+from vembed_fs2.recipes.train.config import DataSection, TrainConfig
 from vembed_fs2.recipes.train.dataset import Collator, ContrastiveBatch
+from vembed_fs2.recipes.train.model import create_processor, override_config, plan_model
 from vembed_fs2.recipes.train.objective import check_row, check_rows, create_objective, embedding_dim_of, learned_parts
 from vembed_fs2.recipes.train.teacher import find_teacher, load_teacher
 from vembed_fs2.recipes.train.unit import ContrastiveTrainUnit
@@ -62,35 +54,16 @@ class TrainRecipe(Recipe):
         return TrainConfig
 
     def prepare_config(self, config: TrainConfig) -> None:
-        """Find the model and open the data, so that what is wrong with them is an error before anything is written.
-
-        A folder's family and configuration become part of the run's own
-        configuration: the run can be resumed without the folder.
-        """
-        section = config.model
-        overrides = section.config_overrides or {}
-        if not isinstance(overrides, Mapping):
-            raise ConfigError(f"`model.config_overrides` must hold keys and values, but is {overrides!r}.")
-        if section.path is None and section.name is None:
-            model_config, family = new_model_config(section), str(section.family)
-        else:
-            source = find_model(section.path or section.name or "")
-            model_config, family = source.config, source.family
-            section.family, section.arch = None, None
-            if isinstance(source.weights, Path):
-                section.family, section.path = source.family, source.weights
-                values = StandardValueConverter().unstructure(model_config)
-                overrides = cast(Mapping[str, object], StandardConfigMerger().merge(values, overrides))
-                config.processor.path = config.processor.path or source.folder
+        """Find the model and open the data, so that what is wrong with them is an error before anything is written."""
         loss = create_objective(config.loss)
         teacher_dim = None
         if loss.needs_teacher:
             self._teacher = find_teacher(config.teacher)
             teacher_dim = embedding_dim_of(self._teacher.family, self._teacher.config)
-        model_config = override_config(model_config, overrides)
-        parts = learned_parts(loss, model_config, embedding_dim_of(family, model_config), teacher_dim)
-        override_config(model_config, parts)
-        section.config_overrides = {**overrides, **parts} or None
+        plan = plan_model(config)
+        parts = learned_parts(loss, plan.config, plan.embedding_dim, teacher_dim)
+        override_config(plan.config, parts)
+        config.model.config_overrides = {**plan.overrides, **parts} or None
         self._dataset = open_dataset(config.dataset)
         check_rows(self._dataset, loss, config.dataset.on_error)
         if config.valid.paths:
@@ -112,6 +85,8 @@ class TrainRecipe(Recipe):
     def setup_model(self, context: RecipeContext, model: Module, newly_initialized: bool) -> Module:
         loss = create_objective(context.get_config_as(TrainConfig).loss)
         assert isinstance(model, EmbeddingModel)
+        if newly_initialized and isinstance(model, ComposedModel):
+            load_towers(model, context.gangs)
         if model.logit_scale is not None:
             model.logit_scale.requires_grad_(loss.initial_logit_scale is not None)
         if model.logit_bias is not None:
@@ -176,40 +151,6 @@ def log_to_files() -> None:
             log.addHandler(handler)
 
 
-def override_config(model_config: object, overrides: Mapping[str, object]) -> object:
-    """Return the configuration that `model.config_overrides` makes of one.
-
-    :raises ConfigError: lists unknown keys and values of a wrong type.
-    """
-    values = StandardValueConverter().unstructure(model_config)
-    merged = cast(Mapping[str, object], StandardConfigMerger().merge(values, overrides))
-    return structure(type(model_config), merged, lambda *_: None, "model.config_overrides.")
-
-
-def new_model_config(section: EmbeddingModelSection) -> object:
-    """Return the configuration of an architecture.
-
-    :raises ConfigError: there is no such family or architecture.
-    """
-    resolver = get_resolver()
-    family = resolver.maybe_resolve(ModelFamily, key=section.family)
-    if family is None:
-        known = [str(k) for k in DependencyLookup(resolver, ModelFamily).iter_keys()]
-        raise ConfigError(_not_known("model.family", str(section.family), known))
-    if section.arch is None:
-        return family.config_kls()
-    config = family.maybe_get_arch_config(section.arch)
-    if config is None:
-        raise ConfigError(_not_known("model.arch", section.arch, family.get_archs()))
-    return config
-
-
-def _not_known(key: str, name: str, known: Iterable[str]) -> str:
-    nearest = get_close_matches(name, list(known), 1)
-    hint = f" Did you mean '{nearest[0]}'?" if nearest else f" Known: {', '.join(sorted(known))}."
-    return f"`{key}` '{name}' is not known.{hint}"
-
-
 def open_dataset(section: DataSection) -> ExampleDataset:
     """Open the files of a section."""
     return ExampleDataset(
@@ -221,35 +162,6 @@ def open_dataset(section: DataSection) -> ExampleDataset:
         on_error=section.on_error,
         max_rows=section.max_rows,
     )
-
-
-def create_processor(
-    config: TrainConfig, model: EmbeddingModel, gangs: Gangs, *, max_length: int | None = None
-) -> Processor:
-    """Load the processor of the model, changed as the configuration says.
-
-    :param max_length: the longest text, if it is not the configuration's.
-    """
-    section = config.processor
-    folder = section.path
-    if folder is None:
-        if config.model.name is None:
-            raise ConfigError("`processor.path` must name a folder with a tokenizer or image processor.")
-        source = find_model(config.model.name)
-        if gangs.root.rank == 0:
-            source.processor_folder()  # One process downloads, the others find the files.
-        gangs.root.barrier()
-        folder = source.processor_folder()
-    processor = load_processor(model, folder, max_length=max_length or section.max_length)
-    settings = processor.settings
-    for name, prompt in (("query", section.query_prompt), ("document", section.document_prompt)):
-        if prompt is not None:
-            settings.prompts[name] = prompt
-    if section.instruction_template is not None:
-        settings.instruction_template = section.instruction_template
-    processor.image_root = None  # The rows' paths were checked against the section's root when they were read.
-    processor.allow_urls = config.dataset.allow_urls
-    return processor
 
 
 def create_reader(

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from fairseq2.models.utils.ac import apply_layerwise_ac
 from fairseq2.recipe.config import AdamWGroupConfig
 from torch import nn
 from torch.optim import AdamW
 
+from vembed_fs2.errors import ConfigError
 from vembed_fs2.models.bert import BertConfig
 from vembed_fs2.models.bert.factory import create_bert_model
 from vembed_fs2.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
@@ -155,3 +157,34 @@ def test_a_schedule_resumes_where_it_was() -> None:
 )
 def test_wrong_values_are_errors_that_name_the_field(config: Any, field: str) -> None:
     assert f"`{field}` must" in str(config.validate())
+
+
+def test_groups_go_by_the_models_own_names_inside_checkpointed_layers() -> None:
+    model = clip()
+    for tower in (model.text, model.vision):
+        apply_layerwise_ac(tower.encoder.layers, 1)  # type: ignore[arg-type,union-attr]
+    assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_parameters())
+    group = AdamWGroupConfig(params=r"text\.encoder\.layers\.0\.self_attn\.", lr=1e-3)
+    found = by_decay(model, EmbeddingAdamWConfig(lr=1e-5, groups=[group]))
+    faster = {name.replace("_checkpoint_wrapped_module.", "") for name, (lr, _) in found.items() if lr == 1e-3}
+    expected = {name for name, _ in clip().named_parameters() if name.startswith("text.encoder.layers.0.self_attn.")}
+    assert faster == expected
+
+
+def test_groups_that_nothing_belongs_to_are_all_named() -> None:
+    model = clip()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("vision."))
+    groups = [
+        AdamWGroupConfig(params=["text"], lr=1e-3),
+        AdamWGroupConfig(params=["vision"], lr=1e-3),
+        AdamWGroupConfig(params=r"text\.proj", lr=1e-4),
+    ]
+    with pytest.raises(ConfigError) as caught:
+        split_decay(model, EmbeddingAdamWConfig(groups=groups))
+    assert caught.value.errors == [
+        "`groups[1].params` ['vision'] matches no parameter that is trained and in no earlier group.",
+        r"`groups[2].params` 'text\\.proj' matches no parameter that is trained and in no earlier group.",
+    ]
+    result = EmbeddingAdamWConfig(groups=[AdamWGroupConfig(params="(", lr=1e-3)]).validate()
+    assert "`groups[0].params`: '(' is not a valid regular expression" in str(result)

@@ -6,16 +6,32 @@ import argparse
 from pathlib import Path
 from time import perf_counter
 
+_USE = {
+    "clip": """
+    from transformers import CLIPModel, CLIPProcessor
+    model = CLIPModel.from_pretrained("{folder}")
+    processor = CLIPProcessor.from_pretrained("{folder}")""",
+    "composed": """
+    from vembed_fs2 import Embedder
+    embedder = Embedder.load("{folder}")""",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("output_dir", type=Path, metavar="OUT", help="folder to write; must not exist or be empty")
+    parser.add_argument(
+        "--model",
+        choices=list(_USE),
+        default="clip",
+        help="what to train: a CLIP, or a BERT and a DINOv2 composed (default: clip)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the digits and an untrained CLIP, train it, evaluate, export."""
+    """Write the digits and an untrained model, train it, evaluate, export."""
     from vembed_fs2.commands.demo import heading, train
-    from vembed_fs2.demo.images import evaluate_digits, write_digits, write_model_folder
+    from vembed_fs2.demo.images import evaluate_digits, write_composed_folder, write_digits, write_model_folder
     from vembed_fs2.embedder import Embedder
     from vembed_fs2.evaluation.report import print_results, write_results
     from vembed_fs2.files import check_new_folder
@@ -24,9 +40,11 @@ def run(args: argparse.Namespace) -> int:
     check_new_folder(out)
     started = perf_counter()
 
-    heading("1. Handwritten digits with captions, and a small CLIP with random weights")
+    what = "a small CLIP" if args.model == "clip" else "a small BERT and a small DINOv2"
+    heading(f"1. Handwritten digits with captions, and {what} with random weights")
     files = write_digits(out / "data")
-    write_model_folder(out / "untrained")
+    write_folder = write_model_folder if args.model == "clip" else write_composed_folder
+    write_folder(out / "untrained")
     before = evaluate_digits(Embedder.load(out / "untrained"), out / "data")
 
     heading("2. Training")
@@ -42,8 +60,6 @@ def run(args: argparse.Namespace) -> int:
 
     heading("4. Export")
     embedder.save_hf(out / "model")
-    print(f"Everything took {perf_counter() - started:.0f} s. Use the model:\n")
-    print("    from transformers import CLIPModel, CLIPProcessor")
-    print(f'    model = CLIPModel.from_pretrained("{out / "model"}")')
-    print(f'    processor = CLIPProcessor.from_pretrained("{out / "model"}")')
+    print(f"Everything took {perf_counter() - started:.0f} s. Use the model:")
+    print(_USE[args.model].format(folder=out / "model"))
     return 0

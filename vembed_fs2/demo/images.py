@@ -1,4 +1,4 @@
-"""Data, model folder and evaluation of the image demo: a small CLIP learns handwritten digits from captions.
+"""Data, model folders and evaluation of the image demo: a small model learns handwritten digits from captions.
 
 The 1,797 digits (8 x 8 pixels, 17 greys) are those of scikit-learn, so the demo
 downloads nothing. Digits of one class carry one label: in training they are
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from vembed_fs2.evaluation.datasets import RetrievalTask
     from vembed_fs2.evaluation.retrieval import SupportsEncode
+    from vembed_fs2.models.composed import ComposedConfig
 
 WORDS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -137,6 +138,34 @@ def write_model_folder(out: Path, *, seed: int = 0) -> None:
     write_json(out / "preprocessor_config.json", _image_processor_config())
 
 
+def write_composed_folder(out: Path, *, seed: int = 0) -> None:
+    """Write a folder of a BERT and a DINOv2 with random weights, composed, with their tokenizer and image processor.
+
+    The train recipe takes it as ``model.path``.
+    """
+    import torch
+    from fairseq2.gang import create_fake_gangs
+    from fairseq2.models import ModelFamily
+    from fairseq2.models.hg import save_hugging_face_model
+
+    from vembed_fs2.models.composed import COMPOSED_FAMILY, ComposedCheckpointFormat
+    from vembed_fs2.models.hub import get_resolver
+
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer()
+    config = _composed_config(tokenizer)
+    family = get_resolver().resolve(ModelFamily, key=COMPOSED_FAMILY)
+    gangs = create_fake_gangs(torch.device("cpu"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = family.create_new_model(config, gangs, torch.float32, meta=False, init_rank0_only=False)
+    checkpoint_format = ComposedCheckpointFormat()
+    state = checkpoint_format.to_hg_state_dict(dict(model.state_dict()), config)
+    save_hugging_face_model(out, state, checkpoint_format.to_hg_config(config))
+    tokenizer.save_pretrained(out)
+    write_json(out / "preprocessor_config.json", _image_processor_config())
+
+
 def _tokenizer() -> Any:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -183,6 +212,36 @@ def _clip_config(tokenizer: Any) -> dict[str, Any]:
         "vision_config": {**tower, "image_size": IMAGE_SIZE, "patch_size": 8},
         "projection_dim": tower["projection_dim"],
     }
+
+
+def _composed_config(tokenizer: Any) -> ComposedConfig:
+    from vembed_fs2.models.bert import BERT_FAMILY, BertConfig
+    from vembed_fs2.models.composed import ComposedConfig, TowerConfig
+    from vembed_fs2.models.vit import VIT_FAMILY, VitConfig
+
+    sizes: dict[str, Any] = {"model_dim": 128, "num_layers": 2, "num_attn_heads": 4}
+    text = BertConfig(
+        vocab_size=len(tokenizer),
+        max_seq_len=tokenizer.model_max_length,
+        pad_idx=tokenizer.pad_token_id,
+        ffn_inner_dim=512,
+        pooler=False,
+        **sizes,
+    )
+    image = VitConfig(
+        model_type="dinov2",
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        mlp_ratio=4.0,
+        layer_scale_init=1.0,
+        layer_norm_eps=1e-6,
+        **sizes,
+    )
+    return ComposedConfig(
+        text=TowerConfig(family=BERT_FAMILY, config=text),
+        image=TowerConfig(family=VIT_FAMILY, config=image),
+        embedding_dim=32,
+    )
 
 
 def _image_processor_config() -> dict[str, Any]:

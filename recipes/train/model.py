@@ -1,0 +1,170 @@
+"""Which model to train, and its processor: found, or made new, and checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+from fairseq2.gang import Gangs
+from fairseq2.models import ModelFamily
+from fairseq2.runtime.dependency import DependencyLookup
+from fairseq2.utils.config import StandardConfigMerger
+from fairseq2.utils.structured import StandardValueConverter
+
+from vembed_fs2.embedder import load_processor
+from vembed_fs2.errors import ConfigError
+from vembed_fs2.models.composed import ComposedConfig, ComposedModel, forget_sources, refuse_sources, resolve_towers
+from vembed_fs2.models.embedding import EmbeddingModel
+from vembed_fs2.models.hub import find_model, get_resolver
+from vembed_fs2.processing.processor import Processor
+from vembed_fs2.recipes.layers import structure
+from vembed_fs2.recipes.train.config import EmbeddingModelSection, TrainConfig
+from vembed_fs2.recipes.train.objective import create_blank
+
+
+@dataclass
+class ModelPlan:
+    """The model of a run."""
+
+    family: str
+    config: object
+    overrides: Mapping[str, Any]
+    """What ``config`` is made of, on top of what ``model`` names."""
+
+    embedding_dim: int
+
+
+def plan_model(config: TrainConfig) -> ModelPlan:
+    """Find the model.
+
+    The family and configuration of a folder, and of the folders of encoders,
+    become part of the run's own configuration: the run can be resumed without them.
+
+    :raises ConfigError: lists what is wrong with the model's configuration.
+    :raises ModelLoadError: there is no such model.
+    """
+    section = config.model
+    overrides = section.config_overrides or {}
+    if not isinstance(overrides, Mapping):
+        raise ConfigError(f"`model.config_overrides` must hold keys and values, but is {overrides!r}.")
+    if section.path is None and section.name is None:
+        model_config, family = new_model_config(section), str(section.family)
+        if isinstance(model_config, ComposedConfig):
+            # Not merged over the architecture's encoders: those of another family have other fields.
+            overrides, section.arch = resolve_towers(model_config, overrides), None
+            model_config = ComposedConfig()
+    else:
+        trusted = overrides.get("trust_remote_code") is True
+        source = find_model(section.path or section.name or "", trust_remote_code=trusted)
+        model_config, family = source.config, source.family
+        section.family, section.arch = None, None
+        if isinstance(model_config, ComposedConfig):
+            model_config = forget_sources(model_config)
+            refuse_sources(model_config, overrides)
+        if isinstance(source.weights, Path):
+            section.family, section.path = source.family, source.weights
+            values = StandardValueConverter().unstructure(model_config)
+            overrides = cast(Mapping[str, object], StandardConfigMerger().merge(values, overrides))
+            config.processor.path = config.processor.path or source.folder
+    model_config = override_config(model_config, overrides)
+    return ModelPlan(family, model_config, overrides, _check(config, family, model_config))
+
+
+def _check(config: TrainConfig, family: str, model_config: object) -> int:
+    """Check that the model can be trained; return its embedding size."""
+    model = create_blank(family, model_config)
+    errors = []
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        errors.append("all parameters are frozen: nothing is left to train.")
+    has_files = config.processor.path is not None or config.model.name is not None
+    if isinstance(model, ComposedModel) and not has_files and None in (model.text.source, model.image.source):
+        errors.append(
+            "`processor.path` must name a folder with a tokenizer and an image processor, because `text` or `image` "
+            "has no `path` or `name`."
+        )
+    if errors:
+        raise ConfigError(errors, where="`model`")
+    return model.embedding_dim
+
+
+def override_config(model_config: object, overrides: Mapping[str, object]) -> object:
+    """Return the configuration that `model.config_overrides` makes of one.
+
+    :raises ConfigError: lists unknown keys and values of a wrong type.
+    """
+    values = StandardValueConverter().unstructure(model_config)
+    merged = cast(Mapping[str, object], StandardConfigMerger().merge(values, overrides))
+    return structure(type(model_config), merged, _family_config, "model.config_overrides.")
+
+
+def _family_config(section: str, name: str) -> type[object] | None:
+    """The class of the configuration of an encoder in a composed model."""
+    family = get_resolver().maybe_resolve(ModelFamily, key=name)
+    # The model's own validation says what is wrong with the name.
+    return None if family is None else family.config_kls
+
+
+def new_model_config(section: EmbeddingModelSection) -> object:
+    """Return the configuration of an architecture.
+
+    :raises ConfigError: there is no such family or architecture.
+    """
+    resolver = get_resolver()
+    family = resolver.maybe_resolve(ModelFamily, key=section.family)
+    if family is None:
+        known = [str(k) for k in DependencyLookup(resolver, ModelFamily).iter_keys()]
+        raise ConfigError(_not_known("model.family", str(section.family), known))
+    if section.arch is None:
+        return family.config_kls()
+    config = family.maybe_get_arch_config(section.arch)
+    if config is None:
+        raise ConfigError(_not_known("model.arch", section.arch, family.get_archs()))
+    return config
+
+
+def _not_known(key: str, name: str, known: Iterable[str]) -> str:
+    nearest = get_close_matches(name, list(known), 1)
+    hint = f" Did you mean '{nearest[0]}'?" if nearest else f" Known: {', '.join(sorted(known))}."
+    return f"`{key}` '{name}' is not known.{hint}"
+
+
+def create_processor(
+    config: TrainConfig, model: EmbeddingModel, gangs: Gangs, *, max_length: int | None = None
+) -> Processor:
+    """Load the processor of the model, changed as the configuration says.
+
+    :param max_length: the longest text, if it is not the configuration's.
+    """
+    section = config.processor
+    folders = _processor_folders(config, model, gangs)
+    processor = load_processor(model, *folders, max_length=max_length or section.max_length)
+    settings = processor.settings
+    for name, prompt in (("query", section.query_prompt), ("document", section.document_prompt)):
+        if prompt is not None:
+            settings.prompts[name] = prompt
+    if section.instruction_template is not None:
+        settings.instruction_template = section.instruction_template
+    processor.image_root = None  # The rows' paths were checked against the section's root when they were read.
+    processor.allow_urls = config.dataset.allow_urls
+    return processor
+
+
+def _processor_folders(config: TrainConfig, model: EmbeddingModel, gangs: Gangs) -> list[Path]:
+    """The folder of the processor, or those of the tokenizer and of the image processor."""
+    if config.processor.path is not None:
+        return [config.processor.path]
+    if config.model.name is not None:
+        names: list[str | Path | None] = [config.model.name]
+    else:
+        names = [model.text.source, model.image.source] if isinstance(model, ComposedModel) else [None]
+    sources = [find_model(name) for name in names if name is not None]
+    if len(sources) < len(names):
+        raise ConfigError("`processor.path` must name a folder with a tokenizer or image processor.")
+    if gangs.root.rank == 0:
+        for source in sources:
+            source.processor_folder()  # One process downloads, the others find the files.
+    gangs.root.barrier()
+    return [source.processor_folder() for source in sources]

@@ -1,0 +1,103 @@
+"""An encoder inside another model: one tower of it, if it has two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from fairseq2.nn.utils.module import to_device
+from torch import Tensor
+from torch.nn import Module
+
+from vembed_fs2.errors import ConfigError
+from vembed_fs2.models.embedding import EmbeddingModel, Modality
+from vembed_fs2.models.family import LEARNED_PARTS, FamilyFactory
+from vembed_fs2.models.hub import get_resolver
+
+_OTHER_TOWER: Final[dict[Modality, tuple[str, ...]]] = {"text": ("vision", "visual", "image"), "image": ("text",)}
+"""How the names of the modules begin that encode the other modality."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An encoder of one modality."""
+
+    model: EmbeddingModel
+
+    family: str
+    config: object
+
+    stacks: Sequence[str]
+    """The names of its stacks of layers, first to last."""
+
+    left_out: Sequence[str]
+    """The names of the modules that encode another modality, which it has no more."""
+
+    constants: Mapping[str, Tensor]
+    """The values of non-persistent buffers, by name, where the model itself cannot set them again."""
+
+
+def create_backbone(family: str, config: object, modality: Modality) -> Backbone:
+    """Create an encoder of ``modality``.
+
+    Of a model of texts and images, only the tower that is asked for gets memory.
+
+    :param config: of the family's class, and valid.
+    :raises ConfigError: the model has no such encoder, or it cannot be taken out.
+    """
+    factory = get_resolver().resolve(FamilyFactory, key=family)
+    device = torch.get_default_device()
+    # A family that does not work on the meta device makes its values when it creates a model.
+    with torch.device("meta" if factory.supports_meta else "cpu"):
+        model = factory.create(config)
+    _check(model, family, modality)
+    stacks = _stack_names(model)
+    left_out = _drop_other_tower(model, family, modality) if len(model.modalities) > 1 else []
+    constants: dict[str, Tensor] = {}
+    if not factory.supports_meta:
+        constants = _copy_constants(model)
+        model.to(device)
+    elif device.type != "meta" and left_out:
+        to_device(model, device)
+    elif device.type != "meta":
+        model = factory.create(config)
+    for name, parameter in model.named_parameters():
+        # They belong to the objective that the model was trained with.
+        if name.rpartition(".")[2] in LEARNED_PARTS:
+            parameter.requires_grad_(False)
+    stacks = [name for name in stacks if not name.startswith(tuple(f"{part}." for part in left_out))]
+    return Backbone(model, family, config, stacks, left_out, constants)
+
+
+def _check(model: EmbeddingModel, family: str, modality: Modality) -> None:
+    if modality not in model.modalities:
+        raise ConfigError(f"`family` must encode {modality}s, but {family} models do not.")
+    if model.similarity == "maxsim":
+        raise ConfigError(f"`config` must give one vector per {modality}, but gives several: change its pooling.")
+
+
+def _stack_names(model: EmbeddingModel) -> list[str]:
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(stack)] for stack in model.layer_stacks()]
+
+
+def _copy_constants(model: Module) -> dict[str, Tensor]:
+    persistent = model.state_dict().keys()
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name not in persistent}
+
+
+def _drop_other_tower(model: EmbeddingModel, family: str, modality: Modality) -> list[str]:
+    """Delete the modules that encode the other modality; return their names."""
+    prefixes = _OTHER_TOWER[modality]
+    dropped: list[str] = []
+    for name, _ in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if child.startswith(prefixes) and not name.startswith(tuple(f"{part}." for part in dropped)):
+            delattr(model.get_submodule(parent), child)
+            dropped.append(name)
+    if not dropped:
+        text = f"The {modality} encoder of {family} models cannot be used alone: none of their parts has a name"
+        raise ConfigError(f"{text} that begins with {' or '.join(prefixes)}.")
+    return dropped
