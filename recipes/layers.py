@@ -142,6 +142,8 @@ def _selector(names: Sequence[str], hints: Mapping[str, Any]) -> str | None:
 
 
 def _find_value_errors(value: Any, hint: Any, where: str, components: ComponentConfigs) -> Iterator[str]:
+    if value is not None:
+        hint = _section_of(hint)
     if is_dataclass(hint) and isinstance(value, Mapping):
         assert isinstance(hint, type)
         yield from _find_errors(hint, value, f"{where}.", components)
@@ -152,6 +154,12 @@ def _find_value_errors(value: Any, hint: Any, where: str, components: ComponentC
             yield from _find_value_errors(element, get_args(hint)[0], f"{where}[{idx}]", components)
     elif error := _type_error(value, hint, where):
         yield error
+
+
+def _section_of(hint: Any) -> Any:
+    """The class of a section that may be null; any other hint as it is."""
+    options = [option for option in get_args(hint) if option is not type(None)]
+    return options[0] if isinstance(hint, UnionType) and len(options) == 1 and is_dataclass(options[0]) else hint
 
 
 def _find_component_errors(value: Any, name: Any, path: str, components: ComponentConfigs) -> Iterator[str]:
@@ -182,6 +190,7 @@ def _unknown_key(where: str, key: str, path: str, kls: type[Any], names: Sequenc
 def _find_key(kls: type[Any], key: str, path: str) -> Iterator[str]:
     """Where else in the tree a key of that name is."""
     for name, hint in get_type_hints(kls).items():
+        hint = _section_of(hint)
         if name == key:
             yield f"{path}{name}"
         if is_dataclass(hint) and isinstance(hint, type):

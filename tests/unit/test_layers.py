@@ -45,6 +45,7 @@ class Data:
 class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     data: Data = field(default_factory=Data)
+    valid: Data | None = None
 
 
 def components(section: str, name: str) -> type[object]:
@@ -110,7 +111,7 @@ def test_all_errors_are_listed() -> None:
         "`data.batchsize` is not a known key. Did you mean `data.batch_size`?",
         "`data.mode` must be one of 't2t', 't2i', but is 'x2y'.",
         "`data.shuffle` must be true or false, but is 'maybe'.",
-        "`modle` is not a known key. Known here: optimizer, data.",
+        "`modle` is not a known key. Known here: optimizer, data, valid.",
         "`optimizer.config.learning_rate` is not a known key. Known here: lr, betas.",
         "`optimizer.config.lr` must be a number, but is 'fast'.",
     ]
@@ -118,6 +119,14 @@ def test_all_errors_are_listed() -> None:
 
 def test_a_key_is_found_in_another_section() -> None:
     assert errors_of(max_rows=3) == ["`max_rows` is not a known key. Did you mean `data.max_rows`?"]
+
+
+def test_keys_of_a_section_that_may_be_null() -> None:
+    assert structure(Config, {"valid": None}, components).valid is None
+    assert structure(Config, {"valid": {"batch_size": 2}}, components).valid.batch_size == 2
+    assert errors_of(valid={"batchsize": 2}) == [
+        "`valid.batchsize` is not a known key. Did you mean `valid.batch_size`?"
+    ]
 
 
 def test_an_unknown_component_is_an_error() -> None:
