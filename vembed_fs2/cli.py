@@ -31,14 +31,23 @@ _VERBS: Final[dict[str, Verb | dict[str, Verb]]] = {
     "train": Verb("train a model", "vembed_fs2.commands.train"),
     "evaluate": Verb("measure retrieval with a model", "vembed_fs2.commands.evaluate"),
     "export": Verb("write a model for other libraries", "vembed_fs2.commands.export"),
+    "models": {
+        "list": Verb("list families and cards", "vembed_fs2.commands.models_list"),
+        "show": Verb("say what a model is and what it can do", "vembed_fs2.commands.models_show"),
+        "archs": Verb("list the named architectures of families", "vembed_fs2.commands.models_archs"),
+    },
     "data": {"check": Verb("summarize data files and list their problems", "vembed_fs2.data.check")},
     "demo": {
         "text": Verb("fine-tune a text model on Python documentation", "vembed_fs2.commands.demo_text"),
-        "images": Verb("train a small CLIP on handwritten digits", "vembed_fs2.commands.demo_images"),
+        "images": Verb("train a small model on handwritten digits", "vembed_fs2.commands.demo_images"),
     },
 }
 
-_GROUP_HELP: Final = {"data": "look at data files", "demo": "see it work, end to end"}
+_GROUP_HELP: Final = {
+    "data": "look at data files",
+    "demo": "see it work, end to end",
+    "models": "see what models there are",
+}
 
 
 class VembedGroup:

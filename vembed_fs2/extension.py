@@ -5,8 +5,14 @@ from __future__ import annotations
 from fairseq2.composition import register_package_assets
 from fairseq2.runtime.dependency import DependencyContainer
 
+from vembed_fs2.models.auto import register_auto
 from vembed_fs2.models.bert import register_bert
 from vembed_fs2.models.clip import register_clip
+from vembed_fs2.models.composed import register_composed
+from vembed_fs2.models.eva import register_eva
+from vembed_fs2.models.modernbert import register_modernbert
+from vembed_fs2.models.siglip import register_siglip
+from vembed_fs2.models.vit import register_vit
 from vembed_fs2.recipes.metrics import register_metrics
 
 
@@ -16,4 +22,10 @@ def setup_vembed(container: DependencyContainer) -> None:
     register_package_assets(container, "vembed_fs2.assets.cards")
 
     register_clip(container)
+    register_vit(container)
     register_bert(container)
+    register_siglip(container)
+    register_modernbert(container)
+    register_composed(container)
+    register_eva(container)
+    register_auto(container)

@@ -275,12 +275,12 @@ def join(parts: Sequence[Embeddings], infos: Sequence[RowInfo], dtype: torch.dty
 
     query = parts[0]._replace(values=cut(values, 0, 1), mask=None if masks[0] is None else cut(masks, 0, 1))
     document = parts[0]._replace(values=both(values, 1), mask=both(masks, 1))
-    facts: dict[str, Any] = {
-        name: torch.cat([getattr(i, name) for i in infos]) for name in ("query_ids", "labels", "teacher_query")
-    }
+    facts: dict[str, Any] = {name: torch.cat([getattr(i, name) for i in infos]) for name in ("query_ids", "labels")}
     facts |= {n: both([getattr(i, n) for i in infos], 0) for n in ("document_ids", "scores", "teacher_document")}
+    if infos[0].teacher_query is not None:
+        facts["teacher_query"] = torch.cat([i.teacher_query for i in infos])
     for name in ("scores", "teacher_query", "teacher_document"):
-        facts[name] = facts[name].to(dtype)
+        facts[name] = None if facts.get(name) is None else facts[name].to(dtype)
     return query, document, RowInfo(**facts)
 
 

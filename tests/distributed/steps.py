@@ -11,6 +11,7 @@ from fairseq2.gang import Gangs, ProcessGroupGang, create_fake_gangs, create_fsd
 from fairseq2.models import ModelFamily
 from fairseq2.nn.ddp import to_ddp
 from fairseq2.nn.fsdp import to_fsdp
+from fairseq2.runtime.dependency import DependencyLookup
 from torch import Tensor
 from torch.nn import Module
 
@@ -46,7 +47,11 @@ CLIP = ClipConfig(
 
 
 def family_of(config: object) -> ModelFamily:
-    return get_resolver().resolve(ModelFamily, key="vembed_bert" if isinstance(config, BertConfig) else "vembed_clip")
+    """The family that has configurations of this class."""
+    resolver = get_resolver()
+    names = [str(key) for key in DependencyLookup(resolver, ModelFamily).iter_keys()]
+    families = (resolver.resolve(ModelFamily, key=name) for name in names if name.startswith("vembed_"))
+    return next(family for family in families if family.config_kls is type(config))
 
 
 def create_model(config: object, gangs: Gangs | None = None, *, checkpointing: bool = False) -> EmbeddingModel:

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[2]
 
-GUIDES = ["README.md", "docs/training.md", "docs/inference.md", "docs/data.md", "docs/losses.md"]
+GUIDES = ["README.md", "docs/training.md", "docs/inference.md", "docs/data.md", "docs/losses.md", "docs/models.md"]
 """In this order, because later guides use the runs of earlier ones."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,30 @@ def test_a_failed_download_is_an_error_that_says_why(monkeypatch: pytest.MonkeyP
         download_repository(Uri.maybe_parse("hg://owner/name"))  # type: ignore[arg-type]
     with pytest.raises(VembedError, match="no space left"):
         Embedder.load("baai_bge_small_en_v15", device="cpu")
+
+
+OPEN_CLIP = {"open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"}
+
+
+@pytest.mark.parametrize(
+    ("there", "config", "expected"),
+    [
+        # timm's repositories hold its image tower, and a config.json of another kind.
+        (OPEN_CLIP | {"model.safetensors"}, {"architecture": "vit"}, "open_clip_model.safetensors"),
+        (OPEN_CLIP, None, "open_clip_model.safetensors"),
+        (OPEN_CLIP - {"open_clip_model.safetensors"}, None, "open_clip_pytorch_model.bin"),
+        # LAION's hold both layouts.
+        (OPEN_CLIP | {"model.safetensors"}, {"model_type": "clip"}, "model.safetensors"),
+        (OPEN_CLIP | PICKLED, {"model_type": "clip"}, "pytorch_model.bin"),
+    ],
+)
+def test_of_several_layouts_the_weights_of_one_are_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: set[str], config: dict[str, str] | None, expected: str
+) -> None:
+    tmp_path.joinpath("open_clip_config.json").write_text("{}")
+    if config is not None:
+        tmp_path.joinpath("config.json").write_text(json.dumps(config))
+    small = {"config.json", "tokenizer.json"}
+    hub = Hub(monkeypatch, tmp_path, sorted(small | there))
+    download_repository(Uri.maybe_parse("hg://owner/name"))  # type: ignore[arg-type]
+    assert hub.fetched() == small | {"open_clip_config.json", expected}

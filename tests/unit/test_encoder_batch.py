@@ -180,3 +180,51 @@ def test_an_embedding_does_not_depend_on_the_other_rows(clip: EmbeddingModel, le
         for i in order:
             torch.testing.assert_close(clip(batch.select([i])).values[0], together[i], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(clip(batch.select(order)).values, together[order], rtol=1e-6, atol=1e-6)
+
+
+def patches(shapes: list[tuple[int, int]], extra: int = 0) -> EncoderBatch:
+    """One image per row, of ``h`` x ``w`` patches that hold its number of patches."""
+    lengths = torch.tensor([h * w for h, w in shapes])
+    mask = torch.arange(int(lengths.max()) + extra) < lengths[:, None]
+    return EncoderBatch.of_patches((lengths[:, None] * mask).float().unsqueeze(2), mask, torch.tensor(shapes))
+
+
+def shapes_of(batch: EncoderBatch) -> list[tuple[int, int]]:
+    """The shapes of a batch of patches, if nothing else is in it."""
+    assert batch.pixel_values is not None
+    assert batch.patch_mask is not None
+    assert batch.spatial_shapes is not None
+    shapes = [(h, w) for h, w in batch.spatial_shapes.tolist()]
+    for pixels, mask, (h, w) in zip(batch.pixel_values, batch.patch_mask, shapes):
+        assert mask.sum() == h * w
+        assert pixels[mask].eq(h * w).all()
+        assert not pixels[~mask].any()
+    return shapes
+
+
+grids = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=5)
+
+
+@given(st.lists(grids, min_size=1, max_size=3), st.integers(0, 3), st.data())
+def test_patches_are_selected_and_appended_with_the_padding_they_need(
+    parts: list[list[tuple[int, int]]], extra: int, draw: st.DataObject
+) -> None:
+    batch = EncoderBatch.concat([patches(p, extra * i) for i, p in enumerate(parts)])
+    shapes = [shape for p in parts for shape in p]
+    assert shapes_of(batch) == shapes
+    assert batch.costs() == [h * w for h, w in shapes]
+    chosen = draw.draw(st.lists(st.sampled_from(range(len(shapes))), min_size=1, unique=True))
+    selected = batch.select(chosen)
+    assert shapes_of(selected) == [shapes[i] for i in chosen]
+    assert selected.patch_mask is not None
+    assert selected.patch_mask.size(1) == max(shapes[i][0] * shapes[i][1] for i in chosen)
+
+
+def test_texts_of_a_fixed_width_keep_it() -> None:
+    batch = make([([[1, 2]], []), ([[3, 4, 5]], [])], extra=2)
+    batch.fixed_width = True
+    assert batch.costs() == [5, 5]
+    both = EncoderBatch.concat([batch, batch]).select([0])
+    assert both.fixed_width
+    assert both.input_ids is not None
+    assert both.input_ids.tolist() == [[1, 2, 0, 0, 0]]

@@ -1,0 +1,28 @@
+"""Any text or image model of transformers that has no family of its own, wrapped."""
+
+from __future__ import annotations
+
+from fairseq2.runtime.dependency import DependencyContainer
+
+from vembed_fs2.models.auto.archs import register_auto_archs
+from vembed_fs2.models.auto.factory import AUTO_FAMILY as AUTO_FAMILY
+from vembed_fs2.models.auto.factory import AutoModelConfig as AutoModelConfig
+from vembed_fs2.models.auto.factory import create_auto_model as create_auto_model
+from vembed_fs2.models.auto.loader import AutoCheckpointFormat as AutoCheckpointFormat
+from vembed_fs2.models.auto.loader import get_auto_model_hub as get_auto_model_hub
+from vembed_fs2.models.auto.model import AutoEmbeddingModel as AutoEmbeddingModel
+from vembed_fs2.models.family import register_family
+
+
+def register_auto(container: DependencyContainer) -> None:
+    """Register the family and its architectures."""
+    register_family(
+        container,
+        AUTO_FAMILY,
+        kls=AutoEmbeddingModel,
+        config_kls=AutoModelConfig,
+        factory=create_auto_model,
+        checkpoint_format=AutoCheckpointFormat(),
+        supports_meta=False,
+    )
+    register_auto_archs(container)

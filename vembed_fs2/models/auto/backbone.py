@@ -1,0 +1,260 @@
+"""Which class of transformers a ``config.json`` means, and what the class reads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import transformers
+from torch.nn import Module
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.models.embedding import Modality
+
+_TEXT: Final[frozenset[Modality]] = frozenset({"text"})
+_IMAGE: Final[frozenset[Modality]] = frozenset({"image"})
+
+
+@dataclass(frozen=True)
+class Code:
+    """Python code beside a model's weights."""
+
+    folder: Path
+    """Where its files are."""
+
+    trusted: bool = False
+    """Whether it may be run."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A class of transformers, and what it is made of."""
+
+    kls: Any
+    """A subclass of ``transformers.PreTrainedModel``."""
+
+    config: Any
+    """A ``transformers.PretrainedConfig``."""
+
+    modalities: frozenset[Modality]
+    """What it reads; if both, it is a dual encoder with a projection of its own for each."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the class."""
+
+    text_arguments: frozenset[str] = frozenset()
+    """The names of what its function for texts takes."""
+
+    image_arguments: frozenset[str] = frozenset()
+    """The names of what its function for images takes."""
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether texts and images each have an encoder of their own."""
+        return len(self.modalities) == 2
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of what reads texts."""
+        return getattr(self.config, "text_config", self.config) if self.is_dual else self.config
+
+    @property
+    def vision_config(self) -> Any:
+        """The configuration of what reads images."""
+        return getattr(self.config, "vision_config", self.config) if self.is_dual else self.config
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees only those before it, as in the decoders that write texts."""
+        causal, masked = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MASKED_LM_MAPPING
+        kind = type(self.config)
+        return causal.get(kind, None) is not None and masked.get(kind, None) is None
+
+    @property
+    def max_text_length(self) -> int | None:
+        """The longest text in tokens, special tokens included; ``None`` if it is not known, or there is no limit."""
+        length = getattr(self.text_config, "max_position_embeddings", None)
+        if not isinstance(length, int) or length < 1:
+            return None
+        # RoBERTa and what comes of it count positions from the one after the padding's.
+        offset = (self.text_config.pad_token_id or 0) + 1 if self._counts_from_padding else 0
+        return length - offset
+
+    @property
+    def _counts_from_padding(self) -> bool:
+        return "create_position_ids_from_input_ids" in inspect.getsource(inspect.getmodule(self.kls) or self.kls)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that it was made for; 224 if it takes any."""
+        size = getattr(self.vision_config, "image_size", None)
+        if isinstance(size, (list, tuple)) and len(size) == 2:
+            return int(size[0]), int(size[1])
+        return (size, size) if isinstance(size, int) else (224, 224)
+
+    @property
+    def num_channels(self) -> int:
+        channels = getattr(self.vision_config, "num_channels", 3)
+        return channels if isinstance(channels, int) else 3
+
+    def create(self) -> Module:
+        """Create the model, with random weights as transformers draws them.
+
+        :raises ModelLoadError: its configuration does not fit together.
+        """
+        try:
+            model: Module = self.kls(deepcopy(self.config), **self.options)
+        except Exception as ex:  # Each class has checks of its own, or none.
+            name = self.kls.__name__
+            raise ModelLoadError(f"transformers' {name} cannot be made of this config.json: {ex}") from ex
+        return model
+
+    def create_empty(self) -> Module:
+        """Create the model without memory for its tensors."""
+        from transformers.integrations.accelerate import init_empty_weights
+        from transformers.modeling_utils import no_init_weights
+
+        # As `from_pretrained` does; fairseq2's own modes must not see it.
+        with no_init_weights(), init_empty_weights():
+            return self.create().to("meta")
+
+    def load(self, state_dict: Mapping[str, object], dtype: Any) -> tuple[Module, dict[str, list[str]]]:
+        """Create the model with the tensors of a checkpoint, whatever version or head they come from.
+
+        :returns: the model; and the names of tensors that are missing and that were not expected.
+        """
+        with _quiet():
+            model, info = self.kls.from_pretrained(
+                None,
+                config=deepcopy(self.config),
+                state_dict=dict(state_dict),
+                output_loading_info=True,
+                dtype=dtype,
+                **self.options,
+            )
+        return model, info
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from warning of what is checked here."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def find_backbone(hf_config: Mapping[str, Any], *, pooler: bool | None = None, code: Code | None = None) -> Backbone:
+    """Find the class that ``config.json`` means.
+
+    :param pooler: whether to have the class's own pooler, where that is a choice; ``None`` leaves it to the class.
+    :param code: the code in the model's folder, if there is any.
+    :raises ModelLoadError: there is none, its configuration is not valid, or no
+        embeddings can be made with it; the message says why.
+    """
+    if hf_config.get("quantization_config"):
+        raise ModelLoadError("config.json: `quantization_config` is set, but quantised models are not supported.")
+    config_kls, kls = _find_code(hf_config, code)
+    config = _create_config(config_kls or _config_class(hf_config), hf_config)
+    kls = kls or _model_class(config)
+    if getattr(config, "attention_type", None) == "block_sparse":
+        raise ModelLoadError(
+            "config.json: `attention_type` is 'block_sparse', whose embeddings depend on the other texts of a batch. "
+            "Set it to 'original_full'."
+        )
+    has_choice = pooler is not None and "add_pooling_layer" in _arguments(kls.__init__)
+    options = {"add_pooling_layer": pooler} if has_choice else {}
+    if hasattr(kls, "get_text_features") and hasattr(kls, "get_image_features"):
+        return Backbone(
+            kls, config, _TEXT | _IMAGE, {}, _arguments(kls.get_text_features), _arguments(kls.get_image_features)
+        )
+    arguments, main_input = _arguments(kls.forward), kls.main_input_name
+    reads_texts, reads_images = "input_ids" in arguments, "pixel_values" in arguments
+    if reads_texts and reads_images:
+        raise unfit(kls, "it reads texts and images in one sequence")
+    if main_input == "input_ids" and reads_texts:
+        return Backbone(kls, config, _TEXT, options, arguments)
+    if main_input == "pixel_values" and reads_images:
+        return Backbone(kls, config, _IMAGE, options, frozenset(), arguments)
+    raise unfit(kls, f"its inputs are `{main_input}`, neither texts nor images")
+
+
+def _find_code(hf_config: Mapping[str, Any], code: Code | None) -> tuple[Any, Any]:
+    """The classes of configuration and model in the model's own code, where it is needed or asked for."""
+    auto_map = hf_config.get("auto_map")
+    if not isinstance(auto_map, Mapping):
+        return None, None
+    if not (code is not None and code.trusted):
+        if hf_config.get("model_type") in CONFIG_MAPPING_NAMES:
+            return None, None  # Like transformers: its own class, where it has one.
+        file = str(auto_map.get("AutoModel") or next(iter(auto_map.values()), "")).rpartition(".")[0]
+        where = f"{code.folder / file}.py" if code is not None and "--" not in file else f"{file}.py"
+        raise ModelLoadError(
+            f"model_type '{hf_config.get('model_type')}' needs the model's own code, {where}. Read it, and if you "
+            "trust it, ask for it: `trust_remote_code=True`, or `model.config_overrides.trust_remote_code=true`."
+        )
+    return _import(auto_map, "AutoConfig", code), _import(auto_map, "AutoModel", code)
+
+
+def _import(auto_map: Mapping[str, Any], name: str, code: Code) -> Any:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    reference = auto_map.get(name)
+    if not isinstance(reference, str):
+        return None
+    try:
+        return get_class_from_dynamic_module(reference, str(code.folder))
+    except Exception as ex:  # Anybody's code.
+        raise ModelLoadError(f"The code of {reference} in {code.folder} cannot be imported: {ex}") from ex
+
+
+def _config_class(hf_config: Mapping[str, Any]) -> Any:
+    model_type = hf_config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelLoadError("`hf_config` must be the content of a config.json, with a `model_type`.")
+    if model_type not in CONFIG_MAPPING_NAMES:
+        raise ModelLoadError(f"model_type '{model_type}' is not known to transformers {transformers.__version__}.")
+    return transformers.CONFIG_MAPPING[model_type]
+
+
+def _create_config(kls: Any, hf_config: Mapping[str, Any]) -> Any:
+    try:
+        config = kls.from_dict(deepcopy(dict(hf_config)))
+    except (TypeError, ValueError, AttributeError, LookupError) as ex:
+        raise ModelLoadError(f"config.json is not a valid {kls.__name__}: {ex}") from None
+    # Weights come in the type that the user asks for.
+    config.dtype = None
+    return config
+
+
+def _model_class(config: Any) -> Any:
+    kls = transformers.MODEL_MAPPING.get(type(config), None)
+    if isinstance(kls, (list, tuple)):
+        named = [k for k in kls if k.__name__ in (config.architectures or ())]
+        kls = (named or list(kls))[0]
+    if getattr(config, "is_encoder_decoder", False):
+        # Of some, transformers has the encoder alone: that of T5, in the Sentence-T5 and GTR models.
+        encoder = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+        if encoder is None or encoder is kls:
+            raise unfit(kls, "it is an encoder-decoder")
+        kls = encoder
+    if kls is None:
+        raise ModelLoadError(f"transformers has no base model for model_type '{config.model_type}'.")
+    return kls
+
+
+def _arguments(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def unfit(kls: Any, reason: str) -> ModelLoadError:
+    """Return the error of a class that no embeddings can be made with."""
+    return ModelLoadError(f"No embeddings can be made with transformers' {getattr(kls, '__name__', kls)}: {reason}.")
