@@ -31,10 +31,11 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# About 20 minutes, on a machine that does nothing else.
+# About 40 minutes, on a machine that does nothing else.
 bench: $(STAMP) $(PEERS_STAMP)
 	$(BIN)/python benchmarks/train_step.py --check --repeats 0
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/loss_memory.py
 	$(BIN)/python benchmarks/scaling.py --min 256 --max 16384 --repeats 1
 

@@ -69,10 +69,14 @@ class Worker:
 
         :param memory: measure memory instead of time: free memory is given back before, which costs time.
         """
+        return Measured(**self.ask({"step": step, "memory": memory}))
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a request; return the answer."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"step": step, "memory": memory}) + "\n")
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return Measured(**self._read())
+        return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -91,12 +95,8 @@ class Step:
     kept: Callable[[], float] | None = None
 
 
-def serve(steps: Mapping[str, Step], model: torch.nn.Module, device: torch.device, about: Mapping[str, Any]) -> None:
-    """Answer the parent until it closes the line."""
-    import torch
-    from measure import PeakMemory, timed
-
-    # Libraries that print must not break the line.
+def open_line() -> Callable[[Mapping[str, Any]], None]:
+    """Return what sends an answer to the parent. What libraries print goes elsewhere from now on."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -104,6 +104,15 @@ def serve(steps: Mapping[str, Step], model: torch.nn.Module, device: torch.devic
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
+    return answer
+
+
+def serve(steps: Mapping[str, Step], model: torch.nn.Module, device: torch.device, about: Mapping[str, Any]) -> None:
+    """Answer the parent until it closes the line."""
+    import torch
+    from measure import PeakMemory, timed
+
+    answer = open_line()
     peak = PeakMemory(device)
     answer({**about, "steps": list(steps)})
     for line in sys.stdin:
