@@ -114,7 +114,9 @@ class TextProcessor:
             if is_siglip_tokenizer(folder):
                 tokenizer = load_siglip_tokenizer(folder)
             else:
-                tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(
+                    folder, use_fast=True, local_files_only=True, trust_remote_code=False
+                )
         except ModelLoadError:
             raise
         except Exception as ex:  # The Rust library raises bare exceptions.
