@@ -141,9 +141,9 @@ def test_quality_gives_the_peer_our_settings(benchmark: Any, retrieval_data: Pat
     from vembed_fs2.recipes.optim import WarmupDecayConfig, schedule
 
     config = {
-        "dataset": {"paths": [str(retrieval_data / "train.jsonl")], "max_rows": 30, "batch_size": 4},
+        "dataset": {"paths": [str(retrieval_data / "train.jsonl")], "max_rows": 30, "batch_size": 4, "max_length": 12},
         "processor": {"max_length": 16},
-        "loss": {"config": {"temperature": 0.1}},
+        "loss": {"config": {"temperature": 0.1, "directions": ["query_to_document"], "partition": "joint"}},
         "optimizer": {"config": {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-7, "weight_decay": 0.1, "groups": []}},
         "lr_scheduler": {"config": {"decay": "linear", "warmup_ratio": 0.3, "final_lr_scale": 0.1}},
         "trainer": {"max_grad_norm": 2.0, "mixed_precision": {"mode": "off"}},
@@ -155,8 +155,10 @@ def test_quality_gives_the_peer_our_settings(benchmark: Any, retrieval_data: Pat
     assert settings == {
         "max_rows": 30,
         "batch_size": 4,
-        "max_length": 16,
+        "max_length": 12,
         "temperature": 0.1,
+        "directions": ["query_to_document"],
+        "partition": "joint",
         "max_grad_norm": 2.0,
         "bf16": False,
         "lr": 1e-3,
