@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tests.integration.command_line import metrics, run
+from tests.integration.test_docs import blocks
+from tests.integration.test_docs import run as run_shell
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,14 @@ def test_a_folder_is_trained_and_exported(electra: Path, texts: Path, tmp_path: 
     assert np.array_equal(again.encode(["red blue", "old"]), embedder.encode(["red blue", "old"]))
     _, info = AutoModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(info.values())
+
+
+def test_commands_of_the_guide_run(electra: Path, texts: Path, tmp_path: Path) -> None:
+    tmp_path.joinpath("electra").symlink_to(electra)
+    shutil.copy(texts, tmp_path / "train.jsonl")
+    for command in blocks("docs/auto.md", "bash"):
+        run_shell(command, tmp_path)
+    assert tmp_path.joinpath("runs", "electra", "checkpoints").is_dir()
 
 
 @pytest.mark.slow
