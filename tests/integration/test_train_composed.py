@@ -115,6 +115,7 @@ def test_groups_have_learning_rates_of_their_own(guide: Path, clip_folder: Path,
     assert 5e-7 < changes["image"] < 2.5e-6
 
 
+@pytest.mark.slow  # Two processes compute the right gradients in tests/distributed/test_families.py.
 def test_processes_train_the_same_model(bert_folder: Path, clip_folder: Path, digits: Path, tmp_path: Path) -> None:
     """A frozen encoder, and one that is frozen but for its last layer, on one process, DDP and FSDP2."""
     ways = {

@@ -38,7 +38,8 @@ def full_state(run_dir: Path) -> dict[str, Tensor]:
     return load_model(run_dir).state_dict()
 
 
-@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+# Resuming under DDP is also tested in test_train_resume.py.
+@pytest.mark.parametrize("parallelism", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_run_with_every_option_resumes_exactly(
     parallelism: str, broken_rows: Path, clip_folder: Path, tmp_path: Path
 ) -> None:

@@ -109,7 +109,7 @@ def max_diff(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().abs().max())
 
 
-@settings(max_examples=80, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(
     config=hf_configs(),
     pooler=st.booleans(),

@@ -113,7 +113,7 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
-@settings(max_examples=120)
+@settings(max_examples=40)
 @given(hf_configs(), st.integers(0, 1000))
 def test_embeddings_equal_transformers(hf_config: dict[str, Any], seed: int) -> None:
     reference, model, config = create_pair(hf_config, seed)

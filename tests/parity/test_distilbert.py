@@ -67,7 +67,7 @@ def hf_configs(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(
     config=hf_configs(),
     pooling=st.sampled_from(["cls", "mean", "max", "last"]),

@@ -33,7 +33,7 @@ from .eva_models import (
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(models(), st.integers(0, 1000))
 def test_embeddings_equal_open_clip(example: Example, seed: int) -> None:
     reference, model, config = create_pair(*example, seed)
@@ -51,7 +51,7 @@ def test_embeddings_equal_open_clip(example: Example, seed: int) -> None:
     assert model.embedding_dim == images.values.size(1)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(models(), st.integers(1, 5), st.integers(1, 5))
 def test_other_image_sizes_equal_timm(example: Example, height: int, width: int) -> None:
     reference, model, config = create_pair(*example, dynamic_img_size=True)

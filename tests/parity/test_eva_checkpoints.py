@@ -47,7 +47,7 @@ from .open_clip_models import write_folder
 from .test_open_clip_folder import CLIP_VOCAB, assert_same_ids, assert_same_vectors
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(models(), st.sampled_from((torch.float32, torch.float16, torch.bfloat16)))
 def test_round_trip_is_exact(example: Example, dtype: torch.dtype) -> None:
     options, model_cfg = example
@@ -65,7 +65,7 @@ def test_round_trip_is_exact(example: Example, dtype: torch.dtype) -> None:
         assert torch.equal(value, tensor)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(models())
 def test_configuration_comes_back(example: Example) -> None:
     options, model_cfg = example

@@ -75,7 +75,7 @@ def make(config: dict[str, Any], *, seed: int = 0, **kwargs: Any) -> Any:
     return hf
 
 
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(
     config=hf_configs(),
     pooler=st.booleans(),

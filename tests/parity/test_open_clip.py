@@ -46,7 +46,7 @@ def create_clip(model_cfg: dict[str, Any], seed: int = 0) -> tuple[Module, ClipM
     return reference, model, config
 
 
-@settings(max_examples=120)
+@settings(max_examples=40)
 @given(model_cfgs(), st.integers(0, 1000))
 def test_embeddings_equal_open_clip(model_cfg: dict[str, Any], seed: int) -> None:
     reference, model, _ = create_clip(model_cfg, seed)
@@ -273,7 +273,7 @@ def test_patch_dropout_keeps_a_part_of_the_patches_in_training() -> None:
         assert not torch.equal(nearest[0], nearest[1])
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(st.integers(1, 2000), st.integers(1, 9000))
 def test_mlp_ratio_makes_the_same_size(model_dim: int, inner_dim: int) -> None:
     assert int(model_dim * find_mlp_ratio(model_dim, inner_dim)) == inner_dim

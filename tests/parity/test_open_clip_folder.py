@@ -103,7 +103,7 @@ def test_a_folder_with_clips_tokenizer(tmp_path: Path, clean: str | None) -> Non
     assert_same_vectors(tmp_path, embedder)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
 def test_token_ids_of_any_text_equal_open_clip(texts: list[str]) -> None:
     # Characters newer than the tables of either library are told apart by neither in the same way.
@@ -314,7 +314,7 @@ def test_plain_texts_need_no_ftfy_and_others_say_so(monkeypatch: pytest.MonkeyPa
             clean_text(text, "lower")
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(st.text(alphabet=st.characters(max_codepoint=126), max_size=40))
 def test_plain_texts_are_cleaned_as_by_open_clip(text: str) -> None:
     for cleaning in ("lower", "whitespace", "canonicalize"):

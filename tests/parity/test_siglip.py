@@ -47,7 +47,7 @@ def assert_texts_equal(reference: Any, model: Model, config: SiglipConfig) -> No
             assert difference(model(EncoderBatch.of_text(ids[:, :width])).values, expected) <= 1e-5
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(hf_configs("siglip"), st.integers(0, 1000))
 def test_embeddings_equal_transformers(hf_config: dict[str, Any], seed: int) -> None:
     reference, model, config = create_pair(hf_config, seed)
@@ -74,7 +74,7 @@ def test_other_image_sizes_equal_transformers(hf_config: dict[str, Any], extra_h
         assert difference(model.encode_image(EncoderBatch.of_images(pixels)), expected) <= 1e-5
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(
     hf_configs("siglip2"),
     st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5),

@@ -160,7 +160,7 @@ def check_output(hf_config: dict[str, Any], seed: int, height: int | None = None
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_states_and_embeddings_equal_transformers(model_type: str) -> None:
-    @settings(max_examples=60)
+    @settings(max_examples=30)
     @given(hf_configs(model_type), st.integers(0, 1000))
     def check(hf_config: dict[str, Any], seed: int) -> None:
         check_output(hf_config, seed)
