@@ -33,7 +33,7 @@ _WINDOW: Final = 2048
 _IMAGE_WINDOW: Final = 256
 
 # Tokens in a batch; small enough for caches of CPUs, larger for GPUs.
-_BATCH_TOKENS: Final = {"cpu": 2048, "cuda": 65536}
+_BATCH_TOKENS: Final = {"cpu": 1024, "cuda": 65536}
 
 
 class Embedder:
