@@ -86,6 +86,7 @@ def test_train_step_compares_the_same_work(bert_folder: Path, texts: Path) -> No
     assert all(float(step["s"]) > 0 and int(step["peak MiB"]) >= 0 for step in steps.values())
 
 
+@pytest.mark.slow
 def test_train_step_runs_without_peers_and_with_dropout(bert_folder: Path, texts: Path, tmp_path: Path) -> None:
     options = ["--model", bert_folder, "--data", texts, "--pairs", 4, "--repeats", 1, "--bf16", "--steps", "plain"]
     status, output = run("train_step.py", *options, "--peers", tmp_path / "python")
@@ -168,6 +169,7 @@ def test_quality_gives_the_peer_our_settings(benchmark: Any, retrieval_data: Pat
     }
 
 
+@pytest.mark.slow
 def test_objectives_run(bert_folder: Path, retrieval_data: Path) -> None:
     options = ["--model", bert_folder, "--data", retrieval_data, "--steps", 1, "--batch-size", 4, "--max-length", 32]
     status, output = run("objectives.py", *options, "--only", "distillation of scores")

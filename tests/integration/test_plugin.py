@@ -158,7 +158,7 @@ print("RESULT", json.dumps([type(model).__name__, sorted(model.state_dict()), ve
     assert run != card
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_family_trains_on_a_gang_from_its_folder(trained: Workplace, name: str) -> None:
     trained.guide(name).expect(0)
     run = trained.folder / f"runs/bag_{name}"
