@@ -102,6 +102,10 @@ class EncoderBatch:
             return torch.full((self.num_texts,), self.input_ids.size(1), device=self.input_ids.device)
         return self.attention_mask.sum(1)
 
+    def pooled_tokens(self) -> Tensor | None:
+        """True for the tokens that pooling looks at; ``None`` means all. *Shape:* ``[T, L]``."""
+        return self.attention_mask if self.pooling_mask is None else self.pooling_mask
+
     def image_lengths(self) -> Tensor:
         """The cost of each image in tokens. *Shape:* ``[P]``."""
         if self.patch_mask is None:

@@ -49,7 +49,7 @@ class TextBackboneModel(EmbeddingModel):
         :raises DataError: a text is longer than the model can take.
         """
         seqs = self.encode_tokens(batch)
-        return self.head(seqs, _pooling_mask(batch), pooled=self.pool_tokens(seqs))
+        return self.head(seqs, batch.pooled_tokens(), pooled=self.pool_tokens(seqs))
 
     @override
     def encode_rows(self, batch: EncoderBatch) -> tuple[Tensor, Tensor | None]:
@@ -61,11 +61,6 @@ class TextBackboneModel(EmbeddingModel):
             return super().encode_rows(batch)
         if batch.pixel_values is not None or batch.num_texts != batch.num_rows:
             raise DataError("Each row of a model with several vectors per row must be one text, and no image.")
-        mask = _pooling_mask(batch)
+        mask = batch.pooled_tokens()
         vectors = self.encode_text(batch)
         return vectors, vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-
-
-def _pooling_mask(batch: EncoderBatch) -> Tensor | None:
-    """True for the tokens that the head looks at; ``None`` means all. *Shape:* ``[T, L]``."""
-    return batch.attention_mask if batch.pooling_mask is None else batch.pooling_mask

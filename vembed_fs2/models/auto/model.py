@@ -83,7 +83,7 @@ class AutoEmbeddingModel(EmbeddingModel):
             return outputs.pooled
         states = outputs.pooled if outputs.states is None else outputs.states
         assert states is not None
-        return self.head(states, _pooling_mask(batch), pooled=outputs.pooled)
+        return self.head(states, batch.pooled_tokens(), pooled=outputs.pooled)
 
     @override
     def encode_image(self, batch: EncoderBatch) -> Tensor:
@@ -118,13 +118,8 @@ class AutoEmbeddingModel(EmbeddingModel):
             kind = "text" if reads_texts else "image"
             raise DataError(f"Each row of a model with several vectors per row must be one {kind}, and nothing else.")
         vectors = self.encode_text(batch) if reads_texts else self.encode_image(batch)
-        mask = _pooling_mask(batch) if reads_texts else None
+        mask = batch.pooled_tokens() if reads_texts else None
         return vectors, vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-
-
-def _pooling_mask(batch: EncoderBatch) -> Tensor | None:
-    """True for the tokens that the head looks at; ``None`` means all. *Shape:* ``[T, L]``."""
-    return batch.attention_mask if batch.pooling_mask is None else batch.pooling_mask
 
 
 @final

@@ -14,11 +14,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.models.activations import create_activation
-from vembed_fs2.models.clip.factory import ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig, as_pair
+from vembed_fs2.models.clip.factory import ClipConfig, ClipTextConfig, ClipVisionConfig, as_pair
 from vembed_fs2.models.clip.model import LEGACY_EOS_ID
 from vembed_fs2.models.embedding import HeadConfig
 from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
+from vembed_fs2.models.hf_config import create_dual_key_map, read_fields, refuse_dual_options, write_fields
 
 _TOWER_FIELDS: Final = {
     "hidden_size": "model_dim",
@@ -47,21 +47,9 @@ _VISION_FIELDS: Final = _TOWER_FIELDS | {
     "patch_size": "patch_size",
 }
 
+_OPTIONAL: Final = ("pad_token_id", "bos_token_id")
+
 _FIELDS: Final = {"projection_dim": "projection_dim", "logit_scale_init_value": "logit_scale_init"}
-
-_REFUSED: Final = ("pruned_heads", "quantization_config")
-"""Fields that transformers would obey and that have no counterpart here."""
-
-_LAYER_KEYS: Final = {
-    "self_attn.q_proj": "self_attn.q_proj",
-    "self_attn.k_proj": "self_attn.k_proj",
-    "self_attn.v_proj": "self_attn.v_proj",
-    "self_attn.out_proj": "self_attn.output_proj",
-    "layer_norm1": "self_attn_layer_norm",
-    "mlp.fc1": "ffn.inner_proj",
-    "mlp.fc2": "ffn.output_proj",
-    "layer_norm2": "ffn_layer_norm",
-}
 
 _KEYS: Final = {
     "text_model.embeddings.token_embedding.": "text.frontend.embed.",
@@ -78,17 +66,7 @@ _KEYS: Final = {
 }
 
 
-def _create_key_map() -> dict[str, str]:
-    key_map = {"^" + key.replace(".", r"\."): name for key, name in _KEYS.items()}
-    for tower in ("text", "vision"):
-        for key, name in _LAYER_KEYS.items():
-            escaped = key.replace(".", r"\.")
-            pattern = rf"^{tower}_model\.encoder\.layers\.([0-9]+)\.{escaped}\."
-            key_map[pattern] = rf"{tower}.encoder.layers.\1.{name}."
-    return key_map
-
-
-_KEY_MAP: Final = _create_key_map()
+_KEY_MAP: Final = create_dual_key_map(_KEYS)
 
 _STALE_KEYS: Final = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 """Buffers that old versions of transformers saved: 0, 1, 2, ..."""
@@ -115,11 +93,13 @@ class ClipCheckpointFormat(CheckpointFormat):
             raise ModelLoadError(f"config.json is not a valid CLIP configuration: {ex}.") from None
         text, vision = resolved["text_config"], resolved["vision_config"]
         for where, values in (("", resolved), ("text_config.", text), ("vision_config.", vision)):
-            _refuse_unsupported(where, values)
+            refuse_dual_options(where, values, "CLIP")
         config = ClipConfig(
-            text=ClipTextConfig(**_read_fields(text, _TEXT_FIELDS, ClipTextConfig(), "text_config.")),
-            vision=ClipVisionConfig(**_read_fields(vision, _VISION_FIELDS, ClipVisionConfig(), "vision_config.")),
-            **_read_fields(resolved, _FIELDS, ClipConfig(), ""),
+            text=ClipTextConfig(
+                **read_fields(text, _TEXT_FIELDS, ClipTextConfig(), "text_config.", optional=_OPTIONAL)
+            ),
+            vision=ClipVisionConfig(**read_fields(vision, _VISION_FIELDS, ClipVisionConfig(), "vision_config.")),
+            **read_fields(resolved, _FIELDS, ClipConfig(), ""),
         )
         _validate(config)
         return config
@@ -141,12 +121,12 @@ class ClipCheckpointFormat(CheckpointFormat):
             raise VembedError(
                 f"transformers' CLIP cannot express {fields} of the model. Write it for open_clip instead."
             )
-        vision = _write_fields(config.vision, _VISION_FIELDS)
+        vision = write_fields(config.vision, _VISION_FIELDS)
         for name in ("image_size", "patch_size"):
             vision[name] = as_pair(getattr(config.vision, name))[0]
         data: dict[str, object] = {
-            **_write_fields(config, _FIELDS),
-            "text_config": CLIPTextConfig(**_write_fields(config.text, _TEXT_FIELDS)),
+            **write_fields(config, _FIELDS),
+            "text_config": CLIPTextConfig(**write_fields(config.text, _TEXT_FIELDS)),
             "vision_config": CLIPVisionConfig(**vision),
         }
         return HuggingFaceConfig(data, kls_name="CLIPConfig", arch="CLIPModel")
@@ -176,35 +156,6 @@ def _find_inexpressible(config: ClipConfig) -> list[str]:
         "vision.pooling": vision.pooling == "cls",
     }
     return [name for name, is_expressible in expressible.items() if not is_expressible]
-
-
-def _refuse_unsupported(where: str, values: Mapping[str, Any]) -> None:
-    for name in _REFUSED:
-        if values.get(name):
-            raise ModelLoadError(f"`{where}{name}` is not supported for CLIP models.")
-
-
-def _read_fields(values: Mapping[str, Any], names: Mapping[str, str], default: object, where: str) -> dict[str, Any]:
-    """Rename fields; refuse values of another type than our own default's."""
-    fields: dict[str, Any] = {}
-    for hf_name, name in names.items():
-        value = values[hf_name]
-        kind = type(getattr(default, name))
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        optional = name in ("pad_idx", "bos_idx")
-        if type(value) is not kind and not (optional and value is None):
-            raise ModelLoadError(
-                f"`{where}{hf_name}` must be of type `{kind.__name__}`, but is {value!r}, which is not supported."
-            )
-        if hf_name == "hidden_act":
-            create_activation(value, field=where + hf_name)
-        fields[name] = value
-    return fields
-
-
-def _write_fields(config: ClipConfig | ClipTowerConfig, names: Mapping[str, str]) -> dict[str, object]:
-    return {hf_name: getattr(config, name) for hf_name, name in names.items()}
 
 
 def _validate(config: ClipConfig) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor, cat
 from typing_extensions import override
 
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.models.activations import create_activation
 from vembed_fs2.models.embedding import HeadConfig
 from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat, config_errors
-from vembed_fs2.models.siglip.factory import SiglipConfig, SiglipTextConfig, SiglipTowerConfig, SiglipVisionConfig
+from vembed_fs2.models.hf_config import create_dual_key_map, read_fields, refuse_dual_options, write_fields
+from vembed_fs2.models.siglip.factory import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
 _TOWER_FIELDS: Final = {
     "hidden_size": "model_dim",
@@ -52,20 +52,6 @@ _PATCH_FIELDS: Final = _TOWER_FIELDS | {
 
 _OPTIONAL: Final = ("pad_token_id", "bos_token_id", "eos_token_id")
 
-_REFUSED: Final = ("pruned_heads", "quantization_config")
-"""Fields that transformers would obey and that have no counterpart here."""
-
-_LAYER_KEYS: Final = {
-    "self_attn.q_proj": "self_attn.q_proj",
-    "self_attn.k_proj": "self_attn.k_proj",
-    "self_attn.v_proj": "self_attn.v_proj",
-    "self_attn.out_proj": "self_attn.output_proj",
-    "layer_norm1": "self_attn_layer_norm",
-    "mlp.fc1": "ffn.inner_proj",
-    "mlp.fc2": "ffn.output_proj",
-    "layer_norm2": "ffn_layer_norm",
-}
-
 _KEYS: Final = {
     "text_model.embeddings.token_embedding.": "text.frontend.embed.",
     "text_model.embeddings.position_embedding.": "text.frontend.pos_embed.",
@@ -89,16 +75,7 @@ _QKV_PROJ: Final = tuple(f"vision.head.attention.{name}_proj." for name in "qkv"
 _DROPPED: Final = re.compile(r"^(text|vision)_model\.embeddings\.position_ids$|^classifier\.")
 
 
-def _create_key_map() -> dict[str, str]:
-    key_map = {"^" + re.escape(key): name for key, name in _KEYS.items()}
-    for tower in ("text", "vision"):
-        for key, name in _LAYER_KEYS.items():
-            pattern = rf"^{tower}_model\.encoder\.layers\.([0-9]+)\.{re.escape(key)}\."
-            key_map[pattern] = rf"{tower}.encoder.layers.\1.{name}."
-    return key_map
-
-
-_KEY_MAP: Final = _create_key_map()
+_KEY_MAP: Final = create_dual_key_map(_KEYS)
 
 
 @final
@@ -127,13 +104,15 @@ class SiglipCheckpointFormat(CheckpointFormat):
         config = SiglipConfig(text=None, vision=None, naflex=generation == "siglip2")
         where = "" if part else "text_config."
         if text is not None:
-            config.text = SiglipTextConfig(**_read_fields(text, _TEXT_FIELDS, SiglipTextConfig(), where))
+            config.text = SiglipTextConfig(
+                **read_fields(text, _TEXT_FIELDS, SiglipTextConfig(), where, optional=_OPTIONAL)
+            )
         where = "" if part else "vision_config."
         if vision is not None:
             if not vision.get("vision_use_head", True):
                 raise ModelLoadError(f"`{where}vision_use_head` must be true: without it there is no embedding.")
             fields = _PATCH_FIELDS if config.naflex else _IMAGE_FIELDS
-            config.vision = SiglipVisionConfig(**_read_fields(vision, fields, SiglipVisionConfig(), where))
+            config.vision = SiglipVisionConfig(**read_fields(vision, fields, SiglipVisionConfig(), where))
         if text is None or vision is None:
             config.logit_scale_init = config.logit_bias_init = None
         _validate(config)
@@ -156,9 +135,9 @@ class SiglipCheckpointFormat(CheckpointFormat):
 
         config = cast_config_type(config, SiglipConfig)
         name = "Siglip2" if config.naflex else "Siglip"
-        text = {} if config.text is None else _write_fields(config.text, _TEXT_FIELDS)
+        text = {} if config.text is None else write_fields(config.text, _TEXT_FIELDS)
         fields = _PATCH_FIELDS if config.naflex else _IMAGE_FIELDS
-        vision = {} if config.vision is None else _write_fields(config.vision, fields)
+        vision = {} if config.vision is None else write_fields(config.vision, fields)
         if not text or not vision:
             name += "Text" if text else "Vision"
             return HuggingFaceConfig(text or vision, kls_name=f"{name}Config", arch=f"{name}Model")
@@ -197,40 +176,12 @@ def _resolve(
         resolved: dict[str, Any] = kls(**deepcopy(dict(hf_config))).to_dict()
     except (TypeError, ValueError, AttributeError) as ex:
         raise ModelLoadError(f"config.json is not a valid SigLIP configuration: {ex}.") from None
-    _refuse_unsupported("", resolved)
+    refuse_dual_options("", resolved, "SigLIP")
     if part:
         return (resolved, None) if part == "text" else (None, resolved)
     for name in ("text_config", "vision_config"):
-        _refuse_unsupported(f"{name}.", resolved[name])
+        refuse_dual_options(f"{name}.", resolved[name], "SigLIP")
     return resolved["text_config"], resolved["vision_config"]
-
-
-def _refuse_unsupported(where: str, values: Mapping[str, Any]) -> None:
-    for name in _REFUSED:
-        if values.get(name):
-            raise ModelLoadError(f"`{where}{name}` is not supported for SigLIP models.")
-
-
-def _read_fields(values: Mapping[str, Any], names: Mapping[str, str], default: object, where: str) -> dict[str, Any]:
-    """Rename fields; refuse values of another type than our own default's."""
-    fields: dict[str, Any] = {}
-    for hf_name, name in names.items():
-        value = values[hf_name]
-        kind = type(getattr(default, name))
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind and not (hf_name in _OPTIONAL and value is None):
-            raise ModelLoadError(
-                f"`{where}{hf_name}` must be of type `{kind.__name__}`, but is {value!r}, which is not supported."
-            )
-        if hf_name == "hidden_act":
-            create_activation(value, field=where + hf_name)
-        fields[name] = value
-    return fields
-
-
-def _write_fields(config: SiglipTowerConfig, names: Mapping[str, str]) -> dict[str, object]:
-    return {hf_name: getattr(config, name) for hf_name, name in names.items()}
 
 
 def _validate(config: SiglipConfig) -> None:
