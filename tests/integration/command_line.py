@@ -1,8 +1,14 @@
-"""Runs the command line as a user does, interrupts it, and reads what a run leaves."""
+"""Runs the command line as a user does, interrupts it, and reads what a run leaves.
+
+Half of a small run is spent on imports. So most commands run in processes that
+are forked from one that has imported everything; `test_train_command.py` and
+the commands of the guides start the installed programs.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -18,6 +25,9 @@ from torch import Tensor
 FAIRSEQ2 = str(Path(sys.executable).with_name("fairseq2"))
 
 TIMEOUT = 300
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["vembed_fs2", "vembed_fs2.recipes.train.recipe", "vembed_fs2.embedder"])
 
 
 @dataclass
@@ -38,13 +48,45 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200", **variables}
 
 
-def run(*arguments: object, program: Sequence[str] = (FAIRSEQ2, "vembed"), **variables: str) -> Result:
-    """Run ``fairseq2 vembed`` with arguments, and environment variables."""
-    command = [*program, *map(str, arguments)]
+def run(*arguments: object, program: Sequence[str] | None = None, **variables: str) -> Result:
+    """Run ``fairseq2 vembed`` with arguments.
+
+    :param program: run this instead, in a new process.
+    :param variables: of the environment, for a new process.
+    """
+    if program is None and not variables:
+        return run_forked(["vembed", *map(str, arguments)])
+    command = [*(program or (FAIRSEQ2, "vembed")), *map(str, arguments)]
     done = subprocess.run(
         command, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT
     )
     return Result(done.returncode, done.stdout.decode(errors="replace"))
+
+
+def run_forked(arguments: list[str], cwd: Path | None = None) -> Result:
+    """Run ``fairseq2`` in a process that has imported what it needs."""
+    with TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        process = FORKS.Process(
+            target=be_the_program, args=(arguments, environment(), str(cwd or Path.cwd()), str(output))
+        )
+        process.start()
+        process.join(TIMEOUT)
+        assert process.exitcode is not None, f"took too long:\n{output.read_text()[-4000:]}"
+        return Result(process.exitcode, output.read_text(errors="replace"))
+
+
+def be_the_program(arguments: list[str], environ: dict[str, str], folder: str, output: str) -> None:
+    from vembed_fs2.cli import main
+
+    stream = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(folder)
+    sys.argv = [FAIRSEQ2, *arguments]
+    main()
 
 
 def interrupt(
