@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final, final
 
+import numpy as np
 import torch
 from fairseq2.device import CPU
 from torch import Tensor
@@ -19,50 +20,86 @@ _BITS: Final = {
     torch.float16: torch.int16,
 }
 
+# Elements that are worked on at once: they and their masks fit the cache of a core.
+_BLOCK: Final = 2**18
+
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """Set elements to zero with probability ``p``, and scale the others to keep the mean.
 
     On CPUs four elements share one 64-bit random number, so ``p`` is rounded to
     a multiple of 2^-15; the scale is that of the rounded value. Which elements
-    are dropped does not depend on the data type.
+    are dropped does not depend on the data type. The mask is not kept for the
+    backward pass, but drawn again.
     """
     if p == 0.0:
         return x
-    threshold = round(p * 2**15)
-    if x.device != CPU or x.dtype not in _BITS or not 0 < threshold < 2**15 or torch.compiler.is_compiling():
+    if not has_fast_masks(x, p):
         return functional.dropout(x, p)
-    return _Dropout.apply(x, threshold)  # type: ignore[no-any-return, no-untyped-call]
+    return _Dropout.apply(x, Masks(p))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def has_fast_masks(x: Tensor, p: float) -> bool:
+    """Whether :class:`Masks` can be applied to ``x``."""
+    if x.device != CPU or x.dtype not in _BITS or torch.compiler.is_compiling():
+        return False
+    return 0 < round(p * 2**15) < 2**15
+
+
+@final
+class Masks:
+    """Masks that can be drawn again: all follow from one number, which torch's generator draws."""
+
+    scale: float
+    """What keeps the mean of elements to which a mask was applied."""
+
+    def __init__(self, p: float) -> None:
+        """
+        :param p: the probability that an element is dropped.
+        """
+        self._threshold = round(p * 2**15)
+        self._seed = int(torch.randint(2**63 - 1, ()))
+        self.scale = 2**15 / (2**15 - self._threshold)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again with the first mask."""
+        # Several times as fast as torch's generator.
+        self._generator = np.random.SFC64(self._seed)
+
+    def draw(self, like: Tensor) -> Tensor:
+        """Draw the next mask. *Returns:* integers as wide as the elements of ``like``: -1 for dropped ones, or else 0.
+
+        :param like: on the CPU.
+        """
+        count = like.numel()
+        words = self._generator.random_raw((count + 3) // 4)
+        draws = torch.from_numpy(words.view(np.int16))[:count]
+        # The low 15 bits minus the threshold are negative for dropped elements: their sign, repeated, is the mask.
+        draws.bitwise_and_(2**15 - 1).sub_(self._threshold).bitwise_right_shift_(15)
+        return draws.to(_BITS[like.dtype]).view(like.shape)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, threshold: int) -> Tensor:
-        mask = _draw_mask(x, threshold)
-        ctx.save_for_backward(mask)
-        ctx.scale = 2**15 / (2**15 - threshold)
-        return _apply(x, mask, ctx.scale)
+    def forward(ctx: Any, x: Tensor, masks: Masks) -> Tensor:
+        ctx.masks = masks
+        return _drop(x, masks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        return _apply(grad, mask, ctx.scale), None
+        ctx.masks.restart()
+        return _drop(grad, ctx.masks), None
 
 
-def _draw_mask(x: Tensor, threshold: int) -> Tensor:
-    """All bits set where an element is kept, none where it is dropped. *Returns:* integers like ``x``."""
-    count = x.numel()
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
-    # The low 15 bits minus the threshold are negative for dropped elements: the sign, repeated, is the mask.
-    draws.bitwise_and_(2**15 - 1).sub_(threshold).bitwise_right_shift_(15).bitwise_not_()
-    return draws.to(_BITS[x.dtype]).view(x.shape)
-
-
-def _apply(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    # A copy in any case, and contiguous like the mask.
-    y = torch.empty(x.shape, dtype=x.dtype).copy_(x).mul_(scale) if not x.is_contiguous() else x.mul(scale)
-    y.view(mask.dtype).bitwise_and_(mask)
+def _drop(x: Tensor, masks: Masks) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    for source, target in zip(torch.split(x.view(-1), _BLOCK), torch.split(y.view(-1), _BLOCK)):
+        torch.mul(source, masks.scale, out=target)
+        dropped = masks.draw(target)
+        target.view(dropped.dtype).bitwise_and_(dropped.bitwise_not_())
     return y
 
 
