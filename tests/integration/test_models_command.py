@@ -87,7 +87,7 @@ def test_show_describes_a_card_that_is_not_downloaded(models: Any) -> None:
     assert "embedding   384 dimensions, unit length, compared by cosine" in output
     assert "texts       up to 512 tokens" in output
     assert "images" not in output
-    assert "supports    tp yes, fsdp yes, ac yes, compile yes, packed no" in output
+    assert "supports    tp yes, fsdp yes, ac yes, compile yes, packed yes" in output
     assert "  model_dim: 384" in output
     assert "    pooling: mean" in output
     content = json.loads(models("show", MINILM, "--json"))

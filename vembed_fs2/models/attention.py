@@ -1,4 +1,4 @@
-"""Attention over padded batches, without a wait for the device.
+"""Attention over padded and packed batches.
 
 Shapes: N sequences, S tokens, H heads, K head size.
 """
@@ -14,6 +14,8 @@ from fairseq2.models.transformer import (
     SDPA,
     AttentionBiasCache,
     CausalAttentionBias,
+    Flash2SDPA,
+    Flash3SDPA,
     IdentityBias,
     TorchSDPA,
     create_default_sdpa,
@@ -24,10 +26,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
 
-from vembed_fs2.models.dropout import dropout
+from vembed_fs2.models.dropout import Masks, has_fast_masks
+from vembed_fs2.models.dropout_attention import attend_with_dropout
 
 # Longer sequences would need too much memory for their attention weights.
 _MATMUL_WIDTH: Final = 1024
+
+# The share of padding from which a batch is packed on CPUs.
+_PACKED_FROM: Final = 0.1
 
 
 class PaddedLayout(BatchLayout):  # type: ignore[misc]  # final in fairseq2
@@ -65,6 +71,59 @@ class PaddedLayout(BatchLayout):  # type: ignore[misc]  # final in fairseq2
         return getattr(self, name)
 
 
+class PackedLayout(BatchLayout):  # type: ignore[misc]  # final in fairseq2
+    """The layout of sequences that stand one after the other, without padding.
+
+    What is done to each token by itself, nearly all of a Transformer's work, is
+    not done to padding. The host waits for the device once per batch.
+    """
+
+    mask: Tensor
+    """True for tokens of the padded batch. *Shape:* ``[N, S]``, bool."""
+
+    indices: Tensor
+    """Where the tokens stand in the padded batch, row after row. *Shape:* ``[tokens]``."""
+
+    def __init__(self, mask: Tensor) -> None:
+        """
+        :param mask: True for tokens, which precede the padding. *Shape:* ``[N, S]``.
+        """
+        self.mask = mask.bool()
+        self.indices = self.mask.flatten().nonzero().squeeze(1)
+        lengths = [n for n in self.mask.sum(1).tolist() if n > 0]
+        super().__init__((self.indices.numel(),), lengths, packed=True, device=mask.device)
+
+    def pack(self, seqs: Tensor) -> Tensor:
+        """Leave padding out. ``[N, S, *]`` becomes ``[tokens, *]``."""
+        return seqs.flatten(0, 1).index_select(0, self.indices)
+
+    def pad(self, seqs: Tensor) -> Tensor:
+        """Undo :meth:`pack`, with zeros for padding. ``[tokens, *]`` becomes ``[N, S, *]``."""
+        padded = seqs.new_zeros((self.mask.numel(), *seqs.shape[1:])).index_copy(0, self.indices, seqs)
+        return padded.view(*self.mask.shape, *seqs.shape[1:])
+
+
+def default_needs_packing() -> bool:
+    """Whether the attention that the user set as the default in fairseq2 takes no padding."""
+    return get_default_sdpa_factory() in (Flash2SDPA, Flash3SDPA)
+
+
+def should_pack(mask: Tensor, *, needed: bool) -> bool:
+    """Whether a batch is to be packed.
+
+    Our own attention pads again. On CPUs that pays where padding is a good part
+    of the batch; on GPUs the host would wait for the device.
+
+    :param mask: True for tokens. *Shape:* ``[N, S]``.
+    :param needed: whether attention takes no padding.
+    """
+    if needed:
+        return not bool(mask.all())
+    if mask.device != CPU or torch.compiler.is_compiling():
+        return False
+    return int(mask.sum()) < (1.0 - _PACKED_FROM) * mask.numel()
+
+
 @final
 class PaddedSDPA(SDPA):
     """Scaled dot-product attention of every token to all tokens of its sequence, or (causal) to those before it."""
@@ -88,6 +147,8 @@ class PaddedSDPA(SDPA):
     ) -> tuple[Tensor, Tensor | None]:
         if needs_weights:
             raise NotSupportedError(f"`{PaddedSDPA}` does not support `needs_weights`.")
+        if isinstance(k_layout, PackedLayout):
+            return attend_padded(self, q, k, v, k_layout, bias_cache), None
         # Padding follows the tokens, so a causal token does not see it anyway.
         mask = None if self.causal else _key_mask(k, k_layout)
         dropout_p = self.dropout_p if self.training else 0.0
@@ -97,6 +158,19 @@ class PaddedSDPA(SDPA):
     @override
     def extra_repr(self) -> str:
         return f"dropout_p={self.dropout_p:G}, causal={self.causal}"
+
+
+def attend_padded(
+    sdpa: SDPA, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, bias_cache: AttentionBiasCache
+) -> Tensor:
+    """Compute the attention of packed sequences by one that takes padded ones.
+
+    :param q: as are ``k`` and ``v``, *Shape:* ``[tokens, H, K]``.
+    :returns: *Shape:* the same.
+    """
+    q, k, v = (layout.pad(x) for x in (q, k, v))
+    padded = PaddedLayout(q, layout.mask)
+    return layout.pack(sdpa(q, padded, k, padded, v, bias_cache)[0])
 
 
 def attend(
@@ -114,25 +188,23 @@ def attend(
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.to(q.dtype)
-    if _is_slow_on_cpu(q, dropout_p):
-        attns = _attend_by_matmul(q, k, v, bias, dropout_p, causal)
+    if has_fast_masks(q, dropout_p):
+        attns = attend_with_dropout(q, k, v, bias, Masks(dropout_p), causal=causal)
+    elif dropout_p == 0.0 and _is_slow_on_cpu(q):
+        attns = _attend_by_matmul(q, k, v, bias, causal)
     else:
         attns = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, is_causal=causal)
     return attns.transpose(1, 2)
 
 
-def _is_slow_on_cpu(q: Tensor, dropout_p: float) -> bool:
-    """Whether torch is slower than matrix products on the CPU.
-
-    Its fused kernel takes several times as long in the backward pass in half
-    precision, and it has none with dropout.
-    """
+def _is_slow_on_cpu(q: Tensor) -> bool:
+    """Whether the backward pass of torch's fused kernel takes several times as long as matrix products."""
     if q.device != CPU or q.size(2) > _MATMUL_WIDTH or torch.compiler.is_compiling():
         return False
-    return dropout_p > 0.0 or (q.dtype != torch.float32 and q.requires_grad)
+    return q.dtype in (torch.bfloat16, torch.float16) and q.requires_grad
 
 
-def _attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float, causal: bool) -> Tensor:
+def _attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
     """Attention as two matrix products. *Shape:* all ``[N, H, S, K]``; the bias ``[N, H, S, S]``."""
     # Autocast would make float32 of the weights; softmax itself rounds only its result.
     with torch.autocast("cpu", enabled=False):
@@ -144,7 +216,8 @@ def _attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, drop
         if causal:
             size = weights.size(-1)
             weights = weights + weights.new_full((size, size), -torch.inf).triu_(1)
-        return dropout(weights.softmax(-1), dropout_p) @ v
+        attns: Tensor = weights.softmax(-1) @ v
+        return attns
 
 
 def _key_mask(keys: Tensor, layout: BatchLayout) -> Tensor | None:

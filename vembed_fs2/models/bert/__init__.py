@@ -24,6 +24,7 @@ def register_bert(container: DependencyContainer) -> None:
         config_kls=BertConfig,
         factory=create_bert_model,
         checkpoint_format=BertCheckpointFormat(),
+        supports_packed=True,
         supports_tensor_parallel=True,
     )
     register_bert_archs(container)

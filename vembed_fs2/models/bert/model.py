@@ -15,7 +15,7 @@ from torch.nn import Module, ModuleList, Parameter
 from typing_extensions import override
 
 from vembed_fs2.errors import DataError
-from vembed_fs2.models.attention import PaddedLayout
+from vembed_fs2.models.attention import PackedLayout, PaddedLayout, default_needs_packing, should_pack
 from vembed_fs2.models.bert.relative import RelativeLayout, RelativePositions
 from vembed_fs2.models.dropout import Dropout
 from vembed_fs2.models.embedding import EncoderBatch
@@ -46,15 +46,19 @@ class BertModel(TextBackboneModel):
         self.encoder = encoder
         self.pooler: Module | None
         self.register_module("pooler", pooler)
+        self.needs_packing = default_needs_packing()
 
     @override
     def encode_tokens(self, batch: EncoderBatch) -> Tensor:
         assert batch.input_ids is not None
         mask = batch.attention_mask
         seqs = self.frontend(batch.input_ids, mask, batch.token_type_ids)
-        if self.relative_positions is None:
-            return self.encoder(seqs, PaddedLayout(seqs, mask))
-        return self.encoder(seqs, RelativeLayout(seqs, mask, self.relative_positions(seqs.size(1))))
+        if self.relative_positions is not None:
+            return self.encoder(seqs, RelativeLayout(seqs, mask, self.relative_positions(seqs.size(1))))
+        if mask is not None and should_pack(mask, needed=self.needs_packing):
+            layout = PackedLayout(mask)
+            return layout.pad(self.encoder(layout.pack(seqs), layout))
+        return self.encoder(seqs, PaddedLayout(seqs, mask))
 
     @override
     def pool_tokens(self, seqs: Tensor) -> Tensor | None:

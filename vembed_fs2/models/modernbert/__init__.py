@@ -24,6 +24,7 @@ def register_modernbert(container: DependencyContainer) -> None:
         config_kls=ModernBertConfig,
         factory=create_modernbert_model,
         checkpoint_format=ModernBertCheckpointFormat(),
+        supports_packed=True,
         supports_tensor_parallel=True,
     )
     register_modernbert_archs(container)

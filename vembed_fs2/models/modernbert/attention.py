@@ -5,16 +5,18 @@ Shapes: N sequences, S tokens, H heads, K head size, B blocks, C tokens of a blo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, final
 
 import torch
 from fairseq2.data_type import DataType
 from fairseq2.device import Device
-from fairseq2.error import NotSupportedError
+from fairseq2.error import NotSupportedError, OperationalError
 from fairseq2.models.transformer import (
     SDPA,
     AttentionBias,
     AttentionBiasCache,
+    Flash2SDPA,
     TorchSDPA,
     create_default_sdpa,
     get_default_sdpa_factory,
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from vembed_fs2.models.attention import PaddedLayout, attend
+from vembed_fs2.models.attention import PackedLayout, PaddedLayout, attend, attend_padded
 
 _MIN_BLOCK: Final = 32
 
@@ -38,16 +40,32 @@ class RotaryLayout(PaddedLayout):  # type: ignore[misc]  # final in fairseq2
     local_rotation: Tensor
     """The same for layers that attend to near tokens."""
 
-    def __init__(
-        self, seqs: Tensor, mask: Tensor | None, head_dim: int, global_theta: float, local_theta: float
-    ) -> None:
+    def __init__(self, seqs: Tensor, mask: Tensor | None, rotations: Sequence[Tensor]) -> None:
         """
         :param seqs: *Shape:* ``[N, S, *]``.
         :param mask: True for tokens, which precede the padding. *Shape:* ``[N, S]``.
+        :param rotations: global and local ones.
         """
         super().__init__(seqs, mask)
-        self.global_rotation = create_rotation(seqs.size(1), head_dim, global_theta, seqs.device)
-        self.local_rotation = create_rotation(seqs.size(1), head_dim, local_theta, seqs.device)
+        self.global_rotation, self.local_rotation = rotations
+
+
+class PackedRotaryLayout(PackedLayout):  # type: ignore[misc]  # final in fairseq2
+    """A :class:`RotaryLayout` of packed sequences, with the rotation of each token."""
+
+    global_rotation: Tensor
+    """*Shape:* ``[2, tokens, 1, K / 2]``."""
+
+    local_rotation: Tensor
+
+    def __init__(self, mask: Tensor, rotations: Sequence[Tensor]) -> None:
+        """
+        :param mask: True for tokens, which precede the padding. *Shape:* ``[N, S]``.
+        :param rotations: global and local ones, of positions. *Shape:* ``[2, S, 1, K / 2]``.
+        """
+        super().__init__(mask)
+        positions = self.indices % mask.size(1)
+        self.global_rotation, self.local_rotation = (r.index_select(1, positions) for r in rotations)
 
 
 def create_rotation(length: int, head_dim: int, theta: float, device: Device) -> Tensor:
@@ -72,10 +90,10 @@ class RotaryPositions(PositionEncoder):
         self, seqs: Tensor, seqs_layout: BatchLayout, *, state_bag: IncrementalStateBag | None = None
     ) -> Tensor:
         """
-        :param seqs: *Shape:* ``[N, S, H, K]``.
+        :param seqs: *Shape:* ``[N, S, H, K]``, or packed.
         :returns: *Shape:* the same.
         """
-        if not isinstance(seqs_layout, RotaryLayout):
+        if not isinstance(seqs_layout, (RotaryLayout, PackedRotaryLayout)):
             raise NotSupportedError(f"`{RotaryPositions}` needs a `{RotaryLayout}`.")
         rotation = seqs_layout.local_rotation if self.local else seqs_layout.global_rotation
         cos, sin = rotation.to(seqs.dtype)
@@ -95,8 +113,11 @@ def create_local_sdpa(reach: int, *, dropout_p: float) -> SDPA:
 
     :param reach: how far away a token may be.
     """
-    if get_default_sdpa_factory() is TorchSDPA:
+    factory = get_default_sdpa_factory()
+    if factory is TorchSDPA:
         return LocalSDPA(reach, dropout_p=dropout_p)
+    if factory is Flash2SDPA:
+        return FlashLocalSDPA(reach, dropout_p=dropout_p)
     return create_default_sdpa(LocalAttentionBias(reach), dropout_p=dropout_p)
 
 
@@ -147,6 +168,8 @@ class LocalSDPA(SDPA):
         *,
         needs_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(k_layout, PackedLayout) and not needs_weights:
+            return attend_padded(self, q, k, v, k_layout, bias_cache), None
         if needs_weights or not isinstance(k_layout, PaddedLayout):
             raise NotSupportedError(f"`{LocalSDPA}` needs a `{PaddedLayout}`, and does not return weights.")
         dropout_p = self.dropout_p if self.training else 0.0
@@ -165,6 +188,54 @@ class LocalSDPA(SDPA):
             own = torch.eye(length, dtype=torch.bool, device=q.device)
             bias = bias & mask[:, None, None, :] | own
         return attend(q, k, v, bias, dropout_p=dropout_p), None
+
+    @override
+    def extra_repr(self) -> str:
+        return f"reach={self.reach}, dropout_p={self.dropout_p:G}"
+
+
+@final
+class FlashLocalSDPA(SDPA):
+    """:class:`LocalSDPA` by FlashAttention 2 (Dao, 2023, https://arxiv.org/abs/2307.08691), which takes no padding.
+
+    fairseq2's own ``Flash2SDPA`` has windows only before a token.
+    """
+
+    def __init__(self, reach: int, *, dropout_p: float = 0.0) -> None:
+        super().__init__()
+        self.reach = reach
+        self.dropout_p = dropout_p
+
+    @override
+    def forward(
+        self,
+        q: Tensor,
+        q_layout: BatchLayout,
+        k: Tensor,
+        k_layout: BatchLayout,
+        v: Tensor,
+        bias_cache: AttentionBiasCache,
+        *,
+        needs_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if needs_weights or k_layout.padded:
+            raise NotSupportedError(f"`{FlashLocalSDPA}` takes no padding, and does not return weights.")
+        try:
+            from flash_attn import flash_attn_func, flash_attn_varlen_func
+        except ImportError:
+            raise OperationalError("FlashAttention is not found. Install it with `pip install flash-attn`.") from None
+        if torch.is_autocast_enabled(q.device.type):
+            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+        options = {
+            "dropout_p": self.dropout_p if self.training else 0.0,
+            "window_size": (self.reach, self.reach),
+        }
+        if k_layout.packed:
+            begins, longest = k_layout.seq_begin_indices_pt, k_layout.max_seq_len
+            attns: Tensor = flash_attn_varlen_func(q, k, v, begins, begins, longest, longest, **options)
+        else:
+            attns = flash_attn_func(q, k, v, **options)
+        return attns, None
 
     @override
     def extra_repr(self) -> str:

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 from typing_extensions import override
 
+from vembed_fs2.models.attention import default_needs_packing, should_pack
 from vembed_fs2.models.dropout import Dropout
 from vembed_fs2.models.embedding import EncoderBatch
-from vembed_fs2.models.modernbert.attention import RotaryLayout
+from vembed_fs2.models.modernbert.attention import PackedRotaryLayout, RotaryLayout, create_rotation
 from vembed_fs2.models.text_model import TextBackboneModel
 
 
@@ -23,7 +24,8 @@ from vembed_fs2.models.text_model import TextBackboneModel
 class ModernBertModel(TextBackboneModel):
     """Represents ModernBERT as described in :cite:t:`https://doi.org/10.48550/arxiv.2412.13663`, with pooling on top.
 
-    Texts are padded to the longest of a batch, not packed one after the other.
+    Texts are packed one after the other where the attention takes no padding,
+    and on CPUs where padding is a good part of a batch.
     """
 
     def __init__(
@@ -44,15 +46,19 @@ class ModernBertModel(TextBackboneModel):
         self.frontend = frontend
         self.encoder = encoder
         self.head_dim = head_dim
-        self.global_theta = global_theta
-        self.local_theta = local_theta
+        self.thetas = (global_theta, local_theta)
+        self.needs_packing = default_needs_packing()
 
     @override
     def encode_tokens(self, batch: EncoderBatch) -> Tensor:
         assert batch.input_ids is not None
         seqs = self.frontend(batch.input_ids)
-        layout = RotaryLayout(seqs, batch.attention_mask, self.head_dim, self.global_theta, self.local_theta)
-        return self.encoder(seqs, layout)
+        mask = batch.attention_mask
+        rotations = [create_rotation(seqs.size(1), self.head_dim, t, seqs.device) for t in self.thetas]
+        if mask is not None and should_pack(mask, needed=self.needs_packing):
+            layout = PackedRotaryLayout(mask, rotations)
+            return layout.pad(self.encoder(layout.pack(seqs), layout))
+        return self.encoder(seqs, RotaryLayout(seqs, mask, rotations))
 
     @override
     def layer_stacks(self) -> list[ModuleList]:
