@@ -47,12 +47,16 @@ def module_steps(settings: dict[str, Any]) -> dict[str, Callable[[], Any]]:
         for name, values in inputs.items():
             make = EncoderBatch.of_images if name == "images" else EncoderBatch.of_text
 
-            def encode(part: Tensor, model: Any = model, make: Any = make, autocast: bool = kind == "bf16") -> Tensor:
-                with torch.autocast(device, torch.bfloat16, enabled=autocast):
-                    embeddings: Tensor = model(make(part)).values
+            def encode(part: Tensor, model: Any = model, make: Any = make) -> Tensor:
+                embeddings: Tensor = model(make(part)).values
                 return embeddings
 
-            steps[f"{name}: ours, {kind}"] = partial(in_batches, encode, values, rows, device)
+            def run(encode: Any = encode, values: Tensor = values, autocast: bool = kind == "bf16") -> Any:
+                # Around all batches, as `Embedder` does it: weights are cast once.
+                with torch.autocast(device, torch.bfloat16, enabled=autocast):
+                    return in_batches(encode, values, rows, device)
+
+            steps[f"{name}: ours, {kind}"] = run
     return steps
 
 

@@ -13,9 +13,7 @@ import torch.multiprocessing as mp
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call ``function(rank, *args)`` in ``world_size`` processes; return what each returned."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
     processes = mp.spawn(_run, (world_size, port, function, args, results), nprocs=world_size, join=False)
@@ -29,6 +27,20 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         rank, result = results.get()
         by_rank[rank] = result
     return [by_rank[r] for r in range(world_size)]
+
+
+def free_port() -> int:
+    """A port that nothing listens on, and that no connection of gloo or of another test gets until it is used."""
+    # Below those that the kernel hands out, and apart for each process.
+    first = 10_000 + os.getpid() * 37 % 20_000
+    for port in range(first, first + 100):
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"No port from {first} on is free.")
 
 
 def _run(

@@ -71,7 +71,9 @@ class TextHead(Module):
             assert pooled is not None
             embeds = pooled
         elif self.pooling == "none":
-            embeds = seqs
+            # Never the last layer's own output. FSDP2 gathers weights in the order of its hooks on outputs, and would
+            # gather in another order on a rank that packs its texts.
+            embeds = seqs.view_as(seqs)
         else:
             embeds = pool(seqs, mask, self.pooling)
         for dense, activation in zip(self.dense, self.activations):

@@ -111,9 +111,12 @@ class BranchResidual(ResidualConnect):
 
     @override
     def forward(self, seqs: Tensor, residual: Tensor) -> Tensor:
+        drops = self.training and self.drop_p > 0.0
+        if self.scale is not None and not drops:
+            return torch.addcmul(residual, seqs, self.scale.gamma)
         if self.scale is not None:
             seqs = self.scale(seqs)
-        if self.training and self.drop_p > 0.0:
+        if drops:
             seqs = seqs * self._draw_factors(seqs)
         return seqs + residual
 
