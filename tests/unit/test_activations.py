@@ -32,3 +32,11 @@ def test_only_the_input_is_kept_for_the_backward_pass(name: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         create_activation(name)(x)
     assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+
+
+def test_quick_gelu_compiles_whole() -> None:
+    activation = create_activation("quick_gelu")
+    x = torch.randn(10).requires_grad_()
+    compiled = torch.compile(activation, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, activation(x))
+    compiled.sum().backward()

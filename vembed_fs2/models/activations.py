@@ -72,6 +72,8 @@ class _QuickGelu(torch.autograd.Function):
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return x * torch.sigmoid(1.702 * x)  # The compiler makes one kernel of it, and keeps what it chooses.
     return _QuickGelu.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
