@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, Final, TypeAlias, final
+from typing import Any, Final, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -24,10 +24,14 @@ _Function: TypeAlias = Callable[[Tensor], Tensor]
 class Activation(Module):
     """An activation function without parameters, applied to each element."""
 
+    gelu: Literal["exact", "tanh"] | None
+    """Which GELU it is, if any."""
+
     def __init__(self, name: str, function: _Function) -> None:
         super().__init__()
         self.name = name
         self._function = function
+        self.gelu = "exact" if function is F.gelu else "tanh" if function is _tanh_gelu else None
 
     @override
     def forward(self, x: Tensor) -> Tensor:

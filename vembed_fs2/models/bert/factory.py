@@ -6,7 +6,6 @@ from typing import Final, Literal, TypeAlias
 import torch
 from fairseq2.models.transformer import (
     SDPA,
-    StandardFeedForwardNetwork,
     StandardMultiheadAttention,
     StandardTransformerEncoder,
     StandardTransformerEncoderLayer,
@@ -24,6 +23,7 @@ from vembed_fs2.models.bert.relative import NUM_BUCKETS, RelativePositions, Rela
 from vembed_fs2.models.bert.variants import VARIANTS, BertVariant
 from vembed_fs2.models.dropout import Dropout
 from vembed_fs2.models.embedding import EmbeddingModelConfig, HeadConfig
+from vembed_fs2.models.feed_forward import FusedFeedForwardNetwork
 from vembed_fs2.models.head import validate_head
 
 BERT_FAMILY: Final = "vembed_bert"
@@ -258,9 +258,9 @@ class BertFactory:
             return RelativeSDPA(dropout_p=dropout_p)
         return create_sdpa(dropout_p=dropout_p)
 
-    def create_ffn(self) -> StandardFeedForwardNetwork:
+    def create_ffn(self) -> FusedFeedForwardNetwork:
         config = self._config
-        return StandardFeedForwardNetwork(
+        return FusedFeedForwardNetwork(
             config.model_dim,
             config.ffn_inner_dim,
             bias=True,

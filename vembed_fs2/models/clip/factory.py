@@ -8,7 +8,6 @@ from typing import Final, get_args
 
 import torch.nn as nn
 from fairseq2.models.transformer import (
-    StandardFeedForwardNetwork,
     StandardMultiheadAttention,
     StandardTransformerEncoder,
     StandardTransformerEncoderLayer,
@@ -32,6 +31,7 @@ from vembed_fs2.models.clip.model import (
     VisionPooling,
 )
 from vembed_fs2.models.embedding import EmbeddingModelConfig
+from vembed_fs2.models.feed_forward import FusedFeedForwardNetwork
 from vembed_fs2.models.vision import BranchResidual, LayerScale, PatchProjection
 
 CLIP_FAMILY: Final = "vembed_clip"
@@ -351,7 +351,7 @@ class ClipFactory:
             output_proj_init_fn=_normal(std),
         )
 
-    def create_ffn(self, config: ClipTowerConfig) -> StandardFeedForwardNetwork:
+    def create_ffn(self, config: ClipTowerConfig) -> FusedFeedForwardNetwork:
         inner_std = (2 * config.model_dim) ** -0.5 * config.init_factor
         output_std = config.model_dim**-0.5 * config.init_factor * _depth_scale(config)
 
@@ -360,7 +360,7 @@ class ClipFactory:
             _normal(inner_std if proj.input_dim == config.model_dim else output_std)(proj)
 
         activation = create_activation(config.activation, field="activation")
-        return StandardFeedForwardNetwork(
+        return FusedFeedForwardNetwork(
             config.model_dim,
             config.ffn_inner_dim,
             bias=True,

@@ -11,7 +11,6 @@ import torch.nn as nn
 from fairseq2.models.transformer import (
     FeedForwardNetwork,
     GLUFeedForwardNetwork,
-    StandardFeedForwardNetwork,
     StandardMultiheadAttention,
     StandardTransformerEncoder,
     StandardTransformerEncoderLayer,
@@ -47,6 +46,7 @@ from vembed_fs2.models.eva.model import (
     NormalizedProjection,
     PostNormLayer,
 )
+from vembed_fs2.models.feed_forward import FusedFeedForwardNetwork
 from vembed_fs2.models.vision import BranchResidual, LayerScale, PatchProjection
 
 EVA_FAMILY: Final = "vembed_eva"
@@ -338,7 +338,7 @@ class EvaVisionFactory:
                 config.model_dim, config.ffn_inner_dim, bias=True, inner_dim_scale=1.0, proj_init_fn=init_fn
             )
         else:
-            ffn = StandardFeedForwardNetwork(
+            ffn = FusedFeedForwardNetwork(
                 config.model_dim,
                 config.ffn_inner_dim,
                 bias=True,

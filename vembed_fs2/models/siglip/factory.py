@@ -9,7 +9,6 @@ from typing import Final
 
 import torch.nn as nn
 from fairseq2.models.transformer import (
-    StandardFeedForwardNetwork,
     StandardMultiheadAttention,
     StandardTransformerEncoder,
     StandardTransformerEncoderLayer,
@@ -23,6 +22,7 @@ from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.models.activations import create_activation
 from vembed_fs2.models.attention import create_sdpa
 from vembed_fs2.models.embedding import EmbeddingModelConfig
+from vembed_fs2.models.feed_forward import FusedFeedForwardNetwork
 from vembed_fs2.models.siglip.model import (
     SiglipAttentionPool,
     SiglipImageFrontend,
@@ -273,8 +273,8 @@ class SiglipFactory:
             output_proj_init_fn=_xavier(),
         )
 
-    def create_ffn(self, config: SiglipTowerConfig) -> StandardFeedForwardNetwork:
-        return StandardFeedForwardNetwork(
+    def create_ffn(self, config: SiglipTowerConfig) -> FusedFeedForwardNetwork:
+        return FusedFeedForwardNetwork(
             config.model_dim,
             config.ffn_inner_dim,
             bias=True,

@@ -9,7 +9,6 @@ import torch.nn as nn
 from fairseq2.models.transformer import (
     FeedForwardNetwork,
     GLUFeedForwardNetwork,
-    StandardFeedForwardNetwork,
     StandardMultiheadAttention,
     StandardTransformerEncoder,
     StandardTransformerEncoderLayer,
@@ -22,6 +21,7 @@ from torch.nn import Conv2d
 from vembed_fs2.models.activations import create_activation
 from vembed_fs2.models.attention import create_sdpa
 from vembed_fs2.models.dropout import Dropout
+from vembed_fs2.models.feed_forward import FusedFeedForwardNetwork
 from vembed_fs2.models.vision import BranchResidual, ImageHead, LayerScale, PatchProjection, image_head_output_dim
 from vembed_fs2.models.vit.config import VitConfig, as_pair
 from vembed_fs2.models.vit.model import (
@@ -154,7 +154,7 @@ class VitFactory:
         config = self._config
         activation = create_activation(config.activation, field="activation")
         if not config.gated_ffn:
-            return StandardFeedForwardNetwork(
+            return FusedFeedForwardNetwork(
                 config.model_dim,
                 config.inner_dim,
                 config.ffn_bias,
