@@ -34,7 +34,7 @@ def load_yaml(file: Path) -> Mapping[str, Any]:
         content = parse_yaml(file.read_text(encoding="utf-8"))
     except OSError as ex:
         raise ConfigError(f"the file cannot be read: {ex.strerror}", where=str(file)) from None
-    except YAMLError as ex:
+    except (UnicodeDecodeError, YAMLError) as ex:
         raise ConfigError(f"not valid YAML: {ex}", where=str(file)) from None
     if not isinstance(content, dict):
         raise ConfigError("it must hold keys and values", where=str(file))
@@ -85,13 +85,36 @@ def merge_layers(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -
 
     A layer that names another component (``loss.name``) starts from that
     component's own defaults, not from the values of the one below.
+
+    :raises ConfigError: a layer deletes a key that there is not, or fairseq2's ``_del_`` or ``_set_`` is misused.
     """
     merger = StandardConfigMerger()
     merged: Any = base
     for layer in layers:
+        if errors := list(_find_directive_errors(merged, layer, "")):
+            raise ConfigError(errors)
         merged = merger.merge(_without_replaced(merged, layer), layer)
     assert isinstance(merged, Mapping)
     return merged
+
+
+def _find_directive_errors(below: Mapping[str, Any], layer: Mapping[str, Any], path: str) -> Iterator[str]:
+    """What is wrong with the keys that say what to do with others."""
+    deleted = layer.get("_del_", [])
+    if not isinstance(deleted, list):
+        yield f"`{path}_del_` must be a list of keys, but is {deleted!r}."
+    else:
+        for key in deleted:
+            if key not in below:
+                nearest = get_close_matches(str(key), map(str, below), 1)
+                hint = f" Did you mean `{path}{nearest[0]}`?" if nearest else ""
+                yield f"`{path}{key}` cannot be deleted, because there is no such key.{hint}"
+    if not isinstance(values := layer.get("_set_", {}), Mapping):
+        yield f"`{path}_set_` must hold keys and values, but is {values!r}."
+    for key, section in layer.items():
+        if isinstance(section, Mapping):
+            under = below.get(key)
+            yield from _find_directive_errors(under if isinstance(under, Mapping) else {}, section, f"{path}{key}.")
 
 
 def _without_replaced(below: Mapping[str, Any], layer: Mapping[str, Any]) -> Mapping[str, Any]:

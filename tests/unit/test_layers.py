@@ -99,6 +99,30 @@ def test_another_component_starts_from_its_own_defaults() -> None:
     assert same == {"optimizer": {"name": "sgd", "config": {"lr": 1.0, "momentum": 0.9}}}
 
 
+def test_keys_are_deleted_and_set() -> None:
+    base = {"data": {"columns": {"query": "q", "label": "l"}, "mode": "t2t"}}
+
+    deleted = merge_layers(base, [parse_overrides(["del:data.columns.label", "del:data.mode"])])
+    replaced = merge_layers(base, [{"data": {"_set_": {"columns": {"query": "x"}}}}])
+
+    assert deleted == {"data": {"columns": {"query": "q"}}}
+    assert replaced == {"data": {"columns": {"query": "x"}, "mode": "t2t"}}
+
+
+def test_what_cannot_be_deleted_or_set_is_an_error() -> None:
+    layer = {"data": {"_del_": ["shufle", "x"], "_set_": 3}, "optimizer": {"_del_": "lr"}}
+
+    with pytest.raises(ConfigError) as caught:
+        merge_layers({"data": {"shuffle": True}}, [layer])
+
+    assert caught.value.errors == [
+        "`data.shufle` cannot be deleted, because there is no such key. Did you mean `data.shuffle`?",
+        "`data.x` cannot be deleted, because there is no such key.",
+        "`data._set_` must hold keys and values, but is 3.",
+        "`optimizer._del_` must be a list of keys, but is 'lr'.",
+    ]
+
+
 def test_all_errors_are_listed() -> None:
     found = errors_of(
         optimizer={"name": "adam", "config": {"learning_rate": 1.0, "lr": "fast"}},
@@ -169,12 +193,18 @@ def test_a_file_knows_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [("a: [", "not valid YAML"), ("- 1", "keys and values"), (None, "cannot be read")]
+    ("content", "says"),
+    [
+        (b"a: [", "not valid YAML"),
+        (b"a: \xff", "not valid YAML: 'utf-8' codec"),
+        (b"- 1", "keys and values"),
+        (None, "cannot be read"),
+    ],
 )
-def test_broken_files(content: str | None, says: str, tmp_path: Path) -> None:
+def test_broken_files(content: bytes | None, says: str, tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     if content is not None:
-        file.write_text(content)
+        file.write_bytes(content)
 
     with pytest.raises(ConfigError, match=says) as caught:
         load_yaml(file)
