@@ -96,6 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--layers", type=int, metavar="N", help="layers of models with random weights, to try the script"
     )
+    parser.add_argument("--no-bf16", action="store_true", help="float32 only, for processors that are slow in bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peers", type=Path, default=PEERS, metavar="PYTHON", help="Python of the peers' environment")
     return parser.parse_args()
@@ -103,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def prepare(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Write inputs and weights; return what workers have to know."""
-    settings = {k: getattr(args, k) for k in ("device", "images", "image_rows", "rows")}
+    settings = {k: getattr(args, k) for k in ("device", "images", "image_rows", "rows", "no_bf16")}
     model = MODELS[name]
     if model is None:
         rows = read_pairs(args.data)

@@ -19,7 +19,7 @@ from vembed_fs2 import Embedder, EncoderBatch, __version__, load_model
 def main() -> None:
     settings = json.loads(sys.argv[1])
     steps = text_steps(settings) if settings["texts"] else module_steps(settings)
-    serve(steps, settings["device"], f"vembed_fs2 {__version__}")
+    serve(steps, settings, f"vembed_fs2 {__version__}")
 
 
 def text_steps(settings: dict[str, Any]) -> dict[str, Callable[[], Any]]:

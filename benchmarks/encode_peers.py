@@ -25,7 +25,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     name = f"sentence-transformers {sentence_transformers.__version__}, transformers {transformers.__version__}"
     steps = text_steps(settings) if settings["texts"] else module_steps(settings)
-    serve(steps, settings["device"], name)
+    serve(steps, settings, name)
 
 
 def text_steps(settings: dict[str, Any]) -> dict[str, Callable[[], Any]]:

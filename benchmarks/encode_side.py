@@ -33,13 +33,15 @@ def in_batches(encode: Callable[[Tensor], Tensor], inputs: Tensor, rows: int, de
         return torch.nn.functional.normalize(values, dim=-1).cpu().numpy()
 
 
-def serve(steps: Mapping[str, Callable[[], Any]], device: str, name: str) -> None:
+def serve(steps: Mapping[str, Callable[[], Any]], settings: Mapping[str, Any], name: str) -> None:
     """Answer the parent until it closes the line: run a step, say how long it took, write what it returned."""
+    if settings["no_bf16"]:
+        steps = {k: step for k, step in steps.items() if "bf16" not in k}
     answer = open_line()
     answer({"name": name, "steps": list(steps)})
     for line in sys.stdin:
         request = json.loads(line)
-        seconds, values = timed(torch.device(device), steps[request["step"]])
+        seconds, values = timed(torch.device(settings["device"]), steps[request["step"]])
         if request["file"]:
             np.save(request["file"], values)
         answer({"seconds": seconds})

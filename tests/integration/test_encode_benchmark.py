@@ -41,7 +41,7 @@ def test_both_sides_have_the_same_vectors_of_images_and_token_ids() -> None:
 
 def test_without_peers_our_own_side_runs(bert_folder: Path, texts: Path) -> None:
     options = ["--models", "minilm", "--model", bert_folder, "--data", texts, "--texts", 8, "--repeats", 1]
-    status, output = run("encode.py", *options, "--peers", "missing/python")
+    status, output = run("encode.py", *options, "--no-bf16", "--peers", "missing/python")
     assert status == 0, output
     assert "There is no missing/python, so only our own side runs." in output
-    assert len(rows_of(output)) == 2 + 3
+    assert len(rows_of(output)) == 2 + 1
