@@ -82,6 +82,14 @@ def _register_siglip(container: DependencyContainer) -> None:
 def _register_siglip2(container: DependencyContainer) -> None:
     arch = ConfigRegistrar(container, SiglipConfig)
 
+    @arch("siglip2_base_patch32_256")
+    def siglip2_base_patch32_256() -> SiglipConfig:
+        """``siglip2_base_patch16_256`` with patches of 32 pixels."""
+        config = _base(256, vocab_size=_GEMMA_VOCAB)
+        assert config.vision is not None
+        config.vision.patch_size = 32
+        return config
+
     @arch("siglip2_base_patch16_224")
     def siglip2_base_patch16_224() -> SiglipConfig:
         """``base_patch16_224`` with Gemma's vocabulary of 256,000, as are all of SigLIP 2."""
@@ -142,6 +150,16 @@ def _register_siglip2(container: DependencyContainer) -> None:
         """27 layers of 1152 each, 512 pixels."""
         return _so400m(512, 16, vocab_size=_GEMMA_VOCAB)
 
+    @arch("siglip2_giant_opt_patch16_256")
+    def siglip2_giant_opt_patch16_256() -> SiglipConfig:
+        """40 layers of 1536 for images of 256 pixels, and the text Transformer of ``siglip2_so400m_patch16_256``."""
+        return _giant(256)
+
+    @arch("siglip2_giant_opt_patch16_384")
+    def siglip2_giant_opt_patch16_384() -> SiglipConfig:
+        """``siglip2_giant_opt_patch16_256`` with 384 pixels."""
+        return _giant(384)
+
     @arch("siglip2_base_patch16_naflex")
     def siglip2_base_patch16_naflex() -> SiglipConfig:
         """``siglip2_base_patch16_256`` on images of any aspect ratio."""
@@ -167,6 +185,17 @@ def _so400m(image_size: int, patch_size: int, *, vocab_size: int = 32_000, max_s
     assert config.vision is not None
     config.text.max_seq_len = max_seq_len
     config.vision.patch_size = patch_size
+    return config
+
+
+def _giant(image_size: int) -> SiglipConfig:
+    config = _so400m(image_size, 16, vocab_size=_GEMMA_VOCAB)
+    assert config.text is not None
+    assert config.vision is not None
+    config.text.projection_dim = 1536
+    config.vision.model_dim = 1536
+    config.vision.num_layers = 40
+    config.vision.ffn_inner_dim = 6144
     return config
 
 
