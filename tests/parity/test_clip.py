@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
+from tests.parity.dropout_masks import assert_same_dropout
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.models.clip import ClipCheckpointFormat, ClipConfig, ClipModel, create_clip_model
 from vembed_fs2.models.clip.factory import ClipTextConfig, ClipVisionConfig
@@ -327,6 +328,24 @@ def test_gradients_equal_transformers(act: str) -> None:
         value = ours[key]
         assert isinstance(value, Tensor)
         assert difference(value, grad) <= 1e-5 * max(1.0, float(grad.abs().max())), key
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_dropout_is_where_transformers_has_it(modality: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf_config = small_config(attention_dropout=0.4)
+    hf_config["vision_config"]["attention_dropout"] = 0.4
+    reference, model, config = create_pair(hf_config)
+    for tower in (reference.text_model, reference.vision_model):
+        tower.config._attn_implementation = "eager"
+    ids, pixels = create_texts(config.text)[0], torch.randn(4, 3, 8, 8)
+    theirs, ours = {
+        "text": (lambda: reference.get_text_features(ids), lambda: model.encode_text(EncoderBatch.of_text(ids))),
+        "image": (
+            lambda: reference.get_image_features(pixels),
+            lambda: model.encode_image(EncoderBatch.of_images(pixels)),
+        ),
+    }[modality]
+    assert_same_dropout(monkeypatch, reference, model, theirs, ours)
 
 
 def test_fixed_temperature_is_not_a_parameter() -> None:

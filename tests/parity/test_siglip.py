@@ -15,6 +15,7 @@ from vembed_fs2.models.embedding import EncoderBatch
 from vembed_fs2.models.siglip import SiglipConfig
 from vembed_fs2.models.siglip import SiglipModel as Model
 
+from .dropout_masks import assert_same_dropout
 from .siglip import (
     FORMAT,
     GENERATIONS,
@@ -194,6 +195,29 @@ def test_gradients_equal_transformers(generation: str) -> None:
         value = ours[key]
         assert isinstance(value, Tensor)
         assert difference(value, grad) <= 1e-5 * max(1.0, float(grad.abs().max())), key
+
+
+@pytest.mark.parametrize("modality", ["text", "image"])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_dropout_is_where_transformers_has_it(generation: str, modality: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, model, config = create_pair(small_config(generation, attention_dropout=0.4))
+    for tower in (reference.text_model, reference.vision_model):
+        tower.config._attn_implementation = "eager"
+    if modality == "text":
+        batch = EncoderBatch.of_text(create_texts(config.text)[0])
+    elif config.naflex:
+        batch = create_patches(config.vision, [(2, 3)] * 4)
+    else:
+        batch = EncoderBatch.of_images(create_images(config.vision, 4))
+
+    def theirs() -> Tensor:
+        if modality == "text":
+            return reference.get_text_features(batch.input_ids)  # type: ignore[no-any-return]
+        if config.naflex:
+            return image_features(reference, batch)
+        return reference.get_image_features(batch.pixel_values)  # type: ignore[no-any-return]
+
+    assert_same_dropout(monkeypatch, reference, model, theirs, lambda: model(batch).values)
 
 
 def test_what_does_not_fit_is_an_error() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig
 
+from tests.parity.dropout_masks import assert_same_dropout
 from vembed_fs2.models.embedding import EncoderBatch
 from vembed_fs2.models.vision import ImageHeadConfig
 from vembed_fs2.models.vit import VitCheckpointFormat, VitConfig, VitModel, create_vit_model
@@ -282,6 +283,25 @@ def test_training_equals_transformers(model_type: str) -> None:
         value = found[key]
         assert isinstance(value, Tensor)
         torch.testing.assert_close(value, grad, rtol=1e-4, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_dropout_is_where_transformers_has_it(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.4}
+    if model_type == "dinov3_vit":
+        options = {"attention_dropout": 0.4}
+    if model_type.startswith("dino"):
+        options |= {"drop_path_rate": 0.2}
+    reference, model, config = create_pair(small(model_type, **options))
+    reference.config._attn_implementation = "eager"
+    batch = EncoderBatch.of_images(images(config, 5))
+    assert_same_dropout(
+        monkeypatch,
+        reference,
+        model,
+        lambda: their_output(reference, batch.pixel_values).last_hidden_state,  # type: ignore[arg-type]
+        lambda: model.encode_patches(batch),
+    )
 
 
 def test_positions_of_mae_are_not_trained_whatever_the_recipe_says() -> None:

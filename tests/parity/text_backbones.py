@@ -17,10 +17,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 from vembed_fs2 import Embedder
-from vembed_fs2.models.dropout import dropout
 from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch, HeadConfig
 from vembed_fs2.models.embedding import Pooling as PoolingName
 from vembed_fs2.models.family import CheckpointFormat
+
+from .dropout_masks import assert_same_dropout
 
 ACTIVATIONS = [
     "gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate", "laplace",
@@ -123,16 +124,8 @@ def assert_gradients_equal(
 
 def assert_dropout_equal(monkeypatch: Any, hf: Any, model: Any, ids: Tensor) -> None:
     """The same random numbers in the same order; ``hf`` must be without a kernel for attention."""
-    hf.train()
-    model.train()
-    torch.manual_seed(7)
-    with monkeypatch.context() as patch:  # Let it draw the masks as we do.
-        patch.setattr(torch.nn.functional, "dropout", lambda x, p, training, inplace=False: dropout(x, p * training))
-        expected = hf(ids, torch.ones_like(ids))[0]
-    torch.manual_seed(7)
-    actual = model.encode_tokens(EncoderBatch.of_text(ids))
-    assert max_diff(actual, expected) <= 1e-5
-    assert max_diff(hf.eval()(ids)[0], expected) > 1e-2
+    batch, mask = EncoderBatch.of_text(ids), torch.ones_like(ids)
+    assert_same_dropout(monkeypatch, hf, model, lambda: hf(ids, mask)[0], lambda: model.encode_tokens(batch))
 
 
 def assert_independent_of_batch(model: Any, ids: Tensor, mask: Tensor, wide: EncoderBatch) -> None:
