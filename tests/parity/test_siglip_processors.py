@@ -246,6 +246,8 @@ def create_images() -> dict[str, Image.Image]:
         "LA": alpha.convert("LA"),
         "palette": photo.quantize(64),
         "1bit": photo.convert("1"),
+        "CMYK": photo.convert("CMYK"),
+        "16bit": Image.fromarray(RANDOM.integers(0, 1 << 16, (40, 50), dtype=np.uint16)),
         "tall": photo.resize((31, 150)),
         "wide": photo.resize((200, 23)),
         "odd": noise(53, 31),
