@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import shutil
@@ -24,7 +25,8 @@ from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 from torch.nn.functional import normalize
 
 from vembed_fs2 import Embedder, load_model
-from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.commands import evaluate, export, models_show
+from vembed_fs2.errors import ModelLoadError, VembedError
 from vembed_fs2.models.embedding import HeadConfig
 from vembed_fs2.models.family import PlainCheckpointFormat
 from vembed_fs2.models.hub import find_model, get_resolver
@@ -251,6 +253,23 @@ def test_code_of_a_model_is_run_only_on_request(toy: Path, tmp_path: Path) -> No
     assert np.array_equal(again.encode(TEXTS), embedder.encode(TEXTS))
 
 
+def test_commands_run_code_on_request(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.dumps({"query": text, "positive": text}) + "\n" for text in TEXTS]
+    tmp_path.joinpath("rows.jsonl").write_text("".join(rows))
+    commands = (
+        (evaluate, [str(toy), str(tmp_path / "rows.jsonl"), "--device", "cpu"], "3 queries"),
+        (export, [str(toy), str(tmp_path / "out"), "--format", "hf"], "Written to"),
+        (models_show, [str(toy)], "vembed_auto"),
+    )
+    for command, arguments, printed in commands:
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        with pytest.raises(ModelLoadError, match="--trust-remote-code"):
+            command.run(parser.parse_args(arguments))
+        assert command.run(parser.parse_args([*arguments, "--trust-remote-code"])) == 0
+        assert printed in capsys.readouterr().out
+
+
 def test_a_run_does_not_ask_for_code_itself(toy: Path, tmp_path: Path) -> None:
     embedder = Embedder.load(toy, device="cpu", trust_remote_code=True)
     write_run(embedder, tmp_path / "run")
@@ -258,6 +277,9 @@ def test_a_run_does_not_ask_for_code_itself(toy: Path, tmp_path: Path) -> None:
         Embedder.load(tmp_path / "run", device="cpu")
     again = Embedder.load(tmp_path / "run", device="cpu", trust_remote_code=True)
     assert np.array_equal(again.encode(TEXTS), embedder.encode(TEXTS))
+    toy.rename(tmp_path / "elsewhere")  # A run names the folder of the code, and has no copy.
+    with pytest.raises(VembedError, match=rf"needs the code of toy\.ToyConfig, but {toy} does not exist"):
+        Embedder.load(tmp_path / "run", device="cpu", trust_remote_code=True)
 
 
 def test_a_folder_does_not_ask_for_code_itself() -> None:

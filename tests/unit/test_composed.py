@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fairseq2.gang import create_fake_gangs
 from fairseq2.models import ModelFamily
 from fairseq2.nn.utils.module import reset_non_persistent_buffers, to_empty
 from fairseq2.utils.structured import StandardValueConverter
+from safetensors.torch import save_file
 from torch.nn import Module
 from torch.nn.functional import gelu
 
@@ -293,6 +295,27 @@ def test_encoders_that_cannot_be_found_are_all_named() -> None:
             resolve_towers(ComposedConfig(), {"text": own})
     with pytest.raises(ConfigError, match=r"`text\.path` is for new models"):
         refuse_sources(CONFIG, {"text": {"path": "folder"}, "image": {"family": "vembed_clip"}})
+
+
+@pytest.mark.parametrize("where", ["folder", "repository", "run"])
+def test_encoders_with_code_of_their_own_are_refused(where: str, tmp_path: Path) -> None:
+    if where == "run":
+        tmp_path.joinpath("checkpoints").mkdir()
+        metadata = {"model_family": "vembed_auto", "model_config": {"hf_config": {}, "trust_remote_code": True}}
+        tmp_path.joinpath("checkpoints/model.yaml").write_text(json.dumps(metadata))
+    else:
+        code = "own.Model" if where == "folder" else "somebody/else--own.Model"
+        config = {"model_type": "no_type_of_transformers", "auto_map": {"AutoModel": code}}
+        tmp_path.joinpath("config.json").write_text(json.dumps(config))
+        save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"`text`: `path`: .* needs Python code .* Composed models do not support"):
+        resolve_towers(ComposedConfig(), {"text": {"path": str(tmp_path)}})
+
+
+def test_an_encoder_may_not_ask_for_code() -> None:
+    trusted = {"hf_config": {"model_type": "electra"}, "trust_remote_code": True}
+    errors = config_errors(TowerConfig(family="vembed_auto", config=trusted))
+    assert any("`config.trust_remote_code` must not be set" in error for error in errors)
 
 
 def test_folder_with_a_broken_configuration_is_refused() -> None:

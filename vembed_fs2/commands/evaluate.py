@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="which qrels of a folder (default: test)")
     parser.add_argument("--baseline", metavar="MODEL", help="another model, to show what changed")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--ks", type=int, nargs="+", default=[1, 5, 10], metavar="K", help="cut-offs (default: 1 5 10)")
+    parser.add_argument(
+        "--ks", type=_positive, nargs="+", default=[1, 5, 10], metavar="K", help="cut-offs (default: 1 5 10)"
+    )
     parser.add_argument("--mode", default="auto", help="what rows consist of: t2t, t2i, i2t, i2i, m2i, m2t or auto")
     parser.add_argument(
         "--column",
@@ -38,15 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--image-root", type=Path, metavar="DIR", help="folder that images lie in")
     parser.add_argument("--max-length", type=int, metavar="N", help="longest text in tokens")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="most inputs per forward pass")
+    parser.add_argument("--batch-size", type=_positive, metavar="N", help="most inputs per forward pass")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that comes with the models; read it before",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but is {text!r}")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate the model (and the baseline) and print the table."""
     from vembed_fs2.evaluation.report import print_results, write_results
+    from vembed_fs2.files import check_file
 
+    if args.output is not None:
+        check_file(args.output)
     task = load_task(args)
     names = [args.baseline, args.model] if args.baseline else [args.model]
     results = {name: _evaluate(name, task, args) for name in names}
@@ -85,7 +101,13 @@ def load_task(args: argparse.Namespace) -> RetrievalTask:
 def _evaluate(name: str, task: RetrievalTask, args: argparse.Namespace) -> dict[str, float]:
     from vembed_fs2.evaluation.retrieval import evaluate_embedder
 
-    embedder = load_embedder(name, device=args.device, max_length=args.max_length, bf16=args.bf16)
+    embedder = load_embedder(
+        name,
+        device=args.device,
+        max_length=args.max_length,
+        bf16=args.bf16,
+        trust_remote_code=args.trust_remote_code,
+    )
     return evaluate_embedder(
         embedder,
         task,
@@ -95,12 +117,14 @@ def _evaluate(name: str, task: RetrievalTask, args: argparse.Namespace) -> dict[
     )
 
 
-def load_embedder(name: str, *, device: str | None, max_length: int | None, bf16: bool) -> Embedder:
+def load_embedder(
+    name: str, *, device: str | None, max_length: int | None, bf16: bool, trust_remote_code: bool = False
+) -> Embedder:
     """Load a model to evaluate."""
     import torch
 
     from vembed_fs2.embedder import Embedder
 
-    embedder = Embedder.load(name, device=device, max_length=max_length)
+    embedder = Embedder.load(name, device=device, max_length=max_length, trust_remote_code=trust_remote_code)
     embedder.autocast_dtype = torch.bfloat16 if bf16 else None
     return embedder

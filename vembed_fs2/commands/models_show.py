@@ -15,11 +15,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("model", metavar="MODEL", help="card, Hugging Face folder, run folder or checkpoint folder")
     add_json_argument(parser)
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that comes with the model; read it before",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what a model is, without loading it."""
-    content = _describe(args.model)
+    content = _describe(args.model, args.trust_remote_code)
     if args.json:
         print_json(content)
     else:
@@ -27,14 +32,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe(name: str) -> dict[str, Any]:
+def _describe(name: str, trust_remote_code: bool) -> dict[str, Any]:
     from fairseq2.utils.structured import StandardValueConverter
 
     from vembed_fs2.models.catalog import describe_model, get_family, list_support
     from vembed_fs2.models.hub import find_model, get_resolver
 
     resolver = get_resolver()
-    source = find_model(name, resolver)
+    source = find_model(name, resolver, trust_remote_code=trust_remote_code)
     family = get_family(source.family, resolver)
     content: dict[str, Any] = {"name": source.name, "family": source.family}
     if not isinstance(source.weights, Path):

@@ -18,6 +18,17 @@ from vembed_fs2.models.folder import ModelFolder
 
 ConfigT = TypeVar("ConfigT")
 
+HOW_TO_TRUST: Final = (
+    "`trust_remote_code=True` in Python, `--trust-remote-code` of a command, "
+    "`model.config_overrides.trust_remote_code=true` for training"
+)
+"""How a user asks for Python code that comes with a model."""
+
+
+class NeedsCodeError(ModelLoadError):
+    """Raised when a model can be loaded only with Python code that comes with it, and nobody asked for that."""
+
+
 LEARNED_PARTS: Final = ("logit_scale", "logit_bias", "teacher_projection")
 """The parameters that any model can have besides its encoder, for its objective."""
 

@@ -20,7 +20,7 @@ from fairseq2.utils.structured import StructureError, ValueConverter
 from fairseq2.utils.yaml import YamlError, YamlLoader
 
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.models.checkpoint_format import wants_code
+from vembed_fs2.models.checkpoint_format import HOW_TO_TRUST, NeedsCodeError, wants_code
 from vembed_fs2.models.download import download_repository
 from vembed_fs2.models.embedding import EmbeddingModel
 from vembed_fs2.models.family import FALLBACK_FAMILY, find_family, get_checkpoint_format, read_folder_config
@@ -181,7 +181,7 @@ def _open_folder(name: str, path: Path, resolver: DependencyResolver, trust_remo
         config = read_folder_config(path, checkpoint_format, trust_remote_code=trust_remote_code)
     except ModelLoadError as ex:
         # Families see the content of files, and not where they are.
-        raise ex if str(path) in str(ex) else ModelLoadError(f"{path}: {ex}") from None
+        raise ex if str(path) in str(ex) else type(ex)(f"{path}: {ex}") from None
     return ModelSource(name, family, config, path, path)
 
 
@@ -207,9 +207,8 @@ def _open_run(
     except (YamlError, LookupError, TypeError, StructureError, OSError) as ex:
         raise ModelLoadError(f"{file} is broken: {ex}") from ex
     if wants_code(metadata["model_config"]) and not trust_remote_code:
-        raise ModelLoadError(
-            f"{file}: the model needs Python code of its own. Read it, and if you trust it, ask for it: "
-            "`trust_remote_code=True`."
+        raise NeedsCodeError(
+            f"{file}: the model needs Python code of its own. Read it, and if you trust it, ask for it: {HOW_TO_TRUST}."
         )
     step = step or _best_step(checkpoints)
     weights = (step / "model").resolve()

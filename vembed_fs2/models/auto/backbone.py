@@ -15,6 +15,7 @@ from torch.nn import Module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.models.checkpoint_format import HOW_TO_TRUST, NeedsCodeError
 from vembed_fs2.models.embedding import Modality
 
 _TEXT: Final[frozenset[Modality]] = frozenset({"text"})
@@ -195,11 +196,13 @@ def _find_code(hf_config: Mapping[str, Any], code: Code | None) -> tuple[Any, An
     if not (code is not None and code.trusted):
         if hf_config.get("model_type") in CONFIG_MAPPING_NAMES:
             return None, None  # Like transformers: its own class, where it has one.
-        file = str(auto_map.get("AutoModel") or next(iter(auto_map.values()), "")).rpartition(".")[0]
-        where = f"{code.folder / file}.py" if code is not None and "--" not in file else f"{file}.py"
-        raise ModelLoadError(
+        reference = str(auto_map.get("AutoModel") or next(iter(auto_map.values()), ""))
+        repository, _, file = reference.rpartition(".")[0].rpartition("--")
+        here = file if code is None else code.folder / file
+        where = f"{file}.py of {repository}" if repository else f"{here}.py"
+        raise NeedsCodeError(
             f"model_type '{hf_config.get('model_type')}' needs the model's own code, {where}. Read it, and if you "
-            "trust it, ask for it: `trust_remote_code=True`, or `model.config_overrides.trust_remote_code=true`."
+            f"trust it, ask for it: {HOW_TO_TRUST}."
         )
     return _import(auto_map, "AutoConfig", code), _import(auto_map, "AutoModel", code)
 
@@ -210,6 +213,9 @@ def _import(auto_map: Mapping[str, Any], name: str, code: Code) -> Any:
     reference = auto_map.get(name)
     if not isinstance(reference, str):
         return None
+    if "--" not in reference and not code.folder.is_dir():
+        # transformers would take it for the name of a repository.
+        raise ModelLoadError(f"The model needs the code of {reference}, but {code.folder} does not exist.")
     try:
         return get_class_from_dynamic_module(reference, str(code.folder))
     except Exception as ex:  # Anybody's code.

@@ -26,6 +26,8 @@ from vembed_fs2.models.hub import get_resolver
 
 COMPOSED_FAMILY: Final = "vembed_composed"
 
+NO_CODE: Final = "Composed models do not support encoders with code, because their folders could not be loaded again."
+
 ProjectionKind: TypeAlias = Literal["linear", "mlp", "none"]
 
 Freeze: TypeAlias = Literal["none", "all", "all_but_last"]
@@ -141,6 +143,8 @@ class TowerConfig:
             yield f"`arch` '{self.arch}' is not known. Known: {known}."
         elif not isinstance(self.config, family.config_kls):
             yield f"`config` must be of type `{family.config_kls.__name__}`, but is {self.config!r} instead."
+        elif getattr(self.config, "trust_remote_code", False):
+            yield f"`config.trust_remote_code` must not be set. {NO_CODE}"
 
     def _freeze_errors(self) -> Iterator[str]:
         if self.freeze not in get_args(Freeze):

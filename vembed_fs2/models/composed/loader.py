@@ -20,7 +20,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
-from vembed_fs2.models.composed.factory import COMPOSED_FAMILY, ComposedConfig, find_family, unknown_family
+from vembed_fs2.models.checkpoint_format import NeedsCodeError
+from vembed_fs2.models.composed.factory import COMPOSED_FAMILY, NO_CODE, ComposedConfig, find_family, unknown_family
 from vembed_fs2.models.composed.model import MODALITIES, ComposedModel, Tower
 from vembed_fs2.models.download import FolderDownloadManager
 from vembed_fs2.models.embedding import EmbeddingModelConfig, HeadConfig
@@ -122,7 +123,11 @@ def _find_encoder(family: str, own: Mapping[str, Any]) -> dict[str, Any]:
     if sources:
         if "arch" in given:
             raise ConfigError(f"`arch` is for random weights, but `{sources[0]}` names a checkpoint.")
-        source = find_model(Path(given["path"]) if "path" in given else given["name"])
+        try:
+            source = find_model(Path(given["path"]) if "path" in given else given["name"])
+        except NeedsCodeError:
+            name = given[sources[0]]
+            raise ConfigError(f"`{sources[0]}`: {name} needs Python code of its own. {NO_CODE}") from None
         if given.get("family", source.family) != source.family:
             raise ConfigError(f"`family` is '{given['family']}', but {source.name} is of family {source.family}.")
         return {"family": source.family, "config": _unstructure(source.config)}
