@@ -225,11 +225,33 @@ def _altclip(draw: Draw) -> dict[str, Any]:
     return values
 
 
+def _align(draw: Draw) -> dict[str, Any]:
+    """An EfficientNet of the smallest width and depth, whose features have 32 values."""
+    vision = {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1, "depthwise_padding": []}
+    return {
+        "text_config": _bert(draw),
+        "vision_config": vision
+        | {"hidden_dim": 16, "num_hidden_layers": 4, "hidden_act": draw(st.sampled_from(ACTIVATIONS))},
+        "projection_dim": 32,
+    }
+
+
+def _groupvit(draw: Draw) -> dict[str, Any]:
+    values = _dual(_clip_text)(draw)
+    groups = {"depths": [1, 1], "num_group_tokens": [3, 0], "num_output_groups": [3, 2], "num_hidden_layers": 2}
+    values["vision_config"] |= groups
+    return values | {"projection_intermediate_dim": draw(st.integers(4, 12))}
+
+
 BOTH: Final[dict[str, Callable[[Draw], dict[str, Any]]]] = {
+    "align": _align,
     "altclip": _altclip,
     "chinese_clip": _dual(_bert),
     "clipseg": _dual(_clip_text),
+    "groupvit": _groupvit,
     "metaclip_2": _dual(_clip_text),
+    "owlv2": _dual(_clip_text),
+    "owlvit": _dual(_clip_text),
 }
 
 

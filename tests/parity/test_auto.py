@@ -113,6 +113,9 @@ def test_dual_encoders_equal_transformers(hf_config: dict[str, Any], seed: int) 
     assert difference(embed(model, EncoderBatch.of_images(pixels)), image) <= 1e-6
     assert model.embedding_dim == text.size(1)
     assert (config.head, config.image_head) == (None, None)
+    if hf_config["model_type"] == "align":  # It divides by a temperature, which is no logarithm.
+        assert model.logit_scale is None
+        return
     assert model.logit_scale is not None
     assert model.logit_scale.shape == (1,)
     assert model.logit_scale.item() == reference.logit_scale.item()
@@ -293,6 +296,7 @@ def test_layers_are_compiled() -> None:
         ({"model_type": "bart"}, "BartModel: it is an encoder-decoder"),
         ({"model_type": "whisper"}, "encoder-decoder"),
         ({"model_type": "wav2vec2"}, "its inputs are `input_values`"),
+        ({"model_type": "clap"}, "its inputs are `input_features`, which are sound"),
         ({"model_type": "vilt"}, "it reads texts and images in one sequence"),
         ({"model_type": "llava"}, "it reads texts and images in one sequence"),
         ({"model_type": "big_bird"}, "`attention_type` is 'block_sparse'"),
@@ -325,6 +329,13 @@ SMALL = {
 def test_what_cannot_give_one_embedding_per_text_is_refused(hf_config: dict[str, Any], reason: str) -> None:
     with pytest.raises(ModelLoadError, match=reason):
         create_auto_model(FORMAT.from_hf_config(hf_config))
+
+
+def test_towers_of_different_sizes_are_refused() -> None:
+    vision = {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 16}
+    align = {"model_type": "align", "text_config": SMALL, "vision_config": {**vision, "num_hidden_layers": 4}}
+    with pytest.raises(ModelLoadError, match="16 values per text and 32 per image"):
+        create_auto_model(FORMAT.from_hf_config({**align, "projection_dim": 16}))
 
 
 def test_validation_names_what_is_wrong() -> None:

@@ -21,6 +21,9 @@ from vembed_fs2.models.embedding import Modality
 _TEXT: Final[frozenset[Modality]] = frozenset({"text"})
 _IMAGE: Final[frozenset[Modality]] = frozenset({"image"})
 
+_SOUNDS: Final = frozenset({"input_features", "input_values"})
+"""What models of sound call their inputs; some read texts as well (CLAP)."""
+
 
 @dataclass(frozen=True)
 class Code:
@@ -181,6 +184,8 @@ def find_backbone(hf_config: Mapping[str, Any], *, pooler: bool | None = None, c
     reads_texts, reads_images = "input_ids" in arguments, "pixel_values" in arguments
     if reads_texts and reads_images:
         raise unfit(kls, "it reads texts and images in one sequence")
+    if sounds := sorted(arguments & _SOUNDS):
+        raise unfit(kls, f"its inputs are `{sounds[0]}`, which are sound")
     if main_input == "input_ids" and reads_texts:
         return Backbone(kls, config, _TEXT, options, arguments)
     if main_input == "pixel_values" and reads_images:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from vembed_fs2.errors import ConfigError, ModelLoadError
-from vembed_fs2.models.auto.backbone import Backbone, Code, find_backbone
+from vembed_fs2.models.auto.backbone import Backbone, Code, find_backbone, unfit
 from vembed_fs2.models.auto.layers import find_layer_stacks
 from vembed_fs2.models.auto.model import AutoEmbeddingModel
 from vembed_fs2.models.auto.trace import Trace, trace_image, trace_text
@@ -163,6 +163,10 @@ def _add_text_head(model: AutoEmbeddingModel, config: AutoModelConfig, backbone:
 def _add_image_head(model: AutoEmbeddingModel, config: AutoModelConfig, backbone: Backbone, trace: Trace) -> None:
     states, pooled, _ = trace.outputs
     if backbone.is_dual:
+        assert pooled is not None
+        if pooled.size(1) != model.embedding_dim:
+            sizes = f"{model.embedding_dim} values per text and {pooled.size(1)} per image"
+            raise unfit(backbone.kls, f"its embeddings have {sizes}")
         patch = getattr(backbone.vision_config, "patch_size", None)
         height, width = backbone.image_size
         model.tokens_per_image = (height // patch) * (width // patch) + 1 if isinstance(patch, int) else 1
