@@ -42,6 +42,9 @@ def prepare_output_dir(output_dir: Path, checkpoint_dir: Path | None, config: An
 
 def _check_empty(folder: Path) -> None:
     if not folder.exists():
+        nearest = next(parent for parent in folder.absolute().parents if parent.exists())
+        if not nearest.is_dir():
+            raise ConfigError(f"{nearest} is a file. Give a folder.", where=str(folder))
         return
     if not folder.is_dir():
         raise ConfigError("it is a file. Give a folder.", where=str(folder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal, final
 
@@ -47,17 +47,28 @@ class EmbeddingAdamWConfig:
 
     def validate(self) -> ValidationResult:
         result = ValidationResult()
-        if self.lr <= 0.0:
-            result.add_error(f"`lr` must be positive, but is {self.lr} instead.")
-        if self.weight_decay < 0.0:
-            result.add_error(f"`weight_decay` must not be negative, but is {self.weight_decay} instead.")
+        for error in _value_errors(self, ""):
+            result.add_error(error)
         for idx, group in enumerate(self.groups):
+            for error in _value_errors(group, f"groups[{idx}]."):
+                result.add_error(error)
             for pattern in _patterns(group):
                 try:
                     re.compile(pattern)
                 except re.error as ex:
                     result.add_error(f"`groups[{idx}].params`: '{pattern}' is not a valid regular expression: {ex}.")
         return result
+
+
+def _value_errors(config: EmbeddingAdamWConfig | AdamWGroupConfig, path: str) -> Iterator[str]:
+    """What is wrong with the numbers of an optimizer, or of a group that may leave some to it."""
+    for name in ("lr", "eps", "weight_decay"):
+        value = getattr(config, name)
+        if value != default and not (0.0 <= value < math.inf and (value > 0.0 or name != "lr")):
+            rule = "be positive" if name == "lr" else "not be negative"
+            yield f"`{path}{name}` must {rule} and finite, but is {value} instead."
+    if config.betas != default and not all(0.0 <= beta < 1.0 for beta in config.betas):
+        yield f"`{path}betas` must be at least 0 and less than 1, but are {config.betas} instead."
 
 
 @dataclass(kw_only=True)

@@ -67,9 +67,11 @@ class Embedder:
         :param max_length: overrides the model's longest text, in tokens.
         :param trust_remote_code: whether Python code that comes with the model may be run. It can do anything.
         :raises ModelLoadError: there is no such model, or it is broken.
+        :raises VembedError: an option is not valid.
         """
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = _find_device(device)
+        if max_length is not None and max_length < 3:
+            raise VembedError(f"`max_length` must be greater than or equal to 3, but is {max_length}.")
         source = find_model(name_or_path, trust_remote_code=trust_remote_code)
         model = load_source(source, device=device, dtype=dtype)
         processor = load_processor(model, source.processor_folder(), max_length=max_length)
@@ -292,6 +294,16 @@ class _Finish:
         parts = torch.split(self(values[mask]), mask.sum(1).tolist())
         for row, vectors in zip(rows, parts):
             output[row] = vectors
+
+
+def _find_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as ex:  # The latter where torch is not built for GPUs.
+        reason = str(ex).splitlines()[0].rstrip(".")
+        raise VembedError(f"The device '{device}' cannot be used: {reason}.") from None
 
 
 def load_processor(

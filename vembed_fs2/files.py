@@ -44,6 +44,17 @@ def write_json(file: Path, content: object) -> None:
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def check_file(file: Path) -> None:
+    """Check that a file can be written, or written anew.
+
+    :raises VembedError: ``file`` is a folder, or there is no folder to put it in.
+    """
+    if file.is_dir():
+        raise VembedError(f"{file} is a folder. Give a file.")
+    if not file.parent.is_dir():
+        raise VembedError(f"{file} cannot be written: there is no folder {file.parent}.")
+
+
 def check_new_folder(path: Path) -> None:
     """Check that a folder can be written without overwriting anything.
 

@@ -25,6 +25,7 @@ from vembed_fs2.gradcache import parse_budget
 from vembed_fs2.losses import LOSSES, InfoNCEConfig, create_loss
 from vembed_fs2.losses.nested import prefix_keys
 from vembed_fs2.recipes.optim import ADAMW, WARMUP_DECAY, EmbeddingAdamWConfig, WarmupDecayConfig
+from vembed_fs2.recipes.train.valid import VALID_METRICS
 
 
 @dataclass(kw_only=True)
@@ -278,6 +279,10 @@ class TrainConfig:
             result.add_error("`regime.validate_at_start` needs held-out data in `valid.paths`.")
         if not has_valid and self.regime.score_metric is not None:
             result.add_error("`regime.score_metric` needs held-out data in `valid.paths`.")
+        if (score_metric := self.regime.score_metric) not in (None, *VALID_METRICS):
+            result.add_error(
+                f"`regime.score_metric` must be one of {', '.join(VALID_METRICS)}, but is {score_metric!r} instead."
+            )
         if not 0 <= self.common.seed < 2**32:
             result.add_error(f"`common.seed` must be between 0 and 2**32 - 1, but is {self.common.seed} instead.")
         if (needs_teacher := self.loss.needs_teacher) is not None and needs_teacher != self.teacher.is_given:
@@ -287,6 +292,8 @@ class TrainConfig:
                 else "`teacher` is given, but `loss` needs none."
             )
         trainer = self.trainer
+        if trainer.max_grad_norm is not None and not trainer.max_grad_norm > 0.0:
+            result.add_error(f"`trainer.max_grad_norm` must be positive, but is {trainer.max_grad_norm} instead.")
         if (dtype := trainer.mixed_precision.dtype) not in (torch.float16, torch.bfloat16):
             result.add_error(f"`trainer.mixed_precision.dtype` must be float16 or bfloat16, but is {dtype} instead.")
         if trainer.data_parallelism == "fsdp" and trainer.fsdp.version == "v1":

@@ -148,7 +148,7 @@ def create_processor(
     if section.instruction_template is not None:
         settings.instruction_template = section.instruction_template
     processor.image_root = None  # The rows' paths were checked against the section's root when they were read.
-    processor.allow_urls = config.dataset.allow_urls
+    processor.allow_urls = config.dataset.allow_urls or config.valid.allow_urls  # Checked with the paths.
     return processor
 
 

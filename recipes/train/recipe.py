@@ -14,8 +14,10 @@ from torch.nn import Module
 from typing_extensions import override
 
 from vembed_fs2.data.dataset import ExampleDataset
+from vembed_fs2.data.images import decode_images
 from vembed_fs2.data.reader import EmbeddingDataReader
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.errors import DataError
 from vembed_fs2.evaluation.datasets import RetrievalTask, task_from_examples
 from vembed_fs2.models.composed import ComposedModel, load_towers
 from vembed_fs2.models.embedding import EmbeddingModel
@@ -140,6 +142,9 @@ class TrainRecipe(Recipe):
             )
         # fairseq2 says that units of training and of validation take the same batches, and does not need it.
         trainer = context.create_trainer(unit, reader, valid_units or None, valid_readers or None)  # type: ignore[misc]
+        for valid_unit in valid_units:
+            # An error in a validation, of a broken image say, must not cost the checkpoint that is being written.
+            valid_unit.on_start = trainer._maybe_complete_checkpoint_save_operation
         self.stop.install(trainer)
         return trainer
 
@@ -202,4 +207,14 @@ def set_num_steps(config: TrainConfig, steps_per_epoch: int) -> None:
 
 def load_valid_task(config: TrainConfig) -> RetrievalTask:
     """Make a retrieval task of the held-out rows."""
-    return task_from_examples(list(open_dataset(config.valid)))
+    section = config.valid
+    examples = list(open_dataset(section))
+    if section.on_error == "skip":
+        # All now: what is relevant to which query must not change during the training.
+        rows, examples = examples, []
+        for row, outcome in zip(rows, decode_images(rows, allow_urls=section.allow_urls)):
+            if isinstance(outcome, DataError):
+                log.warning("A held-out row is left out: %s", outcome)
+            else:
+                examples.append(row)
+    return task_from_examples(examples)

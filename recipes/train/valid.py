@@ -5,7 +5,7 @@ Legend: n rows, D embedding size, L vectors per row of multi-vector models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, final
 
@@ -146,6 +146,9 @@ class _Part(NamedTuple):
 class RetrievalEvalUnit(EvalUnit[ValidBatch]):
     """Encodes all queries and documents over the ranks; ranks documents exactly on the first."""
 
+    on_start: Callable[[], None] | None = None
+    """Called by all ranks before they encode."""
+
     def __init__(self, model: EmbeddingModel, task: RetrievalTask, dp_gang: Gang) -> None:
         self._model = model
         self._task = task
@@ -157,6 +160,11 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
         for name in VALID_METRICS:
             metric_bag.add(name, Sum())
+
+    @override
+    def set_train_step_nr(self, step_nr: int) -> None:
+        if self.on_start is not None:
+            self.on_start()
 
     @override
     def process_batch(self, batch: ValidBatch, metric_bag: MetricBag) -> None:

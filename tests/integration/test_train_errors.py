@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tests.integration.command_line import TIMEOUT, Result, environment, run
+from tests.integration.command_line import TIMEOUT, Result, environment, run, steps
 
 # Many commands in one process: starting anew for each would take minutes.
 _RUN_ALL = """
@@ -74,6 +74,9 @@ def config_cases(folder: Path) -> dict[str, Case]:
         "optimizer": Case(["optimizer.name=adamm"], "`optimizer.name` 'adamm' is not known", "Did you mean 'adamw'?"),
         "schedule": Case(["lr_scheduler.name=warmup"], "`lr_scheduler.name` 'warmup' is not known", "Did you mean"),
         "score": Case(["regime.score_metric=mrr"], "`regime.score_metric` needs held-out data"),
+        "score name": Case(["regime.score_metric=loss"], "`regime.score_metric` must be one of recall@1, ", "'loss'"),
+        "clipping": Case(["trainer.max_grad_norm=-1"], "`trainer.max_grad_norm` must be positive, but is -1.0"),
+        "optimizer value": Case(["optimizer.config.betas=[0.9,1.5]"], "`optimizer.config`: `betas` must be at least 0"),
         "validation": Case(["regime.validate_at_start=true"], "`regime.validate_at_start` needs held-out data"),
         "no equals sign": Case(["regime.num_steps"], "--config", "'regime.num_steps' must have the form KEY=VALUE"),
         "string for a list": Case(["dataset.paths=train.jsonl"], "`dataset.paths` must be a list", "[train.jsonl]"),
@@ -141,6 +144,7 @@ def data_cases(folder: Path) -> dict[str, Case]:
         return f"dataset.paths=[{folder / name}]"
 
     row = '{"query": "red", "positive": "red hat"}'
+    folder.joinpath("label.jsonl").write_text('{"query": "red", "label": "a"}\n')
     return {
         "no paths": Case(["dataset.paths=[]"], "`dataset`: `paths` must name at least one file"),
         "missing file": Case([f"dataset.paths=[{folder}/nosuch.jsonl]"], "nosuch.jsonl does not exist"),
@@ -153,6 +157,9 @@ def data_cases(folder: Path) -> dict[str, Case]:
         "no positive": Case([file("half.jsonl", '{"query": "red"}')], "half.jsonl:1", "positive"),
         "column": Case([file("column.jsonl", row), "dataset.columns.query=qery"], "'qery'", "Did you mean 'query'?"),
         "wrong mode": Case([file("mode.jsonl", row), "dataset.mode=t2i"], "mode.jsonl:1", "in mode t2i"),
+        "held-out labels": Case(
+            ["valid.paths=[{}]".format(folder / "label.jsonl")], "No query has a relevant document"
+        ),
         "held-out file": Case([f"valid.paths=[{folder}/nosuch.jsonl]"], "nosuch.jsonl does not exist"),
         "batch": Case(["dataset.batch_size=100"], "100 rows", "83"),
         "batches": Case(["trainer.grad_accumulation.num_batches=11"], "88 rows", "8 rows", "11 batches", "83"),
@@ -183,6 +190,46 @@ def check(name: str, case: Case, result: Result) -> list[str]:
     if "Traceback" in result.output or "\nerror: " not in "\n" + result.output:
         problems.append("no clean error")
     return [f"{name}: {'; '.join(problems)}\n{result.output[-1500:]}"] if problems else []
+
+
+def test_evaluate_says_what_is_wrong(tmp_path: Path, bert_folder: Path, texts: Path) -> None:
+    cases = {
+        "no folder": Case([], "there is no folder", arguments=["--output", str(tmp_path / "no/results.json")]),
+        "folder": Case([], f"{tmp_path} is a folder", arguments=["--output", str(tmp_path)]),
+        "k": Case([], "argument --ks: must be a whole number of at least 1, but is '0'", arguments=["--ks", "0"]),
+        "length": Case([], "`max_length` must be greater than or equal to 3", arguments=["--max-length", "0"]),
+        "device": Case([], "The device 'cudaa' cannot be used", arguments=["--device", "cudaa"]),
+    }
+
+    results = run_all([["evaluate", str(bert_folder), str(texts), *case.arguments] for case in cases.values()])
+
+    for (name, case), result in zip(cases.items(), results):
+        assert result.status == 2, (name, result.output)
+        assert f"error: {case.expected[0]}" in result.output or case.expected[0] in result.output, name
+        assert "Traceback" not in result.output, name
+        assert "recall@" not in result.output, name
+
+
+def test_a_broken_held_out_image_costs_no_checkpoint(tmp_path: Path, clip_folder: Path, digits: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    rows = [json.loads(line) for line in data.joinpath("held_out.jsonl").read_text().splitlines()[:60]]
+    image = data / rows[40]["positive_image"]
+    image.write_bytes(image.read_bytes()[:-40])
+    data.joinpath("held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def command(out: Path, *config: str) -> list[str]:
+        model = [f"model.path={clip_folder}", f"dataset.paths=[{data}/train.jsonl]", "dataset.max_rows=64"]
+        valid = [f"valid.paths=[{data}/held_out.jsonl]", "dataset.batch_size=8", "regime.num_steps=2"]
+        return ["train", str(out), "--no-rich", "--config", *model, *valid, *config]
+
+    failed, skipped = run_all([command(tmp_path / "out"), command(tmp_path / "skip", "valid.on_error=skip")])
+
+    assert failed.status == 2, failed.output[-3000:]
+    assert f"error: {image} is truncated" in failed.output
+    assert steps(tmp_path / "out") == [2]
+    assert skipped.status == 0, skipped.output[-3000:]
+    assert f"A held-out row is left out: {data}/held_out.jsonl:41: {image} is truncated" in skipped.output
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, bert_folder: Path, texts: Path) -> None:

@@ -225,6 +225,19 @@ def test_wrong_inputs_and_options_are_errors(
         minilm.encode(inputs, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cudaa"}, "The device 'cudaa' cannot be used: "),
+        ({"device": "cuda:99"}, "The device 'cuda:99' cannot be used: "),
+        ({"max_length": 0}, "`max_length` must be greater than or equal to 3, but is 0"),
+    ],
+)
+def test_wrong_options_of_loading_are_errors(options: Any, message: str) -> None:
+    with pytest.raises(VembedError, match=message):
+        Embedder.load("nosuch", **options)
+
+
 def test_a_stream_cannot_know_the_range_of_its_values(minilm: Embedder) -> None:
     with pytest.raises(VembedError, match="must not be 'int8' in a stream"):
         next(minilm.encode_stream(["a"], precision="int8"))

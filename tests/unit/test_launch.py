@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from vembed_fs2.cli import VEMBED
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.recipes.arguments import add_recipe_arguments
 from vembed_fs2.recipes.folder import prepare_output_dir
@@ -75,6 +76,24 @@ def test_command_line_mistakes_are_listed(capsys: pytest.CaptureFixture[str]) ->
     error = capsys.readouterr().err
     assert "OUTPUT_DIR is required; give it before --config." in error
     assert "--nproc-per-node must be at least 1, but is 0." in error
+
+
+def test_a_stack_trace_is_shown_when_it_is_asked_for() -> None:
+    command = ["train", "--dump-config", "--preset", "nosuch"]
+
+    assert VEMBED.main(command, "vembed") == 2
+    with pytest.raises(ConfigError, match="'nosuch' is not a preset"):
+        VEMBED.main([*command, "--traceback"], "vembed")
+
+
+def test_what_the_system_refuses_is_said_without_a_stack_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path.joinpath("file").write_text("")
+
+    assert VEMBED.main(["demo", "images", str(tmp_path / "file" / "out")], "vembed") == 1
+
+    assert capsys.readouterr().err.startswith("error: [Errno 20] Not a directory: ")
 
 
 @pytest.mark.parametrize(
@@ -229,4 +248,6 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="it holds files, but no run"):
         prepare_output_dir(tmp_path, None, load("--config", *VALID), 1)
+    with pytest.raises(ConfigError, match=r"config\.yaml is a file"):
+        prepare_output_dir(tmp_path / "config.yaml" / "run", None, load("--config", *VALID), 1)
     assert os.listdir(tmp_path) == ["config.yaml"]

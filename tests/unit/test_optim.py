@@ -149,7 +149,13 @@ def test_a_schedule_resumes_where_it_was() -> None:
     ("config", "field"),
     [
         (EmbeddingAdamWConfig(lr=0.0), "lr"),
+        (EmbeddingAdamWConfig(lr=math.nan), "lr"),
         (EmbeddingAdamWConfig(weight_decay=-1.0), "weight_decay"),
+        (EmbeddingAdamWConfig(weight_decay=math.inf), "weight_decay"),
+        (EmbeddingAdamWConfig(eps=-1e-8), "eps"),
+        (EmbeddingAdamWConfig(betas=(0.9, 1.0)), "betas"),
+        (EmbeddingAdamWConfig(groups=[AdamWGroupConfig(params=".*", lr=-1e-3)]), "groups[0].lr"),
+        (EmbeddingAdamWConfig(groups=[AdamWGroupConfig(params=".*", betas=(-1.0, 0.9))]), "groups[0].betas"),
         (WarmupDecayConfig(warmup_steps=-1), "warmup_steps"),
         (WarmupDecayConfig(warmup_ratio=1.5), "warmup_ratio"),
         (WarmupDecayConfig(final_lr_scale=-0.1), "final_lr_scale"),

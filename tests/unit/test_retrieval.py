@@ -157,6 +157,8 @@ def test_rows_that_cannot_be_evaluated_are_errors() -> None:
         task_from_examples([])
     with pytest.raises(DataError, match=r"data.jsonl:7 has neither"):
         task_from_examples([Example(Item("q"), Item("d")), Example(Item("q"), source="data.jsonl:7")])
+    with pytest.raises(DataError, match="No query has a relevant document"):  # Each is alone with its label.
+        task_from_examples([Example(Item("q"), label="a"), Example(Item("r"), label="b")])
 
 
 def test_an_embedder_of_several_vectors_is_evaluated_by_maxsim() -> None:

@@ -14,6 +14,7 @@ from vembed_fs2.data.row import Layout, RowError, RowReader
 from vembed_fs2.data.schema import content_id
 from vembed_fs2.data.sources import RowSource
 from vembed_fs2.errors import DataError
+from vembed_fs2.evaluation.retrieval import NOTHING_RELEVANT
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def task_from_examples(examples: Sequence[Example]) -> RetrievalTask:
     - Where no row has a positive, the rows are searched among themselves: every
       other row with the same label is relevant (Stanford Online Products style).
 
-    :raises DataError: there are no rows, or a row has neither a positive nor a label.
+    :raises DataError: there are no rows, a row has neither a positive nor a label, or nothing is relevant to any.
     """
     if not examples:
         raise DataError("There are no rows to evaluate on.")
@@ -52,8 +53,16 @@ def task_from_examples(examples: Sequence[Example]) -> RetrievalTask:
         if example.positive is None and example.label is None:
             raise DataError(f"{example.source or 'A row'} has neither a positive nor a label to evaluate with.")
     if all(example.positive is None for example in examples):
-        return _task_of_labels(examples)
-    return _task_of_positives(examples)
+        return _checked(_task_of_labels(examples))
+    return _checked(_task_of_positives(examples))
+
+
+def _checked(task: RetrievalTask) -> RetrievalTask:
+    """Return ``task``, if there is something to measure: encoding for nothing may take hours."""
+    own = range(len(task.relevant)) if task.exclude_self else [None] * len(task.relevant)
+    if not any(len(documents) > (query in documents) for query, documents in zip(own, task.relevant)):
+        raise DataError(NOTHING_RELEVANT)
+    return task
 
 
 class _Index:
@@ -161,7 +170,7 @@ def task_from_files(
     :param image_root: The folder that images lie in; by default that of each file.
 
     :raises DataError: a row is broken, or a judgement names an unknown query or
-        document; the message names file and line.
+        document; the message names file and line. Or no document is relevant.
     """
     query_ids, query_items = _read_items(Path(queries), image_root)
     document_ids, documents = _read_items(Path(corpus), image_root)
@@ -181,7 +190,7 @@ def task_from_files(
         else:
             judged[query]  # Judged, hence of this split, but not relevant.
     order = sorted(judged)
-    return RetrievalTask([query_items[i] for i in order], documents, [judged[i] for i in order])
+    return _checked(RetrievalTask([query_items[i] for i in order], documents, [judged[i] for i in order]))
 
 
 def _read_items(file: Path, image_root: str | os.PathLike[str] | None) -> tuple[dict[str, int], list[Item]]:

@@ -26,6 +26,8 @@ Relevant: TypeAlias = Mapping[int, float] | Collection[int]
 
 DEFAULT_KS: Final = (1, 5, 10)
 
+NOTHING_RELEVANT: Final = "No query has a relevant document in the corpus, so there is nothing to measure."
+
 
 class SupportsEncode(Protocol):
     """What :func:`evaluate_embedder` needs of an embedder."""
@@ -97,7 +99,7 @@ def evaluate_retrieval(
             totals[name] = totals.get(name, 0.0) + float(value.sum())
         counted += int(keep.sum())
     if counted == 0:
-        raise DataError("No query has a relevant document in the corpus, so there is nothing to measure.")
+        raise DataError(NOTHING_RELEVANT)
     results = {name: total / counted for name, total in totals.items()}
     results["num_queries"] = float(counted)
     results["num_documents"] = float(corpus.size(0))
