@@ -116,11 +116,27 @@ def test_report(tmp_path: Path) -> None:
     assert (report.queries.count, report.documents.count, report.pairs.count, report.num_scored) == (1, 2, 1, 1)
     assert report.ignored_columns == {"id"}
     assert report.problems.first == [
-        f"{file}:6: the image {tmp_path}/broken.png cannot be opened: UnidentifiedImageError.",
+        f"{file}:6: {tmp_path}/broken.png is not an image, or of a format that is not supported.",
         f"{file}:7: 'positive_image' is missing.png, but there is no file {tmp_path}/missing.png.",
     ]
     assert "2 problems:\n  - " in render(report)
     assert check_dataset(file, images="none").problems.count == 1
+
+
+def test_truncated_and_huge_images_are_problems(tmp_path: Path) -> None:
+    """Their headers are sound: only a training, or this, finds out."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "0.png")
+    tmp_path.joinpath("1.png").write_bytes(tmp_path.joinpath("0.png").read_bytes()[:60])
+    Image.new("1", (11_000, 10_000)).save(tmp_path / "2.png")
+    file = write(tmp_path / "x.jsonl", [{"query": "q", "positive_image": f"{i % 3}.png"} for i in range(300)])
+
+    report = check_dataset(file, images="all")
+
+    assert (report.num_usable, report.problems.count, len(report.widths.values)) == (100, 200, 100)
+    assert report.problems.first[:2] == [
+        f"{file}:2: {tmp_path}/1.png is truncated or broken: image file is truncated.",
+        f"{file}:3: {tmp_path}/2.png has 11000 x 10000 pixels, more than the limit of 100000000.",
+    ]
 
 
 def test_report_shows_the_first_problems_and_counts_all(tmp_path: Path) -> None:

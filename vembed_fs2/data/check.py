@@ -19,14 +19,18 @@ from vembed_fs2.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from vembed_fs2.data.dataset import Problems
-    from vembed_fs2.data.example import Example, ImageSource, Item
-    from vembed_fs2.data.sources import Paths
+    from vembed_fs2.data.example import Example, Item
+    from vembed_fs2.data.schema import RowSchema
+    from vembed_fs2.data.sources import Paths, RowSource
 
 Images: TypeAlias = Literal["all", "sample", "none"]
 
 _SAMPLED_ROWS: Final = 1000
 
 _SHOWN: Final = 20
+
+_BLOCK: Final = 256
+"""Rows that are read before the images of any are decoded, in parallel."""
 
 
 class Spread:
@@ -80,7 +84,7 @@ class Report:
     num_images: int = 0
     widths: Spread = field(default_factory=Spread)
     heights: Spread = field(default_factory=Spread)
-    """The sizes of the images that were opened, in pixels."""
+    """The sizes of the images that were decoded, in pixels, upright."""
 
     num_negatives: Counter[int] = field(default_factory=Counter)
     """Number of negatives of a row -> number of such rows."""
@@ -115,11 +119,12 @@ def check_dataset(
 ) -> Report:
     """Read every row of data files. Memory holds hashes and lengths, not rows.
 
-    :param images: which images to open (their headers): those of all rows, of about
-        1,000 evenly spaced rows, or none. URLs are not fetched.
+    :param images: which images to decode: those of all rows, of about 1,000 evenly
+        spaced rows, or none. URLs are not fetched.
     :raises DataError: a file cannot be read at all.
     """
     from vembed_fs2.data.dataset import Problems
+    from vembed_fs2.data.images import decode_images, has_images
     from vembed_fs2.data.schema import RowSchema
     from vembed_fs2.data.sources import RowSource
 
@@ -127,19 +132,23 @@ def check_dataset(
     source = RowSource(paths)
     report = Report(source.files, len(source), Problems(_SHOWN))
     every = {"all": 1, "sample": max(1, len(source) // _SAMPLED_ROWS), "none": len(source) + 1}[images]
-    for index in range(len(source)):
-        where = source.where(index)
-        try:
-            row = source[index]
-            report.ignored_columns |= schema.ignored_columns(row)
-            example = schema.parse(row, where, source.file(index).parent, untyped=source.untyped)
-            if images != "none" and index % every == 0:
-                _open_images(report, example)
-        except DataError as ex:
-            report.problems.add(str(ex))
-            continue
-        _count(report, example)
+    for start in range(0, len(source), _BLOCK):
+        rows = {i: _read(i, source, schema, report) for i in range(start, min(start + _BLOCK, len(source)))}
+        examples = {i: row for i, row in rows.items() if not isinstance(row, DataError)}
+        opened = [i for i, row in examples.items() if images != "none" and i % every == 0 and has_images(row)]
+        sizes = dict(zip(opened, decode_images([examples[i] for i in opened])))
+        for index, row in rows.items():
+            _count(report, row, sizes.get(index, []))
     return report
+
+
+def _read(index: int, source: RowSource, schema: RowSchema, report: Report) -> Example | DataError:
+    try:
+        row = source[index]
+        report.ignored_columns |= schema.ignored_columns(row)
+        return schema.parse(row, source.where(index), source.file(index).parent, untyped=source.untyped)
+    except DataError as ex:
+        return ex
 
 
 def _items(example: Example) -> list[tuple[str, Item]]:
@@ -149,34 +158,18 @@ def _items(example: Example) -> list[tuple[str, Item]]:
     return items + [("negative", negative) for negative in example.negatives]
 
 
-def _open_images(report: Report, example: Example) -> None:
-    for _, item in _items(example):
-        for image in item.images:
-            size = _image_size(image, example.source)
-            if size is not None:
-                report.widths.add(size[0])
-                report.heights.add(size[1])
+def _count(report: Report, row: Example | DataError, sizes: list[tuple[int, int]] | DataError) -> None:
+    """Count a row, or what is wrong with it or its images."""
+    if isinstance(row, DataError) or isinstance(sizes, DataError):
+        report.problems.add(str(row if isinstance(row, DataError) else sizes))
+        return
+    for width, height in sizes:
+        report.widths.add(width)
+        report.heights.add(height)
+    _count_content(report, row)
 
 
-def _image_size(source: ImageSource, where: str) -> tuple[int, int] | None:
-    import io
-    import warnings
-
-    from PIL import Image
-
-    if not isinstance(source, (Path, bytes)):
-        return None  # A URL is not fetched.
-    name = "the image" if isinstance(source, bytes) else f"the image {source}"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                return int(image.width), int(image.height)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as ex:
-        raise DataError(f"{where}: {name} cannot be opened: {type(ex).__name__}.") from None
-
-
-def _count(report: Report, example: Example) -> None:
+def _count_content(report: Report, example: Example) -> None:
     from vembed_fs2.data.schema import content_id, kind_of
 
     report.num_usable += 1
@@ -206,7 +199,7 @@ def render(report: Report) -> str:
     lines += [("mode", f"{mode}: {count:,}") for mode, count in report.modes.most_common()]
     lines += [(f"{role} text", f"{spread} characters") for role, spread in report.lengths.items()]
     if report.num_images:
-        lines.append(("images", f"{report.num_images:,}, opened {len(report.widths.values):,}"))
+        lines.append(("images", f"{report.num_images:,}, decoded {len(report.widths.values):,}"))
     if report.widths.values:
         lines += [("image width", f"{report.widths} pixels"), ("image height", f"{report.heights} pixels")]
     if any(report.num_negatives):
@@ -243,7 +236,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         choices=("all", "sample", "none"),
         default="sample",
-        help="which images to open: those of all rows, of about 1,000 rows, or none (default: sample)",
+        help="which images to decode: those of all rows, of about 1,000 rows, or none (default: sample)",
     )
 
 
