@@ -95,7 +95,11 @@ def main() -> None:
     if name == "assets":
         sys.exit(AssetsGroup().main(argv[1:], "fairseq2 assets"))
     if name in found:
-        group: CommandGroup = found[name].load()
+        try:
+            group: CommandGroup = found[name].load()
+        except Exception as ex:
+            print(f"error: {found[name].value} cannot be loaded: {ex}", file=sys.stderr)
+            sys.exit(1)
         sys.exit(group.main(argv[1:], f"fairseq2 {name}"))
     groups.add_parser("assets", help=AssetsGroup.help)
     for entry_name, entry in sorted(found.items()):
@@ -141,11 +145,13 @@ def _run(args: argparse.Namespace) -> int:
 
     try:
         status: int = import_module(args.module).run(args)
-    except VembedError as ex:
-        print(f"error: {ex}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         return 1
+    except (VembedError, OSError) as ex:
+        if getattr(args, "traceback", False):
+            raise
+        print(f"error: {ex}", file=sys.stderr)
+        return 2 if isinstance(ex, VembedError) else 1  # The latter: a folder that cannot be written, a full disk.
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from tests.integration.command_line import FAIRSEQ2, environment, metrics, run, steps
+from vembed_fs2 import cli
 
 PYTHON = sys.executable
 
@@ -43,6 +45,22 @@ def test_help_imports_nothing_heavy(arguments: list[str], says: str) -> None:
 
     assert says in result.output
     assert result.output.endswith("HEAVY []\n"), result.output
+
+
+def test_a_package_that_cannot_be_loaded_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = EntryPoint("toy", "vembed_nosuch.cli:TOY", "fairseq2.cli")
+    monkeypatch.setattr(cli, "entry_points", lambda group: [entry])
+    for arguments, status in ((["toy", "create"], 1), (["--help"], 0)):
+        monkeypatch.setattr(sys, "argv", ["fairseq2", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == status
+
+    printed = capsys.readouterr()
+    assert printed.err == "error: vembed_nosuch.cli:TOY cannot be loaded: No module named 'vembed_nosuch'\n"
+    assert "(cannot be loaded: No module named 'vembed_nosuch')" in printed.out
 
 
 @pytest.fixture
