@@ -22,7 +22,7 @@ from vembed_fs2.models.hub import find_model, get_resolver
 from vembed_fs2.processing.processor import Processor
 from vembed_fs2.recipes.layers import structure
 from vembed_fs2.recipes.train.config import EmbeddingModelSection, TrainConfig
-from vembed_fs2.recipes.train.objective import create_blank
+from vembed_fs2.recipes.train.objective import check_vectors, create_blank
 
 
 @dataclass
@@ -74,7 +74,7 @@ def plan_model(config: TrainConfig) -> ModelPlan:
 
 
 def _check(config: TrainConfig, family: str, model_config: object) -> int:
-    """Check that the model can be trained; return its embedding size."""
+    """Check that the model can be trained with the objective; return its embedding size."""
     model = create_blank(family, model_config)
     errors = []
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -87,6 +87,7 @@ def _check(config: TrainConfig, family: str, model_config: object) -> int:
         )
     if errors:
         raise ConfigError(errors, where="`model`")
+    check_vectors(config.loss, several=model.similarity == "maxsim")
     return model.embedding_dim
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Final
 
 import torch
 from fairseq2.gang import create_fake_gangs
@@ -12,10 +13,22 @@ from vembed_fs2.data.dataset import CHECKED_ROWS, ExampleDataset, Problems
 from vembed_fs2.data.example import Example
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.errors import ConfigError, DataError
-from vembed_fs2.losses import Objective, create_loss
+from vembed_fs2.losses import (
+    LOSSES,
+    AnglEConfig,
+    CoSENTConfig,
+    EmbeddingDistillationConfig,
+    LossSpec,
+    Objective,
+    SpreadConfig,
+    create_loss,
+)
 from vembed_fs2.models.embedding import EmbeddingModel, EmbeddingModelConfig
 from vembed_fs2.models.hub import get_resolver
 from vembed_fs2.recipes.train.config import LossSection
+
+_SINGLE_VECTOR: Final = (AnglEConfig, CoSENTConfig, EmbeddingDistillationConfig, SpreadConfig)
+"""The configurations of objectives that cannot compare several vectors per row."""
 
 
 def create_objective(section: LossSection, gather: RowGather | None = None) -> Objective:
@@ -76,6 +89,36 @@ def learned_parts(
         names = ", ".join(parts)
         raise ConfigError(f"models of this family cannot hold what the objective learns ({names}).", where="`loss`")
     return parts
+
+
+def check_vectors(section: LossSection, *, several: bool) -> None:
+    """Check that the objective, and all within it, compare what the model gives.
+
+    :param several: whether the model gives several vectors per row.
+    :raises ConfigError: lists those that do not.
+    """
+    if errors := list(_vector_errors(section.name, section.config, "", several)):
+        raise ConfigError(errors, where="`loss`")
+
+
+def _vector_errors(name: str, config: object, path: str, several: bool) -> Iterator[str]:
+    config = LOSSES[name].config_kls() if config is None else config
+    similarity = getattr(config, "similarity", None)
+    if similarity == "maxsim" and not several:
+        yield (
+            f"`{path}config.similarity` is 'maxsim', which is for several vectors per row, but the model gives one: "
+            "set another, or `model.config_overrides.head.pooling=none`."
+        )
+    if several and isinstance(config, _SINGLE_VECTOR):
+        yield f"`{path}name` is '{name}', which is for one vector per row, but the model gives several."
+    elif several and similarity in ("cosine", "dot"):
+        yield f"`{path}config.similarity` must be 'maxsim', because the model gives several vectors per row."
+    for field, value in vars(config).items():
+        specs = enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]
+        for idx, spec in specs:
+            if isinstance(spec, LossSpec):
+                inner = f"{path}config.{field}." if idx is None else f"{path}config.{field}[{idx}]."
+                yield from _vector_errors(spec.name, spec.config, inner, several)
 
 
 def check_rows(dataset: ExampleDataset, loss: Objective, on_error: str) -> None:
