@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ from vembed_fs2.errors import ConfigError
 from vembed_fs2.recipes.layers import load_yaml
 
 # What may differ when a run is resumed.
-_RESUMABLE: Final = ("regime", "common", "gang", "valid", "grad_cache")
+_RESUMABLE: Final = ("regime", "common", "gang", "valid", "grad_cache", "dataset.num_workers", "dataset.prefetch")
 
 
 def prepare_output_dir(output_dir: Path, checkpoint_dir: Path | None, config: Any, world_size: int) -> None:
@@ -60,8 +60,18 @@ def _steps(checkpoints: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _find_differences(before: Any, config: Any) -> list[str]:
-    now: Any = StandardValueConverter().unstructure(config)
-    return [name for name in now if name not in _RESUMABLE and now[name] != before.get(name)]
+    return list(_differing(before, StandardValueConverter().unstructure(config), ""))
+
+
+def _differing(before: Any, now: Any, path: str) -> Iterator[str]:
+    """The dotted keys whose values differ. A run of an older version lacks newer keys, but not those above them."""
+    if path in _RESUMABLE or before == now:
+        return
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        yield path
+        return
+    for key in {**before, **now}:
+        yield from _differing(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
 
 
 def _check_world_size(output_dir: Path, step: Path, world_size: int) -> None:

@@ -250,7 +250,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, bert_f
     )
 
     assert (first.status, again.status, changed.status) == (0, 0, 2), first.output[-3000:] + again.output[-3000:]
-    assert "it holds a run with other values in dataset, loss" in changed.output
+    assert "it holds a run with other values in dataset.batch_size, loss.config.temperature." in changed.output
     assert [result.status for result in refused] == [2, 2, 2]
     assert all(f"error: {path} is not valid" in result.output for path, result in zip((mine, file, configs), refused))
     assert [path.name for path in (*mine.iterdir(), *configs.iterdir())] == ["thesis.tex", "config.yaml"]
