@@ -32,6 +32,9 @@ _WINDOW: Final = 2048
 # The same where there are images, whose pixels take a thousand times the memory of a text.
 _IMAGE_WINDOW: Final = 256
 
+_ONE_INPUT: Final = (str, bytes, dict, Item, Path)
+"""Inputs that are not several, although one can iterate over most of them."""
+
 # Tokens in a batch; small enough for caches of CPUs, larger for GPUs.
 _BATCH_TOKENS: Final = {"cpu": 1024, "cuda": 65536}
 
@@ -155,9 +158,12 @@ class Embedder:
 
         :param kwargs: those of :meth:`encode`, without the precisions ``int8`` and
             ``uint8``: the range of their values is that of all inputs.
+        :raises DataError: ``inputs`` is one input.
         """
         if kwargs.get("precision") in ("int8", "uint8"):
             raise VembedError(f"`precision` must not be {kwargs['precision']!r} in a stream: its range is not known.")
+        if isinstance(inputs, _ONE_INPUT):  # A string would be a stream of its letters.
+            raise DataError("`inputs` must be a list or an iterator. For one input, use `encode`.")
         iterator = iter(inputs)
         while window := list(islice(iterator, _WINDOW)):
             yield from self.encode(window, **kwargs)
@@ -345,7 +351,7 @@ def quantize(values: Array, precision: Precision) -> Array:
 
 
 def _is_single(inputs: object) -> bool:
-    if isinstance(inputs, (str, bytes, dict, Item, Path)):
+    if isinstance(inputs, _ONE_INPUT):
         return True
     if isinstance(inputs, Iterable) and isinstance(inputs, Sized):
         return False

@@ -238,6 +238,12 @@ def test_wrong_options_of_loading_are_errors(options: Any, message: str) -> None
         Embedder.load("nosuch", **options)
 
 
+@pytest.mark.parametrize("one", ["red", {"text": "red"}, b"red", Path("red.png")])
+def test_one_input_is_no_stream(minilm: Embedder, one: Any) -> None:
+    with pytest.raises(DataError, match="For one input, use `encode`"):
+        list(minilm.encode_stream(one))
+
+
 def test_a_stream_cannot_know_the_range_of_its_values(minilm: Embedder) -> None:
     with pytest.raises(VembedError, match="must not be 'int8' in a stream"):
         next(minilm.encode_stream(["a"], precision="int8"))

@@ -214,6 +214,13 @@ def test_judgements_of_trec(beir: Path) -> None:
     assert [dict(r) for r in task.relevant] == [{0: 1.0}, {2: 2.0}]
 
 
+def test_judgements_end_with_their_line_whatever_characters_ids_hold(beir: Path) -> None:
+    write(beir / "queries.jsonl", {"_id": "q\u2028 1\x0c", "text": "one"})
+    (beir / "qrels.tsv").write_bytes("\ufeffquery-id\tcorpus-id\tscore\r\nq\u2028 1\x0c\td1\t1\r\n".encode())
+    task = task_from_files(beir / "queries.jsonl", beir / "corpus.jsonl", beir / "qrels.tsv")
+    assert [dict(r) for r in task.relevant] == [{0: 1.0}]
+
+
 @pytest.mark.parametrize(
     ("file", "line", "message"),
     [

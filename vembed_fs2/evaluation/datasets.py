@@ -234,7 +234,7 @@ def _read_item(row: Mapping[str, object], root: str, untyped: bool) -> tuple[str
 def _read_qrels(file: Path) -> Iterator[tuple[str, str, str, float]]:
     """Yield each judgement's place, query id, document id and grade."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as ex:
         raise DataError(f"{file} cannot be read: {ex.strerror or ex}.") from None
     except UnicodeDecodeError:
