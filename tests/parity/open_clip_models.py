@@ -26,7 +26,7 @@ from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
 
 VOCAB = 60
 
-MODES = ("RGB", "L", "RGBA", "LA", "P", "1", "CMYK")
+MODES = ("RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16")
 
 SIZES = ((8, 8), (31, 17), (9, 40), (64, 13), (7, 7), (100, 33))
 
@@ -221,6 +221,8 @@ def write_folder(
 
 def create_image(mode: str, size: tuple[int, int], seed: int = 0) -> Image.Image:
     rng = np.random.default_rng(seed)
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 1 << 16, (size[1], size[0]), dtype=np.uint16))
     image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 4), dtype=np.uint8), "RGBA")
     if mode == "P":
         return image.convert("RGB").quantize(16)

@@ -111,6 +111,10 @@ def test_dual_encoders_equal_transformers(hf_config: dict[str, Any], seed: int) 
         image = reference.get_image_features(pixel_values=pixels)
     assert difference(normalize(embed(model, EncoderBatch.of_text(ids, mask))), text) <= 1e-6
     assert difference(embed(model, EncoderBatch.of_images(pixels)), image) <= 1e-6
+    for batch, expected in ((EncoderBatch.of_text(ids, mask), text), (EncoderBatch.of_images(pixels), image)):
+        for row in range(batch.num_rows):
+            alone = embed(model, batch.select([row]))[0]
+            assert difference(normalize(alone, dim=0), normalize(expected[row], dim=0)) <= 2e-6
     assert model.embedding_dim == text.size(1)
     assert (config.head, config.image_head) == (None, None)
     if hf_config["model_type"] == "align":  # It divides by a temperature, which is no logarithm.
