@@ -51,7 +51,7 @@ def cases(draw: st.DrawFn) -> Case:
     small = st.integers(1, 12)  # Small, so that some are the same.
     ids = draw(st.lists(small, min_size=num, max_size=num))
     docs = draw(st.lists(small, min_size=total, max_size=total))
-    labels = draw(st.lists(st.integers(0, 2), min_size=num, max_size=num))
+    labels = draw(st.lists(st.integers(-3, 2), min_size=num, max_size=num))
     rows = RowInfo(*(torch.tensor(x) for x in (ids, docs, labels)))
     return Case(rows, draw(st.integers(0, 99)), draw(st.integers(1, 3)))
 

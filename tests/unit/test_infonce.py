@@ -58,7 +58,7 @@ def cases(draw: st.DrawFn) -> tuple[int, int, RowInfo, int]:
     small = st.integers(1, 8)  # Small, so that some are the same.
     ids = draw(st.lists(small, min_size=num, max_size=num))
     docs = draw(st.lists(small, min_size=num + extra, max_size=num + extra))
-    labels = draw(st.lists(st.integers(0, 2), min_size=num, max_size=num))
+    labels = draw(st.lists(st.integers(-3, 2), min_size=num, max_size=num))
     return num, num + extra, RowInfo(*(torch.tensor(x) for x in (ids, docs, labels))), draw(st.integers(0, 99))
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from vembed_fs2.losses.common import GlobalRows
 
-# Content hashes and rows are not negative, so these two are equal to nothing.
-_NO_ANCHOR: Final = -1
-_NO_COLUMN: Final = -2
+# What is equal to nothing: no hash, label or row, which may be negative, is as low as these.
+_LOWEST: Final = torch.iinfo(torch.int64).min
+_NO_ANCHOR: Final = _LOWEST
+_NO_COLUMN: Final = _LOWEST + 1
 
 
 @dataclass
@@ -105,16 +106,16 @@ def same_class(rows: GlobalRows) -> tuple[Tensor, Tensor]:
     labels = rows.rows.labels
     # A row without a label has its number as the key, made unlike any label.
     number = torch.arange(labels.size(0), device=labels.device)
-    key = torch.where(labels != 0, labels, -3 - number)
+    key = torch.where(labels != 0, labels, _LOWEST + 2 + number)
     return key[rows.row], _at_positives(rows, key)
 
 
 def _at_positives(rows: GlobalRows, values_B: Tensor) -> Tensor:
     """Put a value of each row at its positive's column; explicit negatives belong to no class and answer no query."""
-    column = values_B.new_full((rows.document.size(0),), _NO_COLUMN)
-    column[rows.positive] = values_B
+    column = values_B.new_full((rows.document.size(0),), _NO_COLUMN, dtype=torch.int64)
+    column[rows.positive] = values_B.long()
     return column
 
 
 def _label_keys(labels: Tensor, none: int) -> Tensor:
-    return torch.where(labels != 0, labels, none)
+    return torch.where(labels != 0, labels.long(), none)
