@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
@@ -21,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 _BUCKET_SIZE: Final = 8 * 2**20
 
 
-class GradSync(ABC):
+class GradSync:
     """How the gradients of one encoder are reduced over ranks: once per step, after the last chunk, by default."""
 
     runs_in_step: bool = False
@@ -32,6 +31,24 @@ class GradSync(ABC):
 
     reduces_chunks: bool = False
     """If ``True``, they are."""
+
+    shares_casts: bool = True
+    """If ``False``, each chunk must cast weights for autocast anew."""
+
+    tensor_parallel: ProcessGroup | None = None
+    """The ranks that share the layers of the encoder, if it is split over ranks."""
+
+    def split_over(self, group: ProcessGroup) -> None:
+        """Say that these ranks share the layers of the encoder: each forward pass of a chunk has collectives."""
+        self.tensor_parallel = group
+        self.runs_in_step = True
+
+    def begin(self) -> None:
+        """Called before the first chunk of a step that will be carried backward."""
+        if self.tensor_parallel is not None:
+            # What all of these ranks hold must stay the same on each, so dropout must draw the same for it.
+            seed = int(torch.randint(2**62, ()))
+            torch.manual_seed(all_max([seed], self.tensor_parallel)[0])
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Wraps each forward pass."""
@@ -45,9 +62,9 @@ class GradSync(ABC):
         """Called after the last chunk."""
         return None
 
-    @abstractmethod
     def agree_max(self, values: list[int]) -> list[int]:
-        """Return the maximum over ranks of each value."""
+        """Return the maximum of each value over the ranks that must run the same chunks."""
+        return values if self.tensor_parallel is None else all_max(values, self.tensor_parallel)
 
     def agree_counts(self, counts: dict[int, int]) -> dict[int, int]:
         """Return the maximum over ranks of the number of chunks of each kind (0 to 3)."""
@@ -60,9 +77,6 @@ class GradSync(ABC):
 class LocalSync(GradSync):
     """One process: nothing to reduce."""
 
-    def agree_max(self, values: list[int]) -> list[int]:
-        return values
-
 
 class DdpSync(GradSync):
     """DDP: all chunks run inside ``no_sync``, then one pass averages all gradients.
@@ -71,7 +85,7 @@ class DdpSync(GradSync):
     ran outside ``no_sync``, and it leaves out the accumulated gradients of
     parameters that the last chunk does not use (the image tower, when that
     chunk holds texts). Reducing here has neither problem, and lets every chunk
-    keep its graph.
+    keep its graph. Nor has a chunk collectives, so each rank may keep what it likes.
     """
 
     can_reduce_chunks = False
@@ -91,9 +105,6 @@ class DdpSync(GradSync):
             ignored = self._module.parameters_to_ignore
             parameters = [p for name, p in self._module.module.named_parameters() if name not in ignored]
             average_gradients(parameters, self._module.process_group)
-
-    def agree_max(self, values: list[int]) -> list[int]:
-        return values  # No collective runs in a chunk: each rank may do as it likes.
 
 
 class _KeepFlag:
@@ -122,6 +133,7 @@ class FsdpSync(GradSync):
     """FSDP2: the last backward pass of a step reduces and scatters what all of them accumulated."""
 
     runs_in_step = True
+    shares_casts = False
 
     def __init__(self, module: FSDPModule) -> None:
         self._module = module
@@ -168,7 +180,15 @@ def grad_sync_of(encoder: Callable[..., Any]) -> GradSync:
     :raises ValueError: it uses several.
     :raises TypeError: it uses FSDP1, which cannot accumulate gradients over chunks.
     """
-    found = list({id(m): m for m in _parallel_modules(encoder, set())}.values())
+    sync = _data_parallel_sync(encoder)
+    split = next(_modules_of_kind(encoder, _is_split, set()), None)
+    if split is not None:
+        sync.split_over(split.tp_gang.as_process_group())
+    return sync
+
+
+def _data_parallel_sync(encoder: Callable[..., Any]) -> GradSync:
+    found = list({id(m): m for m in _modules_of_kind(encoder, _is_data_parallel, set())}.values())
     if len(found) > 1:
         raise ValueError(f"The encoder uses {len(found)} DDP or FSDP2 modules. Give each an encoder of its own.")
     if not found:
@@ -178,29 +198,38 @@ def grad_sync_of(encoder: Callable[..., Any]) -> GradSync:
     return DdpSync(found[0]) if isinstance(found[0], DistributedDataParallel) else FsdpSync(found[0])
 
 
-def _parallel_modules(source: Any, seen: set[int]) -> Iterator[Any]:
-    """The outermost parallel modules that a callable can reach."""
+def _is_data_parallel(module: Any) -> bool:
+    return isinstance(module, (DistributedDataParallel, FSDPModule, FullyShardedDataParallel))
+
+
+def _is_split(module: Any) -> bool:
+    """Whether this is one of fairseq2's layers that are split over tensor parallel ranks."""
+    return isinstance(module, Module) and getattr(getattr(module, "tp_gang", None), "size", 1) > 1
+
+
+def _modules_of_kind(source: Any, is_wanted: Callable[[Any], bool], seen: set[int]) -> Iterator[Any]:
+    """The outermost modules of a kind that a callable can reach."""
     if id(source) in seen:
         return
     seen.add(id(source))
-    if isinstance(source, (DistributedDataParallel, FSDPModule, FullyShardedDataParallel)):
+    if is_wanted(source):
         yield source
     elif isinstance(source, Module):
         for child in source.children():
-            yield from _parallel_modules(child, seen)
+            yield from _modules_of_kind(child, is_wanted, seen)
     elif isinstance(source, MethodType):
-        yield from _parallel_modules(source.__func__, seen)
+        yield from _modules_of_kind(source.__func__, is_wanted, seen)
         for value in (source.__self__, *_modules_of(source.__self__)):
-            yield from _parallel_modules(value, seen)
+            yield from _modules_of_kind(value, is_wanted, seen)
     elif isinstance(source, FunctionType):
         for value in _used_by(source):
-            yield from _parallel_modules(value, seen)
+            yield from _modules_of_kind(value, is_wanted, seen)
     elif isinstance(source, partial):
         for value in (source.func, *source.args, *source.keywords.values()):
-            yield from _parallel_modules(value, seen)
+            yield from _modules_of_kind(value, is_wanted, seen)
     elif callable(source):
         for value in _modules_of(source):
-            yield from _parallel_modules(value, seen)
+            yield from _modules_of_kind(value, is_wanted, seen)
 
 
 def _modules_of(source: Any) -> list[Any]:

@@ -5,21 +5,26 @@ Dropout is on everywhere; the reference draws the same masks.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from fairseq2.gang import ProcessGroupGang, create_parallel_gangs
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.gradcache import GradCache
 
+from .exactness import copy_shards, own_shard
 from .spawn import run_ranks
 from .steps import (
     BERT,
     CLIP,
+    CPU,
     create_model,
     full_gradients,
     loss_of,
@@ -99,6 +104,32 @@ def test_gradient_equals_the_plain_full_batch_on_one_process(
     module = create_model(config)
     grads = run_case(module, config, case, 0, 1, RowGather())
     assert relative_error(grads, reference(config, case, 1)) <= 1e-5
+
+
+def split_over_ranks(rank: int) -> float:
+    """A tensor parallel step with dropout, of ranks with other seeds and other free memory."""
+    gangs = create_parallel_gangs(ProcessGroupGang.create_default_process_group(CPU), tp_size=2)
+    config = replace(BERT, attn_dropout_p=0.0)  # Each rank draws that of its own heads.
+    module = create_model(config, gangs, checkpointing=True)
+    copy_shards(create_model(config), module, rank)
+    batch = rank_batch(config, 0, 6, 0)
+    seeds = []
+    for r in range(2):
+        torch.manual_seed(100 + r)
+        seeds.append(int(torch.randint(2**62, ())))
+    torch.manual_seed(100 + rank)
+    with patch("vembed_fs2.gradcache.engine.parse_budget", lambda budget, device: 2**14 * (3 - 2 * rank)):
+        step = GradCache(module, loss_of(), chunk_tokens=CHUNK_TOKENS)
+        step(*batch[:2], rows=batch[2]).backward()
+    assert 1 < step.stats.num_kept < step.stats.num_chunks
+    grads = full_gradients(module)
+    expected = reference_gradient(config, [[batch]], CHUNK_TOKENS, [max(seeds)])
+    return relative_error(grads, {name: own_shard(expected[name], g.shape, rank) for name, g in grads.items()})
+
+
+def test_tensor_parallel_ranks_keep_the_same_graphs_and_draw_the_same_dropout() -> None:
+    """Otherwise one rank's forward pass would meet another's backward pass, or what both hold would differ."""
+    assert max(run_ranks(split_over_ranks, 2)) <= 1e-5
 
 
 def count_reductions(rank: int, model: str, chunk_tokens: int) -> tuple[int, int, int]:

@@ -243,8 +243,6 @@ def plain_loop(rank: int) -> dict[str, float]:
     ]
     for kind, options in kinds:
         for name in wrappers(nn.Identity()):
-            if kind == "fsdp" and name == "two functions":
-                continue
             module: nn.Module = Model()
             module = DistributedDataParallel(module, **options) if kind == "ddp" else fully_shard(module)
             encode = wrappers(module)[name]

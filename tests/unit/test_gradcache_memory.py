@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vembed_fs2.gradcache import GradCache
-from vembed_fs2.gradcache.replay import SavedBytes
+from vembed_fs2.gradcache.replay import RngState, SavedBytes
 
 from .test_gradcache import (
     Batch,
@@ -220,6 +220,32 @@ def test_a_budget_keeps_as_many_graphs_as_it_holds() -> None:
     step = GradCache(encoder, contrast, chunk_tokens=24, activation_budget=int(saved.total * 4.5))
     step(*roles)
     assert (step.stats.num_chunks, step.stats.num_kept) == (12, 5)  # The first is not counted.
+
+
+def test_encoders_share_the_budget() -> None:
+    encoders = [Encoder(seed=1), Encoder(seed=2)]
+    roles = texts(12, 1, side="none"), texts(12, 2, side="none")
+    step = GradCache(encoders, contrast, chunk_tokens=24, activation_budget=0)
+    step(*roles).backward()
+    per_chunk = step.stats.graph_bytes // step.stats.num_chunks
+    for num_kept in (3, 7):
+        step = GradCache(encoders, contrast, chunk_tokens=24, activation_budget=int(per_chunk * (num_kept + 0.5)))
+        step(*roles).backward()
+        assert (step.stats.num_chunks, step.stats.num_kept) == (12, 2 + num_kept)  # The first ones are not counted.
+
+
+def test_the_random_numbers_of_a_device_are_replayed_where_the_encoder_moves_its_inputs_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    states = {torch.device("cuda", 1): "first"}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    state = RngState(torch.device("cpu"))
+    states[torch.device("cuda", 1)] = "second"
+    state.set()
+    assert states == {torch.device("cuda", 1): "first"}
 
 
 def test_checkpointed_layers_count_what_they_keep() -> None:

@@ -81,10 +81,11 @@ class GradCache:
         ``None`` if it is ``chunk_tokens``.
     :param activation_budget: the memory for graphs that are kept instead of
         recomputed: ``"auto"`` (half of what is free), ``"all"``, ``0`` or a size
-        such as ``"4GiB"``. The first graph of each encoder and kind of rows is
-        kept in any case, and is not counted. When memory runs out while a
-        graph is kept, that chunk is encoded anew and fewer are kept from then
-        on; not with FSDP2, whose ranks cannot repeat a forward pass alone.
+        such as ``"4GiB"`` for all encoders together. The first graph of each
+        encoder and kind of rows is kept in any case, and is not counted. When
+        memory runs out while a graph is kept, that chunk is encoded anew and
+        fewer are kept from then on; not with FSDP2 or tensor parallelism, whose
+        ranks cannot repeat a forward pass alone.
     :param grad_sync: when FSDP2 reduces gradients: after the ``"last"`` chunk,
         with whole gradients in memory until then, or after ``"every_chunk"``,
         with the least memory and the most communication.
@@ -115,6 +116,7 @@ class GradCache:
         self._chunk_patches = chunk_patches
         self._budget: Budget = activation_budget
         self._budget_limit = 2**62  # Lowered when memory runs out.
+        self._kept_bytes = 0  # Of the encoders before, in this step.
         self._grad_sync = grad_sync
         self._bytes_per_token: dict[tuple[int, int], float] = {}
         self._sync = sync
@@ -135,8 +137,11 @@ class GradCache:
         :returns: a scalar whose ``backward()`` fills the parameters' gradients.
         """
         self.stats = StepStats()
+        self._kept_bytes = 0
         groups = self._group(roles)
         for group in groups:
+            if torch.is_grad_enabled():
+                group.sync.begin()
             self._plan(group)
             self._forward(group)
         embeddings: list[Any] = [None] * len(roles)
@@ -204,6 +209,7 @@ class GradCache:
                 num_kept = position
             if position >= num_kept:
                 group.encode(encoded, keep=False)
+        self._kept_bytes += sum(sizes[:num_kept])
         self.stats.num_kept += len(firsts) + num_kept
         self.stats.graph_bytes += sum(self._graph_size(group, e) for e in group.chunks)
 
@@ -212,7 +218,7 @@ class GradCache:
         if key in self._bytes_per_token:
             group.encode(encoded, keep=True)
             return
-        saved = SavedBytes(casts=group.sync.runs_in_step)
+        saved = SavedBytes(casts=not group.sync.shares_casts)
         with saved.measuring():
             group.encode(encoded, keep=True)
         self._bytes_per_token[key] = saved.total / max(encoded.chunk.tokens, 1)
@@ -223,14 +229,17 @@ class GradCache:
 
     def _count_kept(self, group: Group, sizes: Sequence[int]) -> int:
         # Asked anew in each step: "auto" depends on what else is in memory by now.
-        budget = min(parse_budget(self._budget, group.device), self._budget_limit)
+        budget = parse_budget(self._budget, group.device)
+        if self._budget == "auto":
+            budget += self._kept_bytes  # What is free is what they left.
+        budget = min(budget, self._budget_limit) - self._kept_bytes
         budget = -group.sync.agree_max([-budget])[0]
         return count_kept(sizes, budget) if budget > 0 else 0
 
     def _keep(self, group: Group, encoded: EncodedChunk, *, kept: int) -> bool:
         """Encode a chunk with its graph; return whether memory was enough.
 
-        :param kept: the bytes of the graphs that are kept already.
+        :param kept: the bytes of the encoder's graphs that are kept already.
         """
         if group.sync.runs_in_step:
             group.encode(encoded, keep=True)
@@ -251,7 +260,7 @@ class GradCache:
                 "Memory ran out while the graphs of chunks were kept. From now on fewer are kept, and more are"
                 " recomputed; `activation_budget` or `chunk_tokens` can be made smaller."
             )
-        self._budget_limit = kept * 3 // 4
+        self._budget_limit = (self._kept_bytes + kept) * 3 // 4
         return False
 
 

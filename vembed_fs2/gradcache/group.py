@@ -76,12 +76,15 @@ class Group:
         inputs = self.rows.select(encoded.chunk.rows)
         device = _device_of(inputs)
         if self._autocast is None:
-            self._autocast, self._device = Autocast(device, cache=not self.sync.runs_in_step), device
+            self._autocast = Autocast(device, cache=self.sync.shares_casts)
         if not keep and torch.is_grad_enabled():
-            encoded.rng = RngState(device)
+            encoded.rng = RngState(self.device)  # That of the first chunk, which was kept.
         with self.sync.no_sync(), torch.set_grad_enabled(keep), self._autocast.entered():
             output = self.encoder(inputs)
         encoded.values, encoded.mask, extras = self._unpack(output, len(encoded.chunk.rows))
+        if self._device is None:
+            # An encoder may move its inputs to its device, or its embeddings from it.
+            self._device = encoded.values.device if device.type == "cpu" else device
         encoded.kept = keep
         if encoded is self.chunks[0]:
             self._extras = extras

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +11,15 @@ from torch import Tensor
 
 
 class RngState:
-    """The state of the random number generators of the CPU and of one device."""
+    """The state of the random number generators of the CPU and of one CUDA device.
+
+    :param device: if it is no CUDA device, the current one counts: that of an
+        encoder that moves its inputs there and its embeddings back.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -34,8 +40,9 @@ class RngState:
 
 
 class Autocast:
-    """The autocast setting at construction, to be entered again later.
+    """The autocast settings at construction, to be entered again later.
 
+    :param device: that of the inputs. Those of the CPU and of CUDA count as well, in case the encoder moves them.
     :param cache: whether chunks may share the casts of weights. Not with FSDP2:
         a cast that an earlier chunk made is older than what tells FSDP2 in the
         backward pass that a layer of this chunk is done, so the gradient would come
@@ -43,14 +50,19 @@ class Autocast:
     """
 
     def __init__(self, device: torch.device, *, cache: bool) -> None:
-        self._type = device.type
         self._cache = cache
-        self._enabled = torch.is_autocast_enabled(device.type)
-        self._dtype = torch.get_autocast_dtype(device.type)
+        types = {"cpu", device.type} | ({"cuda"} if torch.cuda.is_available() else set())
+        self._settings = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in sorted(types)]
 
-    def entered(self) -> AbstractContextManager[Any]:
-        # Where it was off it must be turned off: the backward pass may run inside an autocast of its own.
-        return torch.autocast(self._type, dtype=self._dtype, enabled=self._enabled, cache_enabled=self._cache)
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for device_type, enabled, dtype in self._settings:
+                # Where it was off it must be turned off: the backward pass may run inside an autocast of its own.
+                stack.enter_context(
+                    torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=self._cache)
+                )
+            yield
 
 
 def is_out_of_memory(error: BaseException) -> bool:
