@@ -68,8 +68,10 @@ def check_new_folder(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a folder to fill; it becomes ``path`` when the block ends without an error, and is deleted otherwise.
 
-    :raises VembedError: ``path`` exists and is not an empty folder.
+    :raises VembedError: ``path`` exists and is not an empty folder, or tensors cannot be written.
     """
+    from safetensors import SafetensorError
+
     check_new_folder(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -84,5 +86,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rmdir()
         temporary.rename(path)
+    except SafetensorError as ex:  # Of a full disk, too: it is no `OSError`.
+        raise VembedError(f"{path} cannot be written: {ex}.") from ex
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,17 @@ def test_wrong_options_of_loading_are_errors(options: Any, message: str) -> None
 def test_one_input_is_no_stream(minilm: Embedder, one: Any) -> None:
     with pytest.raises(DataError, match="For one input, use `encode`"):
         list(minilm.encode_stream(one))
+
+
+def test_a_full_disk_is_an_error_that_names_the_folder(minilm: Embedder, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(VembedError, match=rf"{tmp_path}/out cannot be written: .*File too large"):
+            minilm.save_hf(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stream_cannot_know_the_range_of_its_values(minilm: Embedder) -> None:
