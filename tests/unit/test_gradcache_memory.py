@@ -273,6 +273,10 @@ def test_weights_cast_by_autocast_are_no_activations() -> None:
         (lambda b: {"last_hidden_state": b["input_ids"]}, "returned `dict`"),
         (lambda b: None, "returned `NoneType`"),
         (lambda b: (b["input_ids"].float(), b["attention_mask"]), r"A mask must be \[n, L\]"),
+        (
+            lambda b: (b["input_ids"].float(), None, 3),
+            "tensors after the embeddings and their mask, but returned `int`",
+        ),
     ],
 )
 def test_wrong_outputs_of_an_encoder_are_errors(encode: Any, message: str) -> None:

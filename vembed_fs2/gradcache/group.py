@@ -92,6 +92,7 @@ class Group:
             self.trained_kinds.add(encoded.chunk.kind)
 
     def _unpack(self, output: Any, num_rows: int) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+        extras: tuple[Any, ...]
         if isinstance(output, Tensor):
             values, mask, extras = output, None, ()
         elif isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
@@ -107,6 +108,10 @@ class Group:
         if mask is not None and (values.ndim == 2 or mask.shape != values.shape[:2]):
             raise ValueError(
                 f"A mask must be [n, L] for embeddings [n, L, D], but is {list(mask.shape)} for {list(values.shape)}."
+            )
+        if wrong := [type(e).__name__ for e in extras if not (e is None or isinstance(e, Tensor))]:
+            raise TypeError(
+                f"`encode` must return tensors after the embeddings and their mask, but returned `{wrong[0]}`."
             )
         return values, mask, extras
 
