@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from vembed_fs2.models.embedding import EmbeddingModel
 from vembed_fs2.models.hub import find_model, get_resolver
 
-# Embedding size, and the numbers of parameters that transformers counts (BERT's with the pooler, though nothing may use it).
+# Embedding size, and the numbers of parameters that transformers counts (BERT's with the pooler, even if unused).
 CARDS = {
     "google_bert_base_uncased": (768, 109_482_240),
     "sentence_transformers_all_minilm_l6_v2": (384, 22_713_216),
