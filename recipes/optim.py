@@ -65,8 +65,8 @@ def _value_errors(config: EmbeddingAdamWConfig | AdamWGroupConfig, path: str) ->
     for name in ("lr", "eps", "weight_decay"):
         value = getattr(config, name)
         if value != default and not (0.0 <= value < math.inf and (value > 0.0 or name != "lr")):
-            rule = "be positive" if name == "lr" else "not be negative"
-            yield f"`{path}{name}` must {rule} and finite, but is {value} instead."
+            rule = "greater than 0" if name == "lr" else "at least 0"
+            yield f"`{path}{name}` must be {rule} and finite, but is {value} instead."
     if config.betas != default and not all(0.0 <= beta < 1.0 for beta in config.betas):
         yield f"`{path}betas` must be at least 0 and less than 1, but are {config.betas} instead."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import MutableMapping
 from time import perf_counter
 from typing import Final, final
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import override
 
+from vembed_fs2.errors import VembedError
 from vembed_fs2.gradcache import GradCache
 from vembed_fs2.losses import MAX_LOGIT_SCALE, LossOutput, Objective, RowInfo
 from vembed_fs2.models.embedding import Embeddings
@@ -127,6 +129,7 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         of_objective: dict[str, Tensor] = values.pop("objective")  # type: ignore[assignment]
         for name, value in (*of_objective.items(), ("loss", values["loss"])):
             values[name] = float(value) / max(sums["num_queries"], 1.0)  # type: ignore[arg-type]
+        _check_loss(float(values["loss"]))  # type: ignore[arg-type]
         for name in _PER_BATCH:
             values[name] = float(values[name]) / max(sums["num_batches"], 1.0)  # type: ignore[arg-type]
         values["total_num_queries"] = int(float(values["total_num_queries"]))  # type: ignore[arg-type]
@@ -134,3 +137,12 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         elapsed, self._published_at = now - self._published_at, now
         values["queries_per_second"] = sums["num_queries"] / max(elapsed, 1e-9)
         values["tokens_per_second"] = sums["num_tokens"] / max(elapsed, 1e-9)
+
+
+def _check_loss(loss: float) -> None:
+    """Raise :class:`VembedError` if training has diverged, rather than to train on for nothing."""
+    if not math.isfinite(loss):
+        raise VembedError(
+            f"The loss is {loss}: the training has diverged. Lower `optimizer.config.lr`, set `trainer.max_grad_norm`, "
+            "or look for numbers that are not finite in the model's weights."
+        )

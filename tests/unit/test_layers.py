@@ -11,6 +11,7 @@ import pytest
 
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.recipes.layers import load_yaml, merge_layers, parse_overrides, structure
+from vembed_fs2.recipes.train.config import DatasetSection
 
 
 @dataclass(kw_only=True)
@@ -151,6 +152,11 @@ def test_keys_of_a_section_that_may_be_null() -> None:
     assert errors_of(valid={"batchsize": 2}) == [
         "`valid.batchsize` is not a known key. Did you mean `valid.batch_size`?"
     ]
+
+
+def test_a_column_may_be_left_out() -> None:
+    section = structure(DatasetSection, parse_overrides(["columns.label=null", "columns.query=q"]), components)
+    assert section.columns == {"label": None, "query": "q"}
 
 
 def test_an_unknown_component_is_an_error() -> None:

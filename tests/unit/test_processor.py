@@ -123,6 +123,8 @@ def test_inputs_that_a_model_cannot_take_are_errors(processor: Processor, folder
         processor([Item(images=("https://example.org/a.png",))])
     with pytest.raises(DataError, match=r"missing\.png"):
         processor([Item(images=(folder / "missing.png",))])
+    with pytest.raises(DataError, match=r"^rows\.parquet:row 3: The image of 1 bytes is not an image"):
+        processor([Item(images=(image(),)), Item(images=(b"x",), source="rows.parquet:row 3")])
 
 
 def test_images_are_decoded_one_by_one(processor: Processor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

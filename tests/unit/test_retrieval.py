@@ -120,6 +120,13 @@ def test_same_content_is_one_document_and_one_query() -> None:
     assert not task.exclude_self
 
 
+def test_items_with_images_know_their_rows(beir: Path) -> None:
+    rows = [Example(Item("q"), Item(images=(b"x",)), source="a.jsonl:3"), Example(Item("r"), Item("d"), source="b")]
+    task = task_from_examples(rows)
+    assert [item.source for item in (*task.queries, *task.corpus)] == ["", "", "a.jsonl:3", ""]
+    assert [item.source for item in task_from_folder(beir).corpus] == ["", "", f"{beir}/corpus.jsonl:3"]
+
+
 def test_documents_with_the_label_of_a_query_are_relevant() -> None:
     cat, dog, a, b, c = text("cat", "dog", "a", "b", "c")
     rows = [

@@ -100,7 +100,7 @@ class ExampleDataset:
             return
         summary = f"{problems.count:,} of {len(self):,} rows cannot be used:\n{problems}"
         if on_error == "raise":
-            raise DataError(f"{summary}\nRepair them, or leave them out with on_error=skip.")
+            raise DataError(f"{summary}\nRepair them. A training can leave them out, with on_error=skip.")
         if not usable:
             raise DataError(f"The dataset is empty: {summary}")
         log.warning("%s\nThey are left out.", summary)

@@ -22,6 +22,9 @@ class Item:
     instruction: str | None = None
     """What the embedding is for; put before the text as the model's template says."""
 
+    source: str = field(default="", compare=False)
+    """Where it comes from, as ``file:line``, where errors would not say so otherwise."""
+
 
 @dataclass(frozen=True)
 class Example:

@@ -6,7 +6,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vembed_fs2.data.example import Example, Item
@@ -72,10 +72,10 @@ class _Index:
         self.items: list[Item] = []
         self._positions: dict[int, int] = {}
 
-    def add(self, item: Item) -> int:
+    def add(self, item: Item, source: str) -> int:
         position = self._positions.setdefault(content_id(item), len(self.items))
         if position == len(self.items):
-            self.items.append(item)
+            self.items.append(replace(item, source=source) if item.images else item)
         return position
 
 
@@ -85,16 +85,16 @@ def _task_of_positives(examples: Sequence[Example]) -> RetrievalTask:
     labels: dict[int, set[str]] = defaultdict(set)
     by_label: dict[str, dict[int, float]] = defaultdict(dict)
     for example in examples:
-        query = queries.add(example.query)
+        query = queries.add(example.query, example.source)
         if example.label is not None:
             labels[query].add(example.label)
         if example.positive is not None:
-            document = corpus.add(example.positive)
+            document = corpus.add(example.positive, example.source)
             positives[query][document] = 1.0
             if example.label is not None:
                 by_label[example.label][document] = 1.0
         for negative in example.negatives:
-            corpus.add(negative)
+            corpus.add(negative, example.source)
     relevant = [
         _union([by_label[label] for label in sorted(labels[query])], positives[query])
         for query in range(len(queries.items))
@@ -108,7 +108,7 @@ def _task_of_labels(examples: Sequence[Example]) -> RetrievalTask:
     by_label: dict[str, dict[int, float]] = defaultdict(dict)
     for example in examples:
         assert example.label is not None
-        position = items.add(example.query)
+        position = items.add(example.query, example.source)
         labels[position].add(example.label)
         by_label[example.label][position] = 1.0
     relevant = [_union([by_label[label] for label in sorted(labels[i])], {}) for i in range(len(items.items))]
@@ -206,7 +206,7 @@ def _read_items(file: Path, image_root: str | os.PathLike[str] | None) -> tuple[
         if name in ids:
             raise DataError(f"{source.where(i)}: the id {name!r} is the same as that of {source.where(ids[name])}.")
         ids[name] = i
-        items.append(item)
+        items.append(replace(item, source=source.where(i)) if item.images else item)
     return ids, items
 
 

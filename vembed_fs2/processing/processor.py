@@ -94,9 +94,8 @@ class Processor:
         texts = [(row, item) for row, item in enumerate(items) if item.text is not None]
         if texts:
             self._add_texts(batch, texts, prompt or "")
-        images = [(row, image) for row, item in enumerate(items) for image in item.images]
-        if images:
-            self._add_images(batch, images)
+        if any(item.images for item in items):
+            self._add_images(batch, items)
         return batch
 
     def _add_texts(self, batch: EncoderBatch, texts: Sequence[tuple[int, Item]], prompt: str) -> None:
@@ -116,9 +115,9 @@ class Processor:
             return self.settings.instruction_template.replace("{instruction}", item.instruction)
         return prompt
 
-    def _add_images(self, batch: EncoderBatch, images: Sequence[tuple[int, ImageSource]]) -> None:
+    def _add_images(self, batch: EncoderBatch, items: Sequence[Item]) -> None:
         # One by one: photographs are a hundred times larger than the pixels that a model takes.
-        pixels = [self.prepare_image(image) for _, image in images]
+        pixels = [self._prepare_image_of(item, image) for item in items for image in item.images]
         patch_size = getattr(self.image, "patch_size", None)
         if patch_size is not None:
             batch.pixel_values, batch.patch_mask, batch.spatial_shapes = cut_patches(pixels, patch_size)
@@ -128,7 +127,13 @@ class Processor:
             )
         else:
             batch.pixel_values = torch.stack(pixels)
-        batch.image_rows = torch.tensor([row for row, _ in images])
+        batch.image_rows = torch.tensor([row for row, item in enumerate(items) for _ in item.images])
+
+    def _prepare_image_of(self, item: Item, image: ImageSource) -> Tensor:
+        try:
+            return self.prepare_image(image)
+        except DataError as ex:
+            raise DataError(f"{item.source}: {ex}" if item.source else str(ex)) from ex
 
     def prepare_image(self, image: ImageSource | Tensor) -> Tensor:
         """Decode and transform one image; pixel values are returned as they are.
