@@ -176,6 +176,7 @@ def test_it_is_registered() -> None:
     ("values", "message"),
     [
         ({"temperature": 0.0}, "`temperature` must be positive"),
+        ({"temperature": float("inf")}, "`temperature` must be finite"),
         ({"bias": math.nan}, "`bias` must be finite"),
         ({"same": "keep"}, "`same` must be one of mask, positive, negative, but is 'keep'"),
         ({"similarity": "l2"}, "`similarity` must be one of cosine, dot"),

@@ -278,9 +278,10 @@ def choice_errors(config: Any, names: Sequence[str]) -> list[str]:
 
 
 def positive_errors(config: Any, names: Sequence[str]) -> list[str]:
-    """What is wrong with fields of a configuration that must be positive."""
+    """What is wrong with fields of a configuration that must be positive numbers."""
     values = {name: getattr(config, name) for name in names}
-    return [f"`{n}` must be positive, but is {v}." for n, v in values.items() if not v > 0.0]
+    errors = [f"`{n}` must be positive, but is {v}." for n, v in values.items() if not v > 0.0]
+    return errors + [f"`{n}` must be finite, but is {v}." for n, v in values.items() if v == math.inf]
 
 
 @dataclass
