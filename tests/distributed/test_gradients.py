@@ -164,3 +164,31 @@ def test_each_gradient_is_reduced_once_whatever_the_number_of_chunks(model: str)
     assert counts[0][0] > counts[1][0]
     for _, reduced, size in counts:
         assert reduced == size
+
+
+def count_scattered(rank: int, chunk_tokens: int) -> tuple[int, list[int]]:
+    """Run an FSDP2 step; return the number of chunks, and the elements of each reduction."""
+    gangs = open_gangs(sharded=True)
+    module = wrap(create_model(CLIP), CLIP, gangs, "fsdp")
+    step = GradCache(module, loss_of(), chunk_tokens=chunk_tokens, activation_budget=0)
+    query, document, info = rank_batch(CLIP, rank, 6, 0)
+    value = step(query, document, rows=info)
+    reduced = []
+    original = dist.reduce_scatter_tensor
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        reduced.append(kwargs["input"].numel())
+        return original(*args, **kwargs)
+
+    dist.reduce_scatter_tensor = counting
+    value.backward()
+    return step.stats.num_chunks, sorted(reduced)
+
+
+def test_each_layer_is_reduced_once_whatever_the_number_of_chunks() -> None:
+    (many, reduced), (few, expected) = (run_ranks(count_scattered, 2, tokens)[0] for tokens in (16, 10_000))
+    assert many > few
+    assert reduced == expected
+    # All parameters, with padding to a multiple of the number of ranks.
+    size = sum(p.numel() for p in create_model(CLIP).parameters())
+    assert size <= sum(reduced) < 1.1 * size
