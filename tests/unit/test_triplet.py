@@ -159,6 +159,7 @@ def test_it_is_registered() -> None:
     [
         ({"margin": -0.1}, "`margin` must not be negative, but is -0.1"),
         ({"margin": math.nan}, "`margin` must not be negative"),
+        ({"margin": math.inf}, "`margin` must be finite, but is inf"),
         ({"mining": "easy"}, "`mining` must be one of hardest, semi_hard, all"),
         ({"similarity": "l2"}, "`similarity` must be one of cosine, dot"),
         ({"negatives": "all"}, "`negatives` must be one of global, local"),

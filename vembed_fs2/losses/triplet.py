@@ -10,6 +10,7 @@ Legend: b queries of this rank, t queries of a tile, C documents of all ranks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,8 +59,9 @@ class TripletConfig:
     def errors(self) -> list[str]:
         """What is wrong with the values."""
         errors = choice_errors(self, ["mining", "similarity", "negatives"])
-        if not self.margin >= 0.0:
-            errors.append(f"`margin` must not be negative, but is {self.margin}.")
+        if not 0.0 <= self.margin < math.inf:
+            rule = "must be finite" if self.margin == math.inf else "must not be negative"
+            errors.append(f"`margin` {rule}, but is {self.margin}.")
         return errors
 
 
