@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vembed_fs2.commands import add_trust_argument
+
 if TYPE_CHECKING:
     from vembed_fs2.embedder import Embedder
     from vembed_fs2.evaluation.datasets import RetrievalTask
@@ -43,11 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="most inputs per forward pass")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the Python code that comes with the models; read it before",
-    )
+    add_trust_argument(parser)
 
 
 def _positive(text: str) -> int:

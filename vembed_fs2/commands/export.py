@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vembed_fs2.commands import add_trust_argument
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
@@ -16,11 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="sentence-transformers",
         help="for transformers, for sentence-transformers (default; transformers reads it as well), or for open_clip",
     )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the Python code that comes with the model; read it before",
-    )
+    add_trust_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vembed_fs2.commands import add_trust_argument
 from vembed_fs2.commands.models import add_json_argument, print_json
 
 
@@ -15,11 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("model", metavar="MODEL", help="card, Hugging Face folder, run folder or checkpoint folder")
     add_json_argument(parser)
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the Python code that comes with the model; read it before",
-    )
+    add_trust_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
