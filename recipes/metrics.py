@@ -20,6 +20,7 @@ _DESCRIPTORS = (
     MetricDescriptor("num_chunks", "Chunks per Step", 812, format_as_float),
     MetricDescriptor("kept_fraction", "Kept Chunks (%)", 813, format_as_percentage),
     MetricDescriptor("padding_fraction", "Padding (%)", 814, format_as_percentage),
+    MetricDescriptor("bytes_per_token", "Bytes per Token", 815, format_as_int),
     MetricDescriptor("total_num_queries", "Total Number of Queries", 840, format_as_int),
     MetricDescriptor("recall@1", "Recall@1", 200, format_as_float, higher_better=True),
     MetricDescriptor("recall@5", "Recall@5", 201, format_as_float, higher_better=True),

@@ -7,123 +7,166 @@ the commands of the guides start the installed programs.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import multiprocessing
 import os
+import runpy
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
+from tests.forks import TIMEOUT, Result, fork, free_port, gang_environment, run_forks
+
 FAIRSEQ2 = str(Path(sys.executable).with_name("fairseq2"))
-
-TIMEOUT = 300
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["vembed_fs2", "vembed_fs2.recipes.train.recipe", "vembed_fs2.embedder"])
-
-
-@dataclass
-class Result:
-    """What a command returned and printed."""
-
-    status: int
-    output: str
-    """Both stdout and stderr."""
-
-    def expect(self, status: int) -> Result:
-        assert self.status == status, self.output[-4000:]
-        assert status == 0 or "Traceback" not in self.output, self.output[-4000:]
-        return self
 
 
 def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "200", **variables}
 
 
-def run(*arguments: object, program: Sequence[str] | None = None, **variables: str) -> Result:
+def run(*arguments: object, program: Sequence[str] | None = None, num_processes: int = 1, **variables: str) -> Result:
     """Run ``fairseq2 vembed`` with arguments.
 
+    :param num_processes: of a gang, without the launcher that ``--nproc-per-node`` starts.
     :param program: run this instead, in a new process.
-    :param variables: of the environment, for a new process.
+    :param variables: of the environment.
     """
-    if program is None and not variables:
-        return run_forked(["vembed", *map(str, arguments)])
-    command = [*(program or (FAIRSEQ2, "vembed")), *map(str, arguments)]
+    if program is None:
+        return run_forked(["vembed", *map(str, arguments)], num_processes=num_processes, **variables)
     done = subprocess.run(
-        command, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT
+        [*program, *map(str, arguments)],
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=TIMEOUT,
     )
     return Result(done.returncode, done.stdout.decode(errors="replace"))
 
 
-def run_forked(arguments: list[str], cwd: Path | None = None) -> Result:
-    """Run ``fairseq2`` in a process that has imported what it needs."""
-    with TemporaryDirectory() as folder:
-        output = Path(folder) / "output"
-        process = FORKS.Process(
-            target=be_the_program, args=(arguments, environment(), str(cwd or Path.cwd()), str(output))
-        )
-        process.start()
-        process.join(TIMEOUT)
-        assert process.exitcode is not None, f"took too long:\n{output.read_text()[-4000:]}"
-        return Result(process.exitcode, output.read_text(errors="replace"))
+def run_forked(arguments: list[str], cwd: Path | None = None, num_processes: int = 1, **variables: str) -> Result:
+    """Run ``fairseq2`` in processes that have imported what they need.
+
+    :param num_processes: more than one are a gang, without the launcher that ``--nproc-per-node`` starts.
+    """
+    port = free_port()
+    ranks = [gang_environment(rank, num_processes, port) for rank in range(num_processes)]
+    environments = [environment(**variables, **(rank if num_processes > 1 else {})) for rank in ranks]
+    return run_forks(be_fairseq2, arguments, environments=environments, cwd=cwd)
 
 
-def be_the_program(arguments: list[str], environ: dict[str, str], folder: str, output: str) -> None:
+def run_block(block: str, folder: Path) -> None:
+    """Run the lines of a guide in a shell; plain commands of ours as :func:`run_forked` does, which is faster."""
+    lines = block.replace("\\\n", " ").splitlines()
+    if all(line.startswith("fairseq2 vembed ") and not set(line) & set("|<>&;$") for line in lines):
+        for line in lines:
+            run_forked(shlex.split(line, comments=True)[1:], folder).expect(0)
+        return
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def be_fairseq2(arguments: list[str]) -> None:
     from vembed_fs2.cli import main
 
-    stream = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
-    os.environ.clear()
-    os.environ.update(environ)
-    os.chdir(folder)
     sys.argv = [FAIRSEQ2, *arguments]
     main()
 
 
+def run_all(commands: Sequence[Sequence[str]]) -> list[Result]:
+    """Run many ``fairseq2 vembed`` commands in one process, which is faster than one for each."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "results"
+        run_forks(be_all_programs, commands, file, environments=[environment()]).expect(0)
+        return [Result(*result) for result in json.loads(file.read_text())]
+
+
+def be_all_programs(commands: Sequence[Sequence[str]], file: Path) -> None:
+    from vembed_fs2.cli import VEMBED
+
+    results = []
+    for command in commands:
+        with contextlib.redirect_stderr(io.StringIO()) as printed, contextlib.redirect_stdout(printed):
+            try:
+                status = VEMBED.main(list(command), "fairseq2 vembed")
+            except SystemExit as ex:
+                status = ex.code  # type: ignore[assignment]
+        results.append([status, printed.getvalue()])
+    file.write_text(json.dumps(results))
+
+
+def run_script(file: Path, *arguments: object, cwd: Path | None = None, **variables: str) -> Result:
+    """Run ``python file arguments``."""
+    return run_forks(be_script, file, list(map(str, arguments)), environments=[environment(**variables)], cwd=cwd)
+
+
+def be_script(file: Path, arguments: list[str]) -> None:
+    sys.argv = [str(file), *arguments]
+    sys.path.insert(0, str(file.parent))
+    runpy.run_path(str(file), run_name="__main__")
+
+
+class Command:
+    """``fairseq2 vembed`` in a process group of its own."""
+
+    def __init__(self, arguments: Sequence[object], log: Path) -> None:
+        command = ["vembed", *map(str, arguments)]
+        self._process = fork(be_fairseq2, command, env=environment(), log=log, in_own_group=True)
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        self._process.join(TIMEOUT)
+        assert self._process.exitcode is not None, "took too long"
+        return self._process.exitcode
+
+    def send_signal(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+
 def interrupt(
-    arguments: Sequence[object], when: Callable[[], bool], how: Callable[[subprocess.Popen[bytes]], None], log: Path
+    arguments: Sequence[object], when: Callable[[], bool], how: Callable[[Command], None], log: Path
 ) -> Result:
-    """Run ``fairseq2 vembed`` in a process group of its own, and do ``how`` to it as soon as ``when`` is true."""
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [FAIRSEQ2, "vembed", *map(str, arguments)],
-            env=environment(),
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            deadline = time.monotonic() + TIMEOUT
-            while not when():
-                assert process.poll() is None, f"ended too early:\n{log.read_text()[-4000:]}"
-                assert time.monotonic() < deadline, f"took too long:\n{log.read_text()[-4000:]}"
-                time.sleep(0.002)
-            how(process)
-            status = process.wait(TIMEOUT)
-        finally:
-            kill_group(process)
+    """Run ``fairseq2 vembed``, and do ``how`` to it as soon as ``when`` is true."""
+    command = Command(arguments, log)
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while not when():
+            assert command.poll() is None, f"ended too early:\n{log.read_text()[-4000:]}"
+            assert time.monotonic() < deadline, f"took too long:\n{log.read_text()[-4000:]}"
+            time.sleep(0.002)
+        how(command)
+        status = command.wait()
+    finally:
+        kill_group(command)
     return Result(status, log.read_text(errors="replace"))
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_group(command: Command) -> None:
     """SIGKILL for the command and all its processes; returns when they are gone."""
     try:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(command.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-    process.wait(TIMEOUT)
+    command.wait()
     while True:
         try:
-            os.killpg(process.pid, 0)
+            os.killpg(command.pid, 0)
         except ProcessLookupError:
             return
         except PermissionError:

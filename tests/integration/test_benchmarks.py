@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
+from tests.integration.command_line import run_script
 from tests.integration.conftest import WORDS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -50,15 +49,8 @@ def retrieval_data(texts: Path, tmp_path: Path) -> Path:
 
 
 def run(script: str, *arguments: object) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(BENCHMARKS / script), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout
+    done = run_script(BENCHMARKS / script, *arguments)
+    return done.status, done.output
 
 
 def table(output: str) -> dict[str, dict[str, str]]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.integration.command_line import run
 from vembed_fs2.cli import VEMBED
 from vembed_fs2.commands import demo
 from vembed_fs2.demo import text
 
 
 def train_a_little(output_dir: Path, preset: str, *, model: Path, data: Path) -> int:
-    command = [sys.executable, "-m", "vembed_fs2", "train", str(output_dir), "--preset", preset, "--config"]
-    command += [f"model.path={model}", f"dataset.paths=[{data}]", "dataset.batch_size=8", "regime.num_steps=2"]
-    return subprocess.run(command, check=False, capture_output=True).returncode
+    config = [f"model.path={model}", f"dataset.paths=[{data}]", "dataset.batch_size=8", "regime.num_steps=2"]
+    return run("train", output_dir, "--preset", preset, "--config", *config).status
 
 
 def test_text_demo_tells_its_story(

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shlex
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +11,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from .command_line import run_forked
+from .command_line import run_block
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,31 +44,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: str, folder: Path) -> None:
-    """Run the lines of a block in a shell; plain commands of ours as :func:`run_forked` does, which is faster."""
-    lines = command.replace("\\\n", " ").splitlines()
-    if all(line.startswith("fairseq2 vembed ") and not set(line) & set("|<>&;$") for line in lines):
-        for line in lines:
-            run_forked(shlex.split(line, comments=True)[1:], folder).expect(0)
-        return
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", command], cwd=folder, env=env, capture_output=True, text=True
-    )
-    assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
-
-
 @pytest.mark.parametrize("guide", GUIDES)
 def test_commands_of_the_guide_run(guide: str, folder: Path) -> None:
     commands = [b for b in blocks(guide, "bash") if not b.startswith("pip install")]
     assert commands
     for command in commands:
-        run(command, folder)
+        run_block(command, folder)
 
 
 @pytest.mark.parametrize("guide", ["README.md", "docs/inference.md"])
 def test_python_of_the_guide_runs(guide: str, folder: Path) -> None:
-    run(f"{sys.executable} - <<'END'\n{blocks(guide, 'python')[0]}\nEND", folder)
+    run_block(f"{sys.executable} - <<'END'\n{blocks(guide, 'python')[0]}\nEND", folder)
 
 
 def test_models_guide_lists_all_cards() -> None:

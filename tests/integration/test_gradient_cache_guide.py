@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.forks import free_port, gang_environment, run_forks
+from tests.integration.command_line import environment
 
 GUIDE = Path(__file__).parents[2] / "docs" / "gradient-cache.md"
 
@@ -57,21 +59,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(code: str, folder: Path, rank: int, size: int) -> subprocess.Popen[str]:
-    port = str(20_000 + os.getpid() % 20_000)
-    env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_PORT": port}
-    env |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(size)}
-    program = "import os\nimport torch\ntorch.set_num_threads(1)\ntorch.manual_seed(0)\n" + code
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", program],
-        cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
 def run(code: str, folder: Path, size: int) -> None:
-    for process in [start(code, folder, rank, size) for rank in range(size)]:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output[-4000:]
+    port = free_port()
+    environments = [environment(**gang_environment(rank, size, port)) for rank in range(size)]
+    run_forks(be_the_code, code, environments=environments, cwd=folder).expect(0)
+
+
+def be_the_code(code: str) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    exec(code, {"__name__": "__main__", "os": os})
 
 
 def test_the_guides_loops_run_in_one_process_and_in_two(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -62,23 +63,25 @@ class Workplace:
 
     def guide(self, name: str, extra: str = "") -> Result:
         (command,) = [c for c in guide_commands() if c.startswith(COMMANDS[name])]
-        return self.bash(f"{command} {extra}")
+        return command_line.run_forked(shlex.split(f"{command} {extra}")[1:], self.folder, **self.environment())
 
     def python(self, code: str) -> Result:
         file = self.folder / "script.py"
         file.write_text(code)
-        return self.bash(f"{sys.executable} {file}")
+        return command_line.run_script(file, cwd=self.folder, **self.environment())
 
     def bash(self, command: str) -> Result:
+        program = ("bash", "-euo", "pipefail", "-c")
+        return command_line.run(f"cd {self.folder} && {command}", program=program, **self.environment())
+
+    def environment(self) -> dict[str, str]:
         path = [str(Path(sys.executable).parent), os.environ["PATH"]]
         python_path = [str(self.site), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return command_line.run(
-            f"cd {self.folder} && {command}",
-            program=("bash", "-euo", "pipefail", "-c"),
-            PATH=os.pathsep.join(path),
-            PYTHONPATH=os.pathsep.join(python_path),
-            FAIRSEQ2_EXTENSION_TRACE="1",
-        )
+        return {
+            "PATH": os.pathsep.join(path),
+            "PYTHONPATH": os.pathsep.join(python_path),
+            "FAIRSEQ2_EXTENSION_TRACE": "1",
+        }
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +127,9 @@ def test_each_command_of_the_guide_has_a_test() -> None:
 def test_verbs_of_another_package_are_listed(place: Workplace) -> None:
     assert re.search(r"^ +toy +bags of words$", place.bash("fairseq2 --help").expect(0).output, re.MULTILINE)
     assert "write a model with random weights" in place.bash("fairseq2 toy --help").expect(0).output
-    place.python("import sys, vembed_toy_plugin.cli; assert 'torch' not in sys.modules").expect(0)
+    place.bash(f"{sys.executable} -c \"import sys, vembed_toy_plugin.cli; assert 'torch' not in sys.modules\"").expect(
+        0
+    )
 
 
 def test_architecture_trains_from_random_weights(place: Workplace) -> None:

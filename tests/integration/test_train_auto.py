@@ -73,16 +73,16 @@ def test_two_processes(electra: Path, texts: Path, tmp_path: Path, data_parallel
     from vembed_fs2 import Embedder
 
     out = tmp_path / "run"
-    run("train", out, "--no-rich", "--nproc-per-node", 2, "--config", f"model.path={electra}",
+    run("train", out, "--no-rich", "--config", f"model.path={electra}",
         f"dataset.paths=[{texts}]", "dataset.batch_size=8", "regime.num_steps=4",
         "regime.publish_metrics_every_n_steps=1", f"trainer.data_parallelism={data_parallelism}",
-        "grad_cache.chunk_tokens=64").expect(0)  # fmt: skip
+        "grad_cache.chunk_tokens=64", num_processes=2).expect(0)  # fmt: skip
     assert sorted(metrics(out)) == [1, 2, 3, 4]
     assert np.isfinite(Embedder.load(out, device="cpu").encode("red blue")).all()
 
 
 def test_tensor_parallelism_is_refused_before_anything_is_written(electra: Path, texts: Path, tmp_path: Path) -> None:
-    result = run("train", tmp_path / "run", "--nproc-per-node", 2, "--config", f"model.path={electra}",
-                 f"dataset.paths=[{texts}]", "dataset.batch_size=8", "gang.tensor_parallel_size=2")  # fmt: skip
+    result = run("train", tmp_path / "run", "--config", f"model.path={electra}", f"dataset.paths=[{texts}]",
+                 "dataset.batch_size=8", "gang.tensor_parallel_size=2", num_processes=2)  # fmt: skip
     assert result.status != 0
     assert "tensor parallelism" in result.output

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integration.command_line import environment, run
-from tests.integration.test_train_errors import run_all
+from tests.integration.command_line import run, run_all, run_block
 from vembed_fs2 import Embedder, load_model
 from vembed_fs2.cli import VEMBED
 from vembed_fs2.commands import demo
@@ -37,12 +33,8 @@ def guide(tmp_path_factory: pytest.TempPathFactory, bert_folder: Path, clip_fold
         shutil.copytree(source, folder / name)
     commands = re.findall(r"^```bash\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
     assert len(commands) == 4
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in commands:
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", command], cwd=folder, env=environment(PATH=path), capture_output=True
-        )
-        assert done.returncode == 0, done.stderr.decode()[-4000:] + done.stdout.decode()[-2000:]
+        run_block(command, folder)
     for name in ("bert", "clip"):
         shutil.rmtree(folder / name)
     return folder
@@ -119,14 +111,15 @@ def test_groups_have_learning_rates_of_their_own(guide: Path, clip_folder: Path,
 def test_processes_train_the_same_model(bert_folder: Path, clip_folder: Path, digits: Path, tmp_path: Path) -> None:
     """A frozen encoder, and one that is frozen but for its last layer, on one process, DDP and FSDP2."""
     ways = {
-        "one": (8, []),
-        "ddp": (4, ["--nproc-per-node", 2]),
-        "fsdp": (4, ["--nproc-per-node", 2, "--config", "trainer.data_parallelism=fsdp"]),
+        "one": (8, 1, "ddp"),
+        "ddp": (4, 2, "ddp"),
+        "fsdp": (4, 2, "fsdp"),
     }
     states = {}
-    for name, (batch_size, arguments) in ways.items():
+    for name, (batch_size, num_processes, parallelism) in ways.items():
         run(
-            "train", tmp_path / name, "--no-rich", *arguments, "--config", "model.family=vembed_composed",
+            "train", tmp_path / name, "--no-rich", "--config", f"trainer.data_parallelism={parallelism}",
+            "model.family=vembed_composed",
             f"{BASE}.text.path={bert_folder}", f"{BASE}.image.path={clip_folder}", f"{BASE}.image.freeze=all",
             f"{BASE}.text.freeze=all_but_last", f"{BASE}.text.trained_layers=1", f"{BASE}.embedding_dim=16",
             f"{BASE}.text.config.dropout_p=0", f"{BASE}.text.config.attn_dropout_p=0",
@@ -135,6 +128,7 @@ def test_processes_train_the_same_model(bert_folder: Path, clip_folder: Path, di
             "grad_cache.chunk_tokens=32", "grad_cache.activation_budget=0", "optimizer.config.lr=0.001",
             r"optimizer.config.groups=[{params: text\.backbone\.encoder\.layers\.1\.ffn, lr: 0.0003}]",
             "trainer.activation_checkpointing.mode=layerwise", "trainer.mixed_precision.mode=off",
+            num_processes=num_processes,
         ).expect(0)  # fmt: skip
         states[name] = state_of(tmp_path / name)
     before = state_of(bert_folder)

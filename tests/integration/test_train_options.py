@@ -58,10 +58,10 @@ def test_run_with_every_option_resumes_exactly(
         ]  # fmt: skip
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    result = run(*arguments(whole)).expect(0)
+    result = run(*arguments(whole), num_processes=2).expect(0)
     kill_at = random.Random(0).randint(6, 12)
     interrupt(arguments(stopped), reached(stopped, kill_at), kill_group, tmp_path / "log.txt")
-    run(*arguments(stopped)).expect(0)
+    run(*arguments(stopped), num_processes=2).expect(0)
 
     # 69 rows in global batches of 8, two of them a step: the last step of an epoch has one batch, of 3 and 2 rows.
     assert steps(whole)[-1] == steps(stopped)[-1] == 20

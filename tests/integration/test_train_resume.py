@@ -8,11 +8,11 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import Popen
 
 import pytest
 
 from tests.integration.command_line import (
+    Command,
     assert_same_weights,
     interrupt,
     kill_group,
@@ -47,9 +47,9 @@ def arguments(num_processes: int, bert_folder: Path, texts: Path) -> Arguments:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(arguments: Arguments, num_processes: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    run(*arguments(folder)).expect(0)
+    run(*arguments(folder), num_processes=num_processes).expect(0)
     assert steps(folder) == [NUM_STEPS - 2, NUM_STEPS]
     return folder
 
@@ -81,7 +81,7 @@ def test_weights_are_those_of_an_uninterrupted_run(
         assert steps(folder)[-1] == max(metrics(folder)) < NUM_STEPS
         assert f"{signum.name} received. Writing a checkpoint, then stopping." in result.output
 
-    run(*arguments(folder)).expect(0)
+    run(*arguments(folder), num_processes=num_processes).expect(0)
 
     assert metrics(folder) == metrics(uninterrupted)
     assert_same_weights(folder, uninterrupted)
@@ -105,7 +105,7 @@ def test_a_full_disk_loses_no_checkpoint(
         pytest.skip("one way is enough")
     folder = tmp_path / "run"
 
-    def fill_disk(process: Popen[bytes]) -> None:
+    def fill_disk(process: Command) -> None:
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
 
     result = interrupt(arguments(folder), lambda: 8 in steps(folder), fill_disk, log).expect(1)
