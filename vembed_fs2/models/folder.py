@@ -190,10 +190,23 @@ class _open_errors:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError):
+            # safetensors says of every file that it cannot open that it is not there.
+            error = _why_not_opened(self._file) or error
         if isinstance(error, FileNotFoundError):
             raise ModelLoadError(f"{self._file} does not exist.") from None
+        if isinstance(error, PermissionError):
+            raise ModelLoadError(f"{self._file} cannot be read: permission denied.") from None
         if isinstance(error, (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError)):
             raise ModelLoadError(f"{self._file} is broken or truncated: {error}.") from None
+
+
+def _why_not_opened(file: Path) -> OSError | None:
+    try:
+        with file.open("rb"):
+            return None
+    except OSError as ex:
+        return ex
 
 
 def _load_weights(file: Path) -> dict[str, Tensor]:
