@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,14 +41,23 @@ def prepare_output_dir(output_dir: Path, checkpoint_dir: Path | None, config: An
         shutil.rmtree(half, ignore_errors=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that nothing can be written to. It need not exist.
+
+    :raises ConfigError: says why.
+    """
+    # `Path.exists` is an error where a user may not look; here that is as if there were nothing.
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        what = "it" if nearest == folder.absolute() else str(nearest)
+        raise ConfigError(f"{what} is a file. Give a folder.", where=str(folder))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{nearest} cannot be written to. Give another folder.", where=str(folder))
+
+
 def _check_empty(folder: Path) -> None:
     if not folder.exists():
-        nearest = next(parent for parent in folder.absolute().parents if parent.exists())
-        if not nearest.is_dir():
-            raise ConfigError(f"{nearest} is a file. Give a folder.", where=str(folder))
         return
-    if not folder.is_dir():
-        raise ConfigError("it is a file. Give a folder.", where=str(folder))
     # The other ranks may be ahead of this one; and a run that failed at its start leaves these.
     if any(path.name not in ("logs", "cache") for path in folder.iterdir()):
         raise ConfigError("it holds files, but no run. Give a new folder.", where=str(folder))
@@ -78,7 +88,7 @@ def _check_world_size(output_dir: Path, step: Path, world_size: int) -> None:
     written_by = len(list(step.glob("trainer/rank_*.pt")))
     if written_by not in (0, world_size):
         text = (
-            f"its run had {written_by} processes, but now there are {world_size}. "
+            f"its number of processes was {written_by}, and is now {world_size}. "
             f"Resume it with {written_by}, or give a new folder and the trained model as `model.path`."
         )
         raise ConfigError(text, where=str(output_dir))

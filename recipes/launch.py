@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from vembed_fs2.errors import ConfigError, VembedError
 from vembed_fs2.recipes.arguments import add_recipe_arguments
-from vembed_fs2.recipes.processes import claim_error, is_error_claimed, run_processes
+from vembed_fs2.recipes.processes import RESUME, claim_error, is_error_claimed, run_processes
 from vembed_fs2.recipes.secrets import redact_logs, redactor
 
 _DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -98,7 +98,7 @@ def _run(recipe_name: str, args: argparse.Namespace) -> int:
 
     from fairseq2.logging import configure_logging
 
-    from vembed_fs2.recipes.folder import prepare_output_dir
+    from vembed_fs2.recipes.folder import check_writable, prepare_output_dir
 
     module = import_module(f"vembed_fs2.recipes.{recipe_name}.recipe")
     recipe = module.create_recipe()
@@ -109,8 +109,11 @@ def _run(recipe_name: str, args: argparse.Namespace) -> int:
     redact_logs(os.environ)
     logging.raiseExceptions = False  # A full disk is said once, not with a stack trace for each line that is logged.
     configure_logging(no_rich=args.no_rich)
+    if is_first := os.environ.get("RANK", "0") == "0":
+        for folder in filter(None, (args.output_dir, args.checkpoint_dir)):
+            check_writable(folder)
     recipe.prepare_config(config)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first:
         prepare_output_dir(args.output_dir, args.checkpoint_dir, config, int(os.environ.get("WORLD_SIZE", "1")))
     return _run_fairseq2(recipe, config, args)
 
@@ -172,7 +175,7 @@ def _message_of(error: Exception) -> str:
     if isinstance(error, VembedError):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error}. Checkpoints that were complete are intact; run the same command again to resume."
+        return f"{error}.{f' {RESUME}' if error.errno in _DISK_ERRORS else ''}"
     from fairseq2.model_checkpoint import CorruptModelCheckpointError
 
     assert isinstance(error, CorruptModelCheckpointError)

@@ -28,7 +28,7 @@ _GRACE: Final = 5.0
 
 _POLL: Final = 0.05
 
-_LOST: Final = "Checkpoints that were complete are intact; run the same command again to resume."
+RESUME: Final = "Checkpoints that were complete are intact; run the same command again to resume."
 
 
 def run_processes(command: Sequence[str], count: int) -> int:
@@ -148,6 +148,6 @@ def _explain(rank: int, status: int) -> None:
     if status < 0:
         name = signal.Signals(-status).name
         hint = " Was the memory full?" if -status == signal.SIGKILL else ""
-        print(f"error: the process of rank {rank} was killed by {name}.{hint} {_LOST}", file=sys.stderr)
+        print(f"error: the process of rank {rank} was killed by {name}.{hint} {RESUME}", file=sys.stderr)
     elif rank != 0:  # Only rank 0 logs to the console.
-        print(f"error: the process of rank {rank} failed; logs/rank_{rank}.log says why. {_LOST}", file=sys.stderr)
+        print(f"error: the process of rank {rank} failed; logs/rank_{rank}.log says why. {RESUME}", file=sys.stderr)

@@ -18,8 +18,8 @@ import pytest
 from vembed_fs2.cli import VEMBED
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.recipes.arguments import add_recipe_arguments
-from vembed_fs2.recipes.folder import prepare_output_dir
-from vembed_fs2.recipes.launch import dump_config, find_system_error, load_config, run_recipe
+from vembed_fs2.recipes.folder import check_writable, prepare_output_dir
+from vembed_fs2.recipes.launch import _report, dump_config, find_system_error, load_config, run_recipe
 from vembed_fs2.recipes.processes import run_processes
 from vembed_fs2.recipes.secrets import redact_logs, redactor
 from vembed_fs2.recipes.train.config import TrainConfig
@@ -228,7 +228,7 @@ def test_a_run_is_resumed_without_what_was_half_written(run_dir: Path) -> None:
 
 
 def test_a_run_is_not_resumed_on_another_number_of_processes(run_dir: Path) -> None:
-    with pytest.raises(ConfigError, match="its run had 2 processes, but now there are 4"):
+    with pytest.raises(ConfigError, match=r"its number of processes was 2, and is now 4\. Resume it with 2"):
         prepare_output_dir(run_dir, None, load("--config", *VALID), 4)
 
 
@@ -249,6 +249,37 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="it holds files, but no run"):
         prepare_output_dir(tmp_path, None, load("--config", *VALID), 1)
-    with pytest.raises(ConfigError, match=r"config\.yaml is a file"):
-        prepare_output_dir(tmp_path / "config.yaml" / "run", None, load("--config", *VALID), 1)
+    for name in ("config.yaml", "config.yaml/run"):
+        with pytest.raises(ConfigError, match=r"(it|config\.yaml) is a file"):
+            check_writable(tmp_path / name)
     assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+@pytest.mark.parametrize("option", [[], ["--checkpoint-dir"]])
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_anything_is_read(
+    option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for function in ("vembed_fs2.recipes.launch.redact_logs", "fairseq2.logging.configure_logging"):
+        monkeypatch.setattr(function, lambda *args, **options: None)
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    read_only = tmp_path / "read-only"
+    read_only.mkdir()
+    # Not by its mode: nothing is forbidden to root.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != read_only)
+    folders = [str(tmp_path / "run")] if option else []
+
+    assert run_recipe("train", parse(*folders, *option, str(read_only / "run"), "--config", *VALID)) == 2
+
+    error = f"error: {read_only}/run is not valid:\n  - {read_only} cannot be written to. Give another folder.\n"
+    assert capsys.readouterr().err == error
+
+
+def test_only_who_has_a_full_disk_is_told_that_checkpoints_are_intact(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _report(OSError(errno.ENOSPC, "No space left on device"), 1) == 1
+    assert _report(OSError(errno.EACCES, "Permission denied", "run"), 1) == 1
+
+    full, denied = capsys.readouterr().err.splitlines()
+    assert full.endswith(
+        "No space left on device. Checkpoints that were complete are intact; run the same command again to resume."
+    )
+    assert denied == "error: [Errno 13] Permission denied: 'run'."
