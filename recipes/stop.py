@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from types import FrameType
@@ -19,6 +20,9 @@ _SAME_REQUEST: Final = 1.0
 """Seconds in which a second signal is the first one again: a terminal sends Ctrl-C to all, a launcher passes it on."""
 
 
+_AGAIN: Final = "A second signal ends the run at once, without a checkpoint."
+
+
 class StopRequest:
     """Asks the trainer to stop after the current step, on all ranks at the same one."""
 
@@ -26,6 +30,7 @@ class StopRequest:
         self.signum = 0
         """The signal that stopped the run; 0 if none did."""
 
+        self._is_first = True
         self._received = 0
         self._received_at = 0.0
         self._trainer: Trainer | None = None
@@ -35,6 +40,7 @@ class StopRequest:
         """Handle SIGINT and SIGTERM from now on. A second one ends the process at once."""
         self._trainer = trainer
         if dist.is_initialized() and dist.get_world_size() > 1:
+            self._is_first = dist.get_rank() == 0
             # On the CPU, so that asking costs no synchronisation with a GPU.
             self._group = dist.new_group(backend="gloo")
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -44,6 +50,8 @@ class StopRequest:
         now = time.monotonic()
         if not self._received:
             self._received, self._received_at = signum, now
+            if self._is_first:  # Not by a logger, which may be in the midst of a line; a validation may take long.
+                os.write(2, f"\n{signal.Signals(signum).name}: stopping after this step. {_AGAIN}\n".encode())
         elif now - self._received_at > _SAME_REQUEST:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -55,25 +55,17 @@ class Collator:
     """Prepares rows for a model: images row by row, so that few are in memory decoded; texts in batches.
 
     :param teacher: prepares the same rows for a teacher.
-    :param check: raises ``DataError`` for rows that cannot be used.
     """
 
-    def __init__(
-        self, processor: Processor, teacher: Processor | None = None, check: Callable[[Example], None] | None = None
-    ) -> None:
+    def __init__(self, processor: Processor, teacher: Processor | None = None) -> None:
         self._processor = processor
         self._teacher = teacher
-        self._check = check
 
     def load(self, example: Example) -> Loaded:
         """Read and transform the images of a row.
 
-        :raises DataError: an image cannot be read, or something is missing; the message names file and line.
+        :raises DataError: an image cannot be read; the message names file and line.
         """
-        if example.positive is None:
-            raise DataError(f"{example.source}: the row has no positive to train on.")
-        if self._check is not None:
-            self._check(example)
         try:
             prepared = _prepare_row(self._processor, example)
             return example, prepared, example if self._teacher is None else _prepare_row(self._teacher, example)

@@ -17,7 +17,7 @@ from fairseq2.utils.structured import StandardValueConverter
 from vembed_fs2.embedder import load_processor
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.models.composed import ComposedConfig, ComposedModel, forget_sources, refuse_sources, resolve_towers
-from vembed_fs2.models.embedding import EmbeddingModel
+from vembed_fs2.models.embedding import EmbeddingModel, Modality
 from vembed_fs2.models.hub import find_model, get_resolver
 from vembed_fs2.processing.processor import Processor
 from vembed_fs2.recipes.layers import structure
@@ -35,6 +35,9 @@ class ModelPlan:
     """What ``config`` is made of, on top of what ``model`` names."""
 
     embedding_dim: int
+
+    modalities: frozenset[Modality]
+    """What it reads."""
 
 
 def plan_model(config: TrainConfig) -> ModelPlan:
@@ -70,11 +73,12 @@ def plan_model(config: TrainConfig) -> ModelPlan:
             overrides = cast(Mapping[str, object], StandardConfigMerger().merge(values, overrides))
             config.processor.path = config.processor.path or source.folder
     model_config = override_config(model_config, overrides)
-    return ModelPlan(family, model_config, overrides, _check(config, family, model_config))
+    model = _check(config, family, model_config)
+    return ModelPlan(family, model_config, overrides, model.embedding_dim, model.modalities)
 
 
-def _check(config: TrainConfig, family: str, model_config: object) -> int:
-    """Check that the model can be trained with the objective; return its embedding size."""
+def _check(config: TrainConfig, family: str, model_config: object) -> EmbeddingModel:
+    """Check that the model can be trained with the objective; return it without weights."""
     model = create_blank(family, model_config)
     errors = []
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -88,7 +92,7 @@ def _check(config: TrainConfig, family: str, model_config: object) -> int:
     if errors:
         raise ConfigError(errors, where="`model`")
     check_vectors(config.loss, several=model.similarity == "maxsim")
-    return model.embedding_dim
+    return model
 
 
 def override_config(model_config: object, overrides: Mapping[str, object]) -> object:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Final
 
 import torch
 from fairseq2.gang import create_fake_gangs
 from fairseq2.models import ModelFamily
 
-from vembed_fs2.data.dataset import CHECKED_ROWS, ExampleDataset, Problems
+from vembed_fs2.data.dataset import CHECKED_ROWS, ExampleDataset
 from vembed_fs2.data.example import Example
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.errors import ConfigError, DataError
@@ -40,14 +40,6 @@ def create_objective(section: LossSection, gather: RowGather | None = None) -> O
         return create_loss(section.name, section.config, gather)
     except ValueError as ex:
         raise ConfigError(str(ex), where="`loss`") from None
-
-
-def embedding_dim_of(family_name: str, config: object) -> int:
-    """Return the size of the embeddings of a model.
-
-    :raises ConfigError: it is no embedding model.
-    """
-    return create_blank(family_name, config).embedding_dim
 
 
 def create_blank(family_name: str, config: object) -> EmbeddingModel:
@@ -121,27 +113,32 @@ def _vector_errors(name: str, config: object, path: str, several: bool) -> Itera
                 yield from _vector_errors(spec.name, spec.config, inner, several)
 
 
-def check_rows(dataset: ExampleDataset, loss: Objective, on_error: str) -> None:
-    """Check that rows hold what the objective needs; in a large dataset that shows when they are read.
+def check_row(example: Example, loss: Objective, modalities: Mapping[str, Collection[str]]) -> None:
+    """Check that a row to train on holds what the objective needs.
 
-    :raises DataError: lists rows that do not.
+    :param modalities: what can be read, by who reads it.
+    :raises DataError: it does not.
     """
-    if len(dataset) > CHECKED_ROWS or not (loss.needs_scores or loss.needs_negatives):
-        return
-    problems, has_negatives = Problems(10), False
-    for example in dataset:
-        has_negatives = has_negatives or bool(example.negatives)
-        try:
-            check_row(example, loss)
-        except DataError as ex:
-            problems.add(str(ex))
-    if problems.count == len(dataset) or (problems.count and on_error == "raise"):
-        raise DataError(f"{problems.count:,} of {len(dataset):,} rows cannot be used:\n{problems}")
-    if loss.needs_negatives and not has_negatives:
-        raise DataError("The objective compares the documents of each row, but no row has `negatives`.")
-
-
-def check_row(example: Example, loss: Objective) -> None:
-    """:raises DataError: the row does not hold what the objective needs."""
+    if example.positive is None:
+        raise DataError(f"{example.source}: the row has no positive to train on.")
     if loss.needs_scores and not example.scores:
         raise DataError(f"{example.source}: the row has no `scores`, which the objective learns from.")
+    check_modalities(example, modalities)
+
+
+def check_modalities(example: Example, modalities: Mapping[str, Collection[str]]) -> None:
+    """:raises DataError: the row holds what a model cannot read."""
+    items = [example.query, *filter(None, [example.positive]), *example.negatives]
+    for held, article in (("text", "a"), ("image", "an")):
+        if any(item.images if held == "image" else item.text is not None for item in items):
+            for reader, readable in modalities.items():
+                if held not in readable:
+                    raise DataError(f"{example.source}: the row has {article} {held}, but {reader} reads none.")
+
+
+def check_negatives(dataset: ExampleDataset, loss: Objective) -> None:
+    """:raises DataError: the objective compares the documents of each row, but none of a small dataset has several."""
+    if not loss.needs_negatives or len(dataset) > CHECKED_ROWS:
+        return
+    if not any(example.negatives for example in dataset):
+        raise DataError("The objective compares the documents of each row, but no row has `negatives`.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from pathlib import Path
 from typing import final
 
 from fairseq2.gang import Gangs
@@ -14,6 +16,7 @@ from torch.nn import Module
 from typing_extensions import override
 
 from vembed_fs2.data.dataset import ExampleDataset
+from vembed_fs2.data.example import Example
 from vembed_fs2.data.images import decode_images
 from vembed_fs2.data.reader import EmbeddingDataReader
 from vembed_fs2.distributed import RowGather
@@ -27,7 +30,14 @@ from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.train.config import DataSection, TrainConfig
 from vembed_fs2.recipes.train.dataset import Collator, ContrastiveBatch
 from vembed_fs2.recipes.train.model import create_processor, override_config, plan_model
-from vembed_fs2.recipes.train.objective import check_row, check_rows, create_objective, embedding_dim_of, learned_parts
+from vembed_fs2.recipes.train.objective import (
+    check_modalities,
+    check_negatives,
+    check_row,
+    create_blank,
+    create_objective,
+    learned_parts,
+)
 from vembed_fs2.recipes.train.teacher import find_teacher, load_teacher
 from vembed_fs2.recipes.train.unit import ContrastiveTrainUnit
 from vembed_fs2.recipes.train.valid import RetrievalEvalUnit, ValidReader
@@ -57,19 +67,25 @@ class TrainRecipe(Recipe):
 
     def prepare_config(self, config: TrainConfig) -> None:
         """Find the model and open the data, so that what is wrong with them is an error before anything is written."""
+        if config.trainer.data_parallelism != "fsdp" and config.trainer.mixed_precision.mode == "static":
+            config.trainer.mixed_precision.mode = "auto"  # Autocast, as fairseq2 does; but it warns.
         loss = create_objective(config.loss)
-        teacher_dim = None
+        teacher_dim, modalities = None, {}
         if loss.needs_teacher:
             self._teacher = find_teacher(config.teacher)
-            teacher_dim = embedding_dim_of(self._teacher.family, self._teacher.config)
+            teacher = create_blank(self._teacher.family, self._teacher.config)
+            teacher_dim, modalities["the teacher"] = teacher.embedding_dim, teacher.modalities
         plan = plan_model(config)
+        modalities["the model"] = plan.modalities
         parts = learned_parts(loss, plan.config, plan.embedding_dim, teacher_dim)
         override_config(plan.config, parts)
         config.model.config_overrides = {**plan.overrides, **parts} or None
-        self._dataset = open_dataset(config.dataset)
-        check_rows(self._dataset, loss, config.dataset.on_error)
+        for section in (config.dataset, config.valid):
+            make_absolute(section)
+        self._dataset = open_dataset(config.dataset, partial(check_row, loss=loss, modalities=modalities))
+        check_negatives(self._dataset, loss)
         if config.valid.paths:
-            self._valid_task = load_valid_task(config)
+            self._valid_task = load_valid_task(config, {"the model": plan.modalities})
 
     def exit_status(self) -> int:
         """0, or 128 plus the number of the signal that stopped the run."""
@@ -100,16 +116,17 @@ class TrainRecipe(Recipe):
         config = context.get_config_as(TrainConfig)
         gangs = context.gangs
         log_to_files()
-        dataset = self._dataset or open_dataset(config.dataset)
+        model = context.get_model_as(EmbeddingModel)
+        gather = RowGather(gangs.dp.as_process_group() if gangs.dp.size > 1 else None)
+        loss = create_objective(config.loss, gather)
+        modalities = {"the model": model.modalities}
+        dataset = self._dataset or open_dataset(config.dataset, partial(check_row, loss=loss, modalities=modalities))
         if dataset.num_skipped:  # Said in full when it was opened, but before there was a log file.
             log.warning("%s rows that cannot be used are left out.", f"{dataset.num_skipped:,}")
-        model = context.get_model_as(EmbeddingModel)
         processor = create_processor(config, model, gangs)
         if gangs.root.rank == 0:
             processor.save(context.output_dir / "processor")
 
-        gather = RowGather(gangs.dp.as_process_group() if gangs.dp.size > 1 else None)
-        loss = create_objective(config.loss, gather)
         teacher = None
         if loss.needs_teacher:
             source = self._teacher or find_teacher(config.teacher)
@@ -122,14 +139,14 @@ class TrainRecipe(Recipe):
             train_processor = create_processor(
                 config, model, gangs, max_length=min(max_length, processor.settings.max_length or max_length)
             )
-        collator = Collator(train_processor, teacher_processor, partial(check_row, loss=loss))
+        collator = Collator(train_processor, teacher_processor)
         reader = create_reader(config, dataset, collator, gangs)
         set_num_steps(config, reader.steps_per_epoch)
         unit = ContrastiveTrainUnit(context.get_data_parallel_model(), loss, config.grad_cache, self.stop, teacher)
 
         valid_units, valid_readers = [], []
         if config.valid.paths:
-            task = self._valid_task or load_valid_task(config)
+            task = self._valid_task or load_valid_task(config, modalities)
             valid_units.append(RetrievalEvalUnit(model, task, gangs.dp))
             valid_readers.append(
                 ValidReader(
@@ -142,6 +159,7 @@ class TrainRecipe(Recipe):
             )
         # fairseq2 says that units of training and of validation take the same batches, and does not need it.
         trainer = context.create_trainer(unit, reader, valid_units or None, valid_readers or None)  # type: ignore[misc]
+        unit.lapse = trainer._lapse_watch.get_elapsed_time
         for valid_unit in valid_units:
             # An error in a validation, of a broken image say, must not cost the checkpoint that is being written.
             valid_unit.on_start = trainer._maybe_complete_checkpoint_save_operation
@@ -156,8 +174,17 @@ def log_to_files() -> None:
             log.addHandler(handler)
 
 
-def open_dataset(section: DataSection) -> ExampleDataset:
-    """Open the files of a section."""
+def make_absolute(section: DataSection) -> None:
+    """Say where the files are whatever the working folder is: a run is resumed with the same ones, or refused."""
+    section.paths = [Path(path).absolute() for path in section.paths]
+    section.image_root = None if section.image_root is None else Path(section.image_root).absolute()
+
+
+def open_dataset(section: DataSection, accept: Callable[[Example], None]) -> ExampleDataset:
+    """Open the files of a section.
+
+    :param accept: raises ``DataError`` for rows that cannot be used.
+    """
     return ExampleDataset(
         list(section.paths),
         columns=section.columns,
@@ -166,6 +193,7 @@ def open_dataset(section: DataSection) -> ExampleDataset:
         allow_urls=section.allow_urls,
         on_error=section.on_error,
         max_rows=section.max_rows,
+        accept=accept,
     )
 
 
@@ -205,10 +233,13 @@ def set_num_steps(config: TrainConfig, steps_per_epoch: int) -> None:
     log.info("Training for %s steps; an epoch has %s.", f"{regime.num_steps:,}", f"{steps_per_epoch:,}")
 
 
-def load_valid_task(config: TrainConfig) -> RetrievalTask:
-    """Make a retrieval task of the held-out rows."""
+def load_valid_task(config: TrainConfig, modalities: Mapping[str, Collection[str]]) -> RetrievalTask:
+    """Make a retrieval task of the held-out rows.
+
+    :param modalities: what can be read, by who reads it.
+    """
     section = config.valid
-    examples = list(open_dataset(section))
+    examples = list(open_dataset(section, partial(check_modalities, modalities=modalities)))
     if section.on_error == "skip":
         # All now: what is relevant to which query must not change during the training.
         rows, examples = examples, []

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
-from time import perf_counter
+from collections.abc import Callable, MutableMapping
 from typing import Final, final
 
 import torch
@@ -54,7 +53,8 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         )
         self._stop = stop
         self._output: LossOutput | None = None
-        self._published_at = perf_counter()
+        self.lapse: Callable[[], float] | None = None
+        """The seconds of training since the last report, without validations. It is the trainer that counts them."""
 
     @override
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
@@ -133,10 +133,10 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         for name in _PER_BATCH:
             values[name] = float(values[name]) / max(sums["num_batches"], 1.0)  # type: ignore[arg-type]
         values["total_num_queries"] = int(float(values["total_num_queries"]))  # type: ignore[arg-type]
-        now = perf_counter()
-        elapsed, self._published_at = now - self._published_at, now
-        values["queries_per_second"] = sums["num_queries"] / max(elapsed, 1e-9)
-        values["tokens_per_second"] = sums["num_tokens"] / max(elapsed, 1e-9)
+        if self.lapse is not None:
+            seconds = max(self.lapse(), 1e-9)
+            values["queries_per_second"] = sums["num_queries"] / seconds
+            values["tokens_per_second"] = sums["num_tokens"] / seconds
 
 
 def _check_loss(loss: float) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.integration.command_line import Result, run, run_all, steps
@@ -119,6 +120,8 @@ def data_cases(folder: Path) -> dict[str, Case]:
 
     row = '{"query": "red", "positive": "red hat"}'
     folder.joinpath("label.jsonl").write_text('{"query": "red", "label": "a"}\n')
+    Image.new("RGB", (8, 8)).save(folder / "red.png")
+    picture = '{"query": "red", "positive_image": "red.png"}'
     return {
         "no paths": Case(["dataset.paths=[]"], "`dataset`: `paths` must name at least one file"),
         "missing file": Case([f"dataset.paths=[{folder}/nosuch.jsonl]"], "nosuch.jsonl does not exist"),
@@ -131,6 +134,13 @@ def data_cases(folder: Path) -> dict[str, Case]:
         "no positive": Case([file("half.jsonl", '{"query": "red"}')], "half.jsonl:1", "positive"),
         "column": Case([file("column.jsonl", row), "dataset.columns.query=qery"], "'qery'", "Did you mean 'query'?"),
         "wrong mode": Case([file("mode.jsonl", row), "dataset.mode=t2i"], "mode.jsonl:1", "in mode t2i"),
+        "image": Case(
+            [file("image.jsonl", row, picture)], "image.jsonl:2: the row has an image, but the model reads none"
+        ),
+        "held-out image": Case(
+            ["valid." + file("held_out.jsonl", picture).partition(".")[2]], "held_out.jsonl:1: the row has an image"
+        ),
+        "label only": Case([f"dataset.paths=[{folder / 'label.jsonl'}]"], "label.jsonl:1: the row has no positive"),
         "held-out labels": Case(
             ["valid.paths=[{}]".format(folder / "label.jsonl")], "No query has a relevant document"
         ),

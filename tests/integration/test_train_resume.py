@@ -79,6 +79,7 @@ def test_weights_are_those_of_an_uninterrupted_run(
         result.expect(128 + signum)
         # The step that was reached is not lost, whether or not it was one to checkpoint.
         assert steps(folder)[-1] == max(metrics(folder)) < NUM_STEPS
+        assert result.output.count(f"{signum.name}: stopping after this step. A second signal ends the run") == 1
         assert f"{signum.name} received. Writing a checkpoint, then stopping." in result.output
 
     run(*arguments(folder), num_processes=num_processes).expect(0)

@@ -16,6 +16,7 @@ from PIL import Image
 from vembed_fs2.data import check, dataset
 from vembed_fs2.data.check import check_dataset, render
 from vembed_fs2.data.dataset import ExampleDataset
+from vembed_fs2.data.example import Example
 from vembed_fs2.errors import ConfigError, DataError
 
 
@@ -186,6 +187,27 @@ sys.exit(check.run(parser.parse_args()))
         "has problems",
         "2 who wrote Faust? pairs.jsonl:1",
     ]
+
+
+@pytest.mark.parametrize("check", [None, False])
+def test_rows_of_no_use_to_the_caller_are_left_out_or_an_error(tmp_path: Path, check: bool | None) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps({"query": f"q{i}", "positive": "p"}) + "\n" for i in range(4)))
+
+    def accept(example: Example) -> None:
+        if example.query.text in ("q1", "q2"):
+            raise DataError(f"{example.source}: not this one")
+
+    if check is None:
+        with pytest.raises(DataError, match=r"2 of 4 rows cannot be used:\n  - .*x\.jsonl:2: not this one"):
+            ExampleDataset(file, accept=accept)
+        left = ExampleDataset(file, accept=accept, on_error="skip")
+        assert ([e.query.text for e in left], left.num_skipped) == (["q0", "q3"], 2)
+    else:
+        late = ExampleDataset(file, accept=accept, check=check)
+        assert late[3].query.text == "q3"
+        with pytest.raises(DataError, match=r"x\.jsonl:3: not this one"):
+            late[2]
 
 
 def test_the_command_prints_help_without_heavy_imports() -> None:

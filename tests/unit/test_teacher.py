@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from vembed_fs2.losses import Distillation, InfoNCE
 from vembed_fs2.models.embedding import EncoderBatch, HeadConfig
 from vembed_fs2.recipes.train.config import GradCacheSection
 from vembed_fs2.recipes.train.dataset import Collator
-from vembed_fs2.recipes.train.objective import check_row, check_rows
+from vembed_fs2.recipes.train.objective import check_negatives, check_row
 from vembed_fs2.recipes.train.teacher import Teacher
 
 
@@ -96,35 +95,36 @@ def test_a_teacher_has_its_own_prompts_and_pixels() -> None:
     assert batch.rows.scores.device.type == "meta"
 
 
+BOTH = {"the model": {"text", "image"}, "the teacher": {"text", "image"}}
+
+
 def test_a_row_without_scores_is_refused_where_they_are_needed() -> None:
-    processor: Any = Recording("model")
-    for loss, refused in ((Distillation(), True), (InfoNCE(), False)):
-        collator = Collator(processor, check=partial(check_row, loss=loss))
-        collator.load(row(1, 1))
-        if refused:
-            with pytest.raises(DataError, match="f:2: the row has no `scores`"):
-                collator.load(row(2, 1, scored=False))
-        else:
-            collator.load(row(2, 1, scored=False))
+    check_row(row(1, 1), Distillation(), BOTH)
+    check_row(row(2, 1, scored=False), InfoNCE(), BOTH)
+    with pytest.raises(DataError, match="f:2: the row has no `scores`"):
+        check_row(row(2, 1, scored=False), Distillation(), BOTH)
 
 
-def test_rows_are_checked_before_the_training() -> None:
-    good, bad, lonely = row(1, 1), row(2, 1, scored=False), row(3, 0)
+def test_a_row_that_cannot_be_read_is_refused() -> None:
+    picture = replace(row(3, 1), negatives=(Item(images=("a.png",)),))
+    readers: dict[str, set[str]] = {"the teacher": {"text", "image"}, "the model": {"text"}}
+    check_row(row(3, 1), InfoNCE(), readers)
+    check_row(picture, InfoNCE(), BOTH)
+    with pytest.raises(DataError, match="f:3: the row has an image, but the model reads none"):
+        check_row(picture, InfoNCE(), readers)
+    with pytest.raises(DataError, match="f:3: the row has a text, but the teacher reads none"):
+        check_row(picture, InfoNCE(), {"the model": {"text", "image"}, "the teacher": {"image"}})
+    with pytest.raises(DataError, match="f:3: the row has no positive"):
+        check_row(replace(picture, positive=None), InfoNCE(), BOTH)
 
-    def check(rows: list[Example], on_error: str = "raise") -> None:
-        data: Any = rows
-        check_rows(data, Distillation(), on_error)
 
-    check([good, lonely])
-    with pytest.raises(DataError, match=r"1 of 2 rows cannot be used:\n  - f:2: the row has no `scores`"):
-        check([good, bad])
-    check([good, bad], "skip")
-    with pytest.raises(DataError, match="1 of 1 rows cannot be used"):
-        check([bad], "skip")
+def test_an_objective_that_compares_documents_needs_negatives() -> None:
+    lonely: Any = [row(1, 0), row(2, 0)]
+    some: Any = [row(1, 0), row(2, 1)]
+    check_negatives(some, Distillation())
+    check_negatives(lonely, InfoNCE())
     with pytest.raises(DataError, match="no row has `negatives`"):
-        check([lonely])
-    other: Any = [bad, lonely]
-    check_rows(other, InfoNCE(), "raise")
+        check_negatives(lonely, Distillation())
 
 
 def teacher_of(chunk_tokens: int, **head: Any) -> Teacher:

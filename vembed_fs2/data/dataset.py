@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -38,6 +38,7 @@ class ExampleDataset:
     :param check: if ``True``, reads every row once at opening, so that errors come before
         the training and broken rows are left out for good. By default up to
         100,000 rows; in larger datasets a broken row is found when it is read.
+    :param accept: raises ``DataError`` for rows that are sound, but of no use to the caller.
     :raises DataError: a file cannot be read, a checked row cannot be used, or no row is left.
     :raises ConfigError: an unknown mode, field or ``on_error``.
     """
@@ -56,12 +57,14 @@ class ExampleDataset:
         on_error: str = "raise",
         max_rows: int | None = None,
         check: bool | None = None,
+        accept: Callable[[Example], None] | None = None,
     ) -> None:
         check_on_error(on_error)
         if max_rows is not None and max_rows < 1:
             raise ConfigError(f"`max_rows` must be positive, but is {max_rows}.", where="The data configuration")
         self._schema = RowSchema(columns=columns, mode=mode, image_root=image_root, allow_urls=allow_urls)
         self._source = RowSource(paths)
+        self._accept = accept
         size = len(self._source) if max_rows is None else min(max_rows, len(self._source))
         self._rows: range | np.ndarray[tuple[int], np.dtype[np.int64]] = range(size)
         self.num_skipped = 0
@@ -86,7 +89,10 @@ class ExampleDataset:
     def _read(self, row: int) -> Example:
         source = self._source
         where = source.where(row)
-        return self._schema.parse(source[row], where, source.file(row).parent, untyped=source.untyped)
+        example = self._schema.parse(source[row], where, source.file(row).parent, untyped=source.untyped)
+        if self._accept is not None:
+            self._accept(example)
+        return example
 
     def _check(self, on_error: str) -> None:
         usable, problems = [], Problems(_SHOWN)

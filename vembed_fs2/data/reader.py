@@ -221,10 +221,12 @@ class _Plan:
 
     def check(self) -> None:
         if self.num_batches == 0:
-            needed = self.global_batch_size * self.num_accumulate if self.drop_last else self.world_size
+            if not self.drop_last:
+                raise DataError(f"{self.world_size:,} ranks need a row each, but the dataset has {self.num_rows:,}.")
             raise DataError(
-                f"One step takes {needed:,} rows ({self.batch_size:,} rows x {self.world_size:,} ranks x "
-                f"{self.num_accumulate:,} batches), but the dataset has {self.num_rows:,}. Make the batch smaller."
+                f"One step takes {self.global_batch_size * self.num_accumulate:,} rows ({self.batch_size:,} rows x "
+                f"{self.world_size:,} ranks x {self.num_accumulate:,} batches), but the dataset has "
+                f"{self.num_rows:,}. Make the batch smaller."
             )
         rest = self.num_rows % self.global_batch_size
         if not self.drop_last and 0 < rest < self.world_size:

@@ -100,7 +100,8 @@ class Processor:
 
     def _add_texts(self, batch: EncoderBatch, texts: Sequence[tuple[int, Item]], prompt: str) -> None:
         if self.text is None:
-            raise DataError("The model has no text encoder, but an input has a text.")
+            source = texts[0][1].source
+            raise DataError(f"{f'{source}: ' if source else ''}The model has no text encoder, but an input has a text.")
         prefixes = [self._prefix(item, prompt) for _, item in texts]
         has_prefix = any(prefixes)
         batch.input_ids, batch.attention_mask, batch.token_type_ids, batch.pooling_mask = self.text(
