@@ -6,7 +6,9 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
+import threading
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
@@ -15,10 +17,13 @@ from typing import Any, Final
 
 from vembed_fs2.errors import ConfigError, VembedError
 from vembed_fs2.recipes.arguments import add_recipe_arguments
-from vembed_fs2.recipes.processes import RESUME, claim_error, is_error_claimed, run_processes
+from vembed_fs2.recipes.processes import RESUME, claim_error, defer_error, is_error_claimed, run_processes
 from vembed_fs2.recipes.secrets import redact_logs, redactor
 
 _DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+_GLOO_LOST: Final = re.compile(r"gloo/transport/.*(closed by peer|reset by peer|Broken pipe)", re.IGNORECASE)
+"""What gloo says where the process at the other end is gone. It says other things of, say, sizes that differ."""
 
 
 def run_recipe(recipe: str, args: argparse.Namespace) -> int:
@@ -125,6 +130,7 @@ def _run_fairseq2(recipe: Any, config: Any, args: argparse.Namespace) -> int:
     from fairseq2.runtime.dependency import DependencyContainer
 
     _repair_wandb()
+    _report_no_system_errors_of_threads()
     container = DependencyContainer()
     _register_cli_errors(container)
     with _handle_errors(container, args.traceback):
@@ -139,6 +145,8 @@ def _run_fairseq2(recipe: Any, config: Any, args: argparse.Namespace) -> int:
                 return _report(ex, 2)
             if (cause := find_system_error(ex)) is not None:
                 return _report(cause, 1)
+            if (lost := find_connection_error(ex)) is not None:
+                _leave_to_launcher(lost)
             raise
     status: int = recipe.exit_status()
     return status
@@ -169,6 +177,38 @@ def find_system_error(error: BaseException) -> OSError | None:
             return link
         link = link.__cause__ or link.__context__
     return None
+
+
+def find_connection_error(error: BaseException) -> BaseException | None:
+    """Return what torch said, if a run failed because another process could no longer be reached."""
+    from torch.distributed import DistBackendError, DistNetworkError
+
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, (DistBackendError, DistNetworkError)):
+            return link
+        if isinstance(link, RuntimeError) and _GLOO_LOST.search(str(link)):
+            return link
+        link = link.__cause__
+    return None
+
+
+def _leave_to_launcher(error: BaseException) -> None:
+    """Log what comes to the log file only, if there is a launcher: it says which process is to blame."""
+    reason = redactor(os.environ)(str(error).partition("\n")[0].rstrip("."))
+    if defer_error(f"the process of rank {os.environ['RANK']} cannot communicate with the others: {reason}."):
+        logging.getLogger("fairseq2").propagate = False
+
+
+def _report_no_system_errors_of_threads() -> None:
+    """Print no stack trace when the disk is full in TensorBoard's thread, say: the main thread then has that error."""
+    report = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is None or find_system_error(args.exc_value) is None:
+            report(args)
+
+    threading.excepthook = hook
 
 
 def _message_of(error: Exception) -> str:

@@ -49,8 +49,9 @@ def run_processes(command: Sequence[str], count: int) -> int:
                 signal.signal(signum, handler)
         if claim.exists():
             return int(claim.read_text() or 1)
-    if status and not gang.signalled:
-        _explain(rank, status)
+        # What Ctrl-C or SIGTERM has ended needs no explanation.
+        if status and not (gang.signalled and status in (-signal.SIGINT, -signal.SIGTERM)):
+            _explain(rank, status, gang.deferred_error(rank))
     return 128 - status if status < 0 else status
 
 
@@ -77,6 +78,22 @@ def is_error_claimed() -> bool:
     return file is not None and os.path.exists(file)
 
 
+def defer_error(text: str) -> bool:
+    """Leave an error to the launcher, which prints it if no process has a better one. *Returns:* whether it will."""
+    file = os.environ.get(_CLAIM)
+    if file is None:
+        return False
+    try:
+        _deferred_file(file, os.environ["RANK"]).write_text(text)
+    except OSError:
+        return False
+    return True
+
+
+def _deferred_file(claim: str, rank: int | str) -> Path:
+    return Path(f"{claim}.rank_{rank}")
+
+
 def _environment(count: int) -> dict[str, str]:
     environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     with socket.socket() as s:
@@ -92,6 +109,7 @@ class _Gang:
 
     def __init__(self, command: Sequence[str], count: int, environment: dict[str, str]) -> None:
         self.signalled = False
+        self._claim = environment[_CLAIM]
         self._processes = [
             subprocess.Popen(
                 command,
@@ -111,21 +129,32 @@ class _Gang:
         """Wait for the end of all. *Returns:* the rank that failed first, and its status; 0 and 0 if none did."""
         failed: tuple[int, int] | None = None
         deadline = float("inf")
-        while None in [process.poll() for process in self._processes]:
-            failed = failed or self._find_failed()
+        while True:
+            running = None in [process.poll() for process in self._processes]
+            # One that was asked to stop, or only lost its connection to another, may end before the one that failed.
+            if failed is None or failed[1] >= 128 or self.deferred_error(failed[0]) is not None:
+                failed = self._find_failed()
+            if not running:
+                return failed or (0, 0)
             # One that was asked to stop has not failed: the others are about to end, too.
             if failed is not None and failed[1] < 128:
                 deadline = min(deadline, time.monotonic() + _GRACE)
-            if time.monotonic() > deadline:
+            if failed is not None and time.monotonic() > deadline:
                 self.kill()
+                return failed
             time.sleep(_POLL)
-        return failed or self._find_failed() or (0, 0)
 
     def _find_failed(self) -> tuple[int, int] | None:
-        for rank, process in enumerate(self._processes):
-            if process.returncode:
-                return rank, process.returncode
-        return None
+        failed = [(rank, p.returncode) for rank, p in enumerate(self._processes) if p.returncode]
+        # Those that were asked to stop, and those that lost another, come last; one that was killed comes first.
+        return min(failed, key=lambda f: (f[1] >= 128, self.deferred_error(f[0]) is not None, f[1] > 0), default=None)
+
+    def deferred_error(self, rank: int) -> str | None:
+        """The error that a process has left to the launcher."""
+        try:
+            return _deferred_file(self._claim, rank).read_text()
+        except FileNotFoundError:
+            return None
 
     def kill(self) -> None:
         for process in self._processes:
@@ -144,10 +173,14 @@ def _stop_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def _explain(rank: int, status: int) -> None:
+def _explain(rank: int, status: int, deferred: str | None) -> None:
+    if status >= 128:
+        return  # It was asked to stop, and did.
     if status < 0:
         name = signal.Signals(-status).name
         hint = " Was the memory full?" if -status == signal.SIGKILL else ""
         print(f"error: the process of rank {rank} was killed by {name}.{hint} {RESUME}", file=sys.stderr)
+    elif deferred is not None:
+        print(f"error: {deferred} logs/rank_{rank}.log says more. {RESUME}", file=sys.stderr)
     elif rank != 0:  # Only rank 0 logs to the console.
         print(f"error: the process of rank {rank} failed; logs/rank_{rank}.log says why. {RESUME}", file=sys.stderr)

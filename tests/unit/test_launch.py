@@ -6,10 +6,7 @@ import argparse
 import errno
 import logging
 import os
-import signal
-import subprocess
-import sys
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,14 @@ from vembed_fs2.cli import VEMBED
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.recipes.arguments import add_recipe_arguments
 from vembed_fs2.recipes.folder import check_writable, prepare_output_dir
-from vembed_fs2.recipes.launch import _report, dump_config, find_system_error, load_config, run_recipe
-from vembed_fs2.recipes.processes import run_processes
+from vembed_fs2.recipes.launch import (
+    _report,
+    _report_no_system_errors_of_threads,
+    dump_config,
+    find_system_error,
+    load_config,
+    run_recipe,
+)
 from vembed_fs2.recipes.secrets import redact_logs, redactor
 from vembed_fs2.recipes.train.config import TrainConfig
 
@@ -96,57 +99,6 @@ def test_what_the_system_refuses_is_said_without_a_stack_trace(
     assert capsys.readouterr().err.startswith("error: [Errno 20] Not a directory: ")
 
 
-@pytest.mark.parametrize(
-    ("rank_1", "status", "says"),
-    [
-        ("pass", 0, []),
-        ("sys.exit(3)", 3, ["rank 1 failed", "logs/rank_1.log"]),
-        ("os.kill(os.getpid(), 9)", 137, ["rank 1 was killed by SIGKILL", "run the same command again"]),
-        ("if claim_error(2): print('error: mine', file=sys.stderr)\n    sys.exit(2)", 2, ["error: mine"]),
-    ],
-)
-def test_processes_end_as_one(rank_1: str, status: int, says: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    """The other rank waits for ever, as in a collective; when it is told so late, it keeps silent."""
-    waits = "while not is_error_claimed(): time.sleep(0.01)\n    sys.exit(0 if claim_error(1) else 1)"
-    code = (
-        "import os, sys, time\n"
-        "from vembed_fs2.recipes.processes import claim_error, is_error_claimed\n"
-        f"if os.environ['RANK'] == '1':\n    {rank_1}\n"
-        f"elif {status}:\n    {waits}\n"
-    )
-
-    assert run_processes([sys.executable, "-c", code], 2) == status
-
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == (1 if status else 0)
-    assert all(text in errors[0] for text in says)
-
-
-def test_processes_end_with_a_killed_launcher(tmp_path: Path) -> None:
-    worker = f"import os, time; open({str(tmp_path)!r} + '/' + str(os.getpid()), 'w').close(); time.sleep(60)"
-    code = "import sys; from vembed_fs2.recipes.processes import run_processes; "
-    code += f"run_processes([sys.executable, '-c', {worker!r}], 2)"
-    launcher = subprocess.Popen([sys.executable, "-c", code])
-    while len(list(tmp_path.iterdir())) < 2:
-        time.sleep(0.01)
-
-    launcher.send_signal(signal.SIGKILL)
-    launcher.wait()
-
-    deadline = time.monotonic() + 10
-    while any(_is_running(int(file.name)) for file in tmp_path.iterdir()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        # The third field is the state; what has ended may wait for someone to ask how.
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_a_full_disk_is_found_behind_other_errors() -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     try:
@@ -160,6 +112,23 @@ def test_a_full_disk_is_found_behind_other_errors() -> None:
     assert find_system_error(caught) is full
     assert find_system_error(ValueError()) is None
     assert find_system_error(FileNotFoundError(errno.ENOENT, "a bug, as like as not")) is None
+
+
+def test_a_full_disk_in_a_thread_is_left_to_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: printed.append(args.exc_value))
+    _report_no_system_errors_of_threads()
+    bug = ValueError("a bug")
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    for error in (OSError(errno.ENOSPC, "No space left on device"), bug):
+        thread = threading.Thread(target=fail, args=[error])
+        thread.start()
+        thread.join()
+
+    assert printed == [bug]
 
 
 ENVIRONMENT = {
