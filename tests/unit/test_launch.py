@@ -15,7 +15,7 @@ import pytest
 from vembed_fs2.cli import VEMBED
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.recipes.arguments import add_recipe_arguments
-from vembed_fs2.recipes.folder import check_writable, prepare_output_dir
+from vembed_fs2.recipes.folder import check_writable, link_checkpoints, prepare_output_dir
 from vembed_fs2.recipes.launch import (
     _report,
     _report_no_system_errors_of_threads,
@@ -211,6 +211,44 @@ def test_a_run_without_a_checkpoint_is_started_anew(run_dir: Path) -> None:
         run_dir.joinpath(f"checkpoints/step_{step}").rename(run_dir / f"checkpoints/step_{step}.tmp")
 
     prepare_output_dir(run_dir, None, load("--config", *VALID, "dataset.batch_size=3"), 1)
+
+
+def test_a_run_keeps_its_folder_of_checkpoints(run_dir: Path, tmp_path: Path) -> None:
+    def prepare(checkpoint_dir: Path | None) -> None:
+        prepare_output_dir(run_dir, checkpoint_dir, load("--config", *VALID), 2)
+
+    here, elsewhere = run_dir / "checkpoints", tmp_path / "elsewhere"
+    prepare(here)
+    with pytest.raises(ConfigError, match=f"its checkpoints are in {here}. Give that as --checkpoint-dir"):
+        prepare(elsewhere)
+    here.rename(elsewhere)
+    link_checkpoints(run_dir, elsewhere)
+    for given in (elsewhere, here, None):
+        prepare(given)
+    with pytest.raises(ConfigError, match=f"its checkpoints are in {elsewhere}"):
+        prepare(tmp_path / "third")
+
+    moved = elsewhere.rename(tmp_path / "moved")
+
+    with pytest.raises(ConfigError, match=f"its checkpoints are in {elsewhere}, which does not exist"):
+        prepare(None)
+    prepare(moved)
+    link_checkpoints(run_dir, moved)
+    assert here.resolve() == moved
+
+
+def test_a_file_system_without_links_stops_no_run(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    run_dir.joinpath("checkpoints").rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+
+    link_checkpoints(run_dir, tmp_path / "elsewhere")
+
+    assert f"To use the model, name {tmp_path}/elsewhere." in caplog.text
 
 
 def test_other_files_are_left_alone(tmp_path: Path) -> None:

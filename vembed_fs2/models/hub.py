@@ -80,7 +80,7 @@ def find_model(
     resolver = resolver or get_resolver()
     path = Path(name_or_path).expanduser()
     if path.exists():
-        if run := _find_run(path):
+        if run := _find_run(path.absolute()):  # The parents of `.` are named, too.
             return _open_run(str(name_or_path), *run, resolver, trust_remote_code)
         return _open_folder(str(name_or_path), path.resolve(), resolver, trust_remote_code)
     if isinstance(name_or_path, Path) or "/" in name_or_path:
@@ -190,6 +190,9 @@ def _find_run(path: Path) -> tuple[Path, Path | None] | None:
     for checkpoints, step in ((path, None), (path / "checkpoints", None), (path.parent, path)):
         if checkpoints.joinpath("model.yaml").is_file() and not is_model_folder(path):
             return checkpoints, step
+    link = path / "checkpoints"
+    if link.is_symlink() and not link.exists():
+        raise ModelLoadError(f"{path}: its checkpoints are in {link.readlink()}, which does not exist.")
     return None
 
 
@@ -214,7 +217,10 @@ def _open_run(
     weights = (step / "model").resolve()
     if not weights.is_dir():
         raise ModelLoadError(f"{step} has no model.")
-    return ModelSource(name, family_name, config, weights, checkpoints.parent / "processor")
+    # A run that writes its checkpoints elsewhere puts the processor beside them.
+    beside = checkpoints / "processor"
+    processor = beside if beside.is_dir() else checkpoints.parent / "processor"
+    return ModelSource(name, family_name, config, weights, processor)
 
 
 def _best_step(checkpoints: Path) -> Path:
