@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from fairseq2.utils.yaml import YamlDumper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.forks import run_forks
 from vembed_fs2 import Embedder, load_model
 from vembed_fs2.demo.images import write_model_folder
 from vembed_fs2.errors import ModelLoadError
@@ -241,35 +240,26 @@ name: my_data
 dataset_family: something
 """
 
-USE_CARDS = """
-import sys
-import vembed_fs2
-from fairseq2 import init_fairseq2
-from fairseq2.models.hub import load_model
-from vembed_fs2 import Embedder
-from vembed_fs2.errors import ModelLoadError
 
-init_fairseq2(no_progress=True)
-a = Embedder.load("my_model", device="cpu").encode("a text")
-b = Embedder.load(sys.argv[1], device="cpu").encode("a text")
-assert (a == b).all()
-assert type(load_model("my_model")).__name__ == "BertModel"
-for name in ("my_bad_family", "my_bad_arch", "my_data", "my_modle", "my_bad_base"):
-    try:
-        Embedder.load(name)
-    except ModelLoadError as ex:
-        print(ex)
-"""
+def use_cards(folder: Path) -> None:
+    from fairseq2 import init_fairseq2
+    from fairseq2.models.hub import load_model
+
+    init_fairseq2(no_progress=True)
+    a, b = (Embedder.load(name, device="cpu").encode("a text") for name in ("my_model", folder))
+    assert (a == b).all()
+    assert type(load_model("my_model")).__name__ == "BertModel"
+    for name in ("my_bad_family", "my_bad_arch", "my_data", "my_modle", "my_bad_base"):
+        try:
+            Embedder.load(name)
+        except ModelLoadError as ex:
+            print(ex, flush=True)
 
 
 def test_a_card_of_a_local_folder_is_enough(tiny: Path, tmp_path: Path) -> None:
     tmp_path.joinpath("mine.yaml").write_text(CARDS.format(folder=tiny))
     env = {**os.environ, "FAIRSEQ2_USER_ASSET_DIR": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", USE_CARDS, str(tiny)], capture_output=True, text=True, env=env, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.strip().splitlines()
+    lines = run_forks(use_cards, tiny, environments=[env]).expect(0).output.strip().splitlines()
     assert lines[0] == "Card my_bad_family names the model family no_such_family, which is not known."
     assert "my_bad_arch" in lines[1]
     assert "no_such_arch" in lines[1]
