@@ -19,6 +19,9 @@ log = logging.getLogger("vembed_fs2")
 # What may differ when a run is resumed.
 _RESUMABLE: Final = ("regime", "common", "gang", "valid", "grad_cache", "dataset.num_workers", "dataset.prefetch")
 
+# But not this of it: the order of the rows goes on with the first seed.
+_FIXED: Final = ("common.seed",)
+
 
 def prepare_output_dir(output_dir: Path, checkpoint_dir: Path | None, config: Any, world_size: int) -> None:
     """Refuse a folder that holds something else than this very run; delete what a killed run left half written.
@@ -103,10 +106,11 @@ def _find_differences(before: Any, config: Any) -> list[str]:
 
 def _differing(before: Any, now: Any, path: str) -> Iterator[str]:
     """The dotted keys whose values differ. A run of an older version lacks newer keys, but not those above them."""
-    if path in _RESUMABLE or before == now:
+    if before == now:
         return
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
-        yield path
+        if path in _FIXED or not any(f"{path}.".startswith(f"{part}.") for part in _RESUMABLE):
+            yield path
         return
     for key in {**before, **now}:
         yield from _differing(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))

@@ -204,6 +204,8 @@ def test_a_run_is_not_resumed_on_another_number_of_processes(run_dir: Path) -> N
 def test_another_run_is_refused(run_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"other values in dataset\.batch_size, optimizer\.config\.lr\."):
         prepare_output_dir(run_dir, None, load("--config", *VALID, "dataset.batch_size=3", "optimizer.config.lr=1"), 2)
+    with pytest.raises(ConfigError, match=r"other values in common\.seed\."):
+        prepare_output_dir(run_dir, None, load("--config", *VALID, "common.seed=3", "common.debug=true"), 2)
 
 
 def test_a_run_without_a_checkpoint_is_started_anew(run_dir: Path) -> None:
