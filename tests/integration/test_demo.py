@@ -36,6 +36,8 @@ def test_text_demo_tells_its_story(
     assert "SentenceTransformer(" in printed
     assert json.loads(out.joinpath("results.json").read_text())["metrics"]["after"]["num_queries"] == 10
     assert out.joinpath("model", "modules.json").is_file()
+    # The search cuts texts, the model that is exported does not.
+    assert json.loads(out.joinpath("model", "sentence_bert_config.json").read_text())["max_seq_length"] == 256
 
 
 def test_image_demo_tells_its_story(
