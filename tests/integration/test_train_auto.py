@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.integration.command_line import metrics, run
+from tests.integration.command_line import metrics, run, run_block
 from tests.integration.test_docs import blocks
-from tests.integration.test_docs import run as run_shell
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def test_commands_of_the_guide_run(electra: Path, texts: Path, tmp_path: Path) -
     tmp_path.joinpath("electra").symlink_to(electra)
     shutil.copy(texts, tmp_path / "train.jsonl")
     for command in blocks("docs/auto.md", "bash"):
-        run_shell(command, tmp_path)
+        run_block(command, tmp_path)
     assert tmp_path.joinpath("runs", "electra", "checkpoints").is_dir()
 
 

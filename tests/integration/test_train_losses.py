@@ -249,7 +249,9 @@ def test_rows_without_scores_are_left_out_if_asked(tmp_path: Path, bert_folder: 
     result = run(*arguments(out, bert_folder, file, {"name": "distillation"}, *more)).expect(0)
 
     assert recorded(out)[-1]["Total Number of Queries"] == 78
-    assert f"A row is left out: {file}:1: the row has no `scores`" in result.output
+    assert "5 of 83 rows cannot be used:" in result.output
+    assert f"{file}:1: the row has no `scores`" in result.output
+    assert "They are left out." in result.output
 
 
 GUIDE = Path(__file__).parents[2].joinpath("docs", "losses.md").read_text(encoding="utf-8")
