@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -64,18 +65,29 @@ def run_forked(arguments: list[str], cwd: Path | None = None, num_processes: int
 
 
 def run_block(block: str, folder: Path) -> None:
-    """Run the lines of a guide in a shell; plain commands of ours as :func:`run_forked` does, which is faster."""
-    lines = block.replace("\\\n", " ").splitlines()
-    if all(line.startswith("fairseq2 vembed ") and not set(line) & set("|<>&;$") for line in lines):
-        for line in lines:
-            run_forked(shlex.split(line, comments=True)[1:], folder).expect(0)
+    """Run the lines of a guide in a shell; plain commands of ours as :func:`run_forked` does, which is faster.
+
+    Their gangs need no launcher then; it has tests of its own.
+    """
+    lines = [re.sub(r"\s+#.*", "", line) for line in block.replace("\\\n", " ").splitlines()]
+    if not all(line.startswith("fairseq2 vembed ") for line in lines):
+        run_shell(block, folder)
         return
+    for line in lines:
+        if set(line) & set("|<>&;$"):
+            run_shell(line, folder)
+        else:
+            ranks = re.search(r"--nproc-per-node (\d+)", line)
+            run_forked(shlex.split(line)[1:], folder, num_processes=int(ranks[1]) if ranks else 1).expect(0)
+
+
+def run_shell(commands: str, folder: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block],
+        ["bash", "-euo", "pipefail", "-c", commands],
         cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, f"{commands}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 def be_fairseq2(arguments: list[str]) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from .command_line import run_block
+from .command_line import run_block, run_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +53,9 @@ def test_commands_of_the_guide_run(guide: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("guide", ["README.md", "docs/inference.md"])
 def test_python_of_the_guide_runs(guide: str, folder: Path) -> None:
-    run_block(f"{sys.executable} - <<'END'\n{blocks(guide, 'python')[0]}\nEND", folder)
+    script = folder / "guide.py"
+    script.write_text(blocks(guide, "python")[0])
+    run_script(script, cwd=folder).expect(0)
 
 
 def test_models_guide_lists_all_cards() -> None:

@@ -32,6 +32,7 @@ def test_both_sides_have_the_same_vectors(bert_folder: Path, texts: Path) -> Non
         assert f"clip {inputs}: transformers, bf16" in steps
 
 
+@pytest.mark.slow
 def test_without_peers_our_own_side_runs(bert_folder: Path, texts: Path) -> None:
     options = ["--models", "minilm", "--model", bert_folder, "--data", texts, "--texts", 8, "--repeats", 1]
     status, output = run("encode.py", *options, "--no-bf16", "--peers", "missing/python")
