@@ -1,8 +1,8 @@
 """Runs the command line as a user does, interrupts it, and reads what a run leaves.
 
 Half of a small run is spent on imports. So most commands run in processes that
-are forked from one that has imported everything; `test_train_command.py` and
-the commands of the guides start the installed programs.
+are forked from one that has imported everything; `test_train_command.py`, and what
+of the guides needs a shell, start the installed programs.
 """
 
 from __future__ import annotations
