@@ -14,8 +14,8 @@ from workers import Step, serve
 
 from vembed_fs2 import Embedder, GradCache, __version__
 from vembed_fs2.data.example import Item
+from vembed_fs2.embedding.model import Embeddings, EncoderBatch
 from vembed_fs2.losses import InfoNCE, InfoNCEConfig
-from vembed_fs2.models.embedding import Embeddings, EncoderBatch
 
 
 def main() -> None:

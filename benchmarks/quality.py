@@ -28,8 +28,9 @@ from train_step import PEERS
 
 from vembed_fs2.commands.evaluate import load_embedder
 from vembed_fs2.demo.text import write_pairs
-from vembed_fs2.evaluation.datasets import RetrievalTask, task_from_folder
+from vembed_fs2.evaluation.datasets import task_from_folder
 from vembed_fs2.evaluation.retrieval import evaluate_embedder
+from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.recipes.optim import WarmupDecayConfig, schedule
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vembed_fs2 import Embedder, GradCache
 from vembed_fs2.data.example import Item
+from vembed_fs2.embedding.model import Embeddings, EncoderBatch
 from vembed_fs2.losses import InfoNCE
-from vembed_fs2.models.embedding import Embeddings, EncoderBatch
 
 
 def main() -> None:

@@ -19,7 +19,13 @@ TIMEOUT = 300
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["vembed_fs2.recipes.train.recipe", "vembed_fs2.embedder", "torch.distributed.fsdp", "pytest", "hypothesis"]
+    [
+        "vembed_fs2.recipes.train.recipe",
+        "vembed_fs2.inference.embedder",
+        "torch.distributed.fsdp",
+        "pytest",
+        "hypothesis",
+    ]
 )
 
 

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from vembed_fs2 import evaluation as evaluation
     from vembed_fs2 import gradcache as gradcache
     from vembed_fs2 import losses as losses
-    from vembed_fs2.embedder import Embedder as Embedder
+    from vembed_fs2.embedding.model import EmbeddingModel as EmbeddingModel
+    from vembed_fs2.embedding.model import Embeddings as Embeddings
+    from vembed_fs2.embedding.model import EncoderBatch as EncoderBatch
     from vembed_fs2.gradcache import GradCache as GradCache
-    from vembed_fs2.models.embedding import EmbeddingModel as EmbeddingModel
-    from vembed_fs2.models.embedding import Embeddings as Embeddings
-    from vembed_fs2.models.embedding import EncoderBatch as EncoderBatch
+    from vembed_fs2.hub.load import load_model as load_model
+    from vembed_fs2.inference.embedder import Embedder as Embedder
     from vembed_fs2.models.family import register_family as register_family
-    from vembed_fs2.models.hub import load_model as load_model
 
 __version__ = "0.1.0"
 
@@ -30,13 +30,13 @@ __version__ = "0.1.0"
 preload_libsndfile()
 
 _EXPORTS = {
-    "Embedder": "vembed_fs2.embedder",
+    "Embedder": "vembed_fs2.inference.embedder",
     "GradCache": "vembed_fs2.gradcache",
-    "EmbeddingModel": "vembed_fs2.models.embedding",
-    "Embeddings": "vembed_fs2.models.embedding",
-    "EncoderBatch": "vembed_fs2.models.embedding",
+    "EmbeddingModel": "vembed_fs2.embedding.model",
+    "Embeddings": "vembed_fs2.embedding.model",
+    "EncoderBatch": "vembed_fs2.embedding.model",
     "register_family": "vembed_fs2.models.family",
-    "load_model": "vembed_fs2.models.hub",
+    "load_model": "vembed_fs2.hub.find",
 }
 
 _SUBMODULES = ("evaluation", "gradcache", "losses")

@@ -36,7 +36,7 @@ _VERBS: Final[dict[str, Verb | dict[str, Verb]]] = {
         "show": Verb("say what a model is and what it can do", "vembed_fs2.commands.models_show"),
         "archs": Verb("list the named architectures of families", "vembed_fs2.commands.models_archs"),
     },
-    "data": {"check": Verb("summarize data files and list their problems", "vembed_fs2.data.check")},
+    "data": {"check": Verb("summarize data files and list their problems", "vembed_fs2.commands.data_check")},
     "demo": {
         "text": Verb("fine-tune a text model on Python documentation", "vembed_fs2.commands.demo_text"),
         "images": Verb("train a small model on handwritten digits", "vembed_fs2.commands.demo_images"),

@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from vembed_fs2.data.example import Example, Item
 from vembed_fs2.data.schema import content_id, label_id
+from vembed_fs2.embedding.model import EncoderBatch
 from vembed_fs2.errors import DataError
 from vembed_fs2.losses import RowInfo
-from vembed_fs2.models.embedding import EncoderBatch
 from vembed_fs2.processing.processor import Processor
 
 

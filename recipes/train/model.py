@@ -14,15 +14,18 @@ from fairseq2.runtime.dependency import DependencyLookup
 from fairseq2.utils.config import StandardConfigMerger
 from fairseq2.utils.structured import StandardValueConverter
 
-from vembed_fs2.embedder import load_processor
+from vembed_fs2.embedding.model import EmbeddingModel, Modality
 from vembed_fs2.errors import ConfigError
-from vembed_fs2.models.composed import ComposedConfig, ComposedModel, forget_sources, refuse_sources, resolve_towers
-from vembed_fs2.models.embedding import EmbeddingModel, Modality
-from vembed_fs2.models.hub import find_model, get_resolver
+from vembed_fs2.hub.find import find_model
+from vembed_fs2.hub.towers import refuse_sources, resolve_towers
+from vembed_fs2.inference.embedder import load_processor
+from vembed_fs2.models.composed import ComposedConfig, ComposedModel
+from vembed_fs2.models.composed.interop import forget_sources
 from vembed_fs2.processing.processor import Processor
 from vembed_fs2.recipes.layers import structure
 from vembed_fs2.recipes.train.config import EmbeddingModelSection, TrainConfig
 from vembed_fs2.recipes.train.objective import check_vectors, create_blank
+from vembed_fs2.resolver import get_resolver
 
 
 @dataclass

@@ -12,6 +12,7 @@ from fairseq2.models import ModelFamily
 from vembed_fs2.data.dataset import CHECKED_ROWS, ExampleDataset
 from vembed_fs2.data.example import Example
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
 from vembed_fs2.errors import ConfigError, DataError
 from vembed_fs2.losses import (
     LOSSES,
@@ -23,9 +24,8 @@ from vembed_fs2.losses import (
     SpreadConfig,
     create_loss,
 )
-from vembed_fs2.models.embedding import EmbeddingModel, EmbeddingModelConfig
-from vembed_fs2.models.hub import get_resolver
 from vembed_fs2.recipes.train.config import LossSection
+from vembed_fs2.resolver import get_resolver
 
 _SINGLE_VECTOR: Final = (AnglEConfig, CoSENTConfig, EmbeddingDistillationConfig, SpreadConfig)
 """The configurations of objectives that cannot compare several vectors per row."""

@@ -21,11 +21,13 @@ from vembed_fs2.data.example import Example
 from vembed_fs2.data.images import decode_images
 from vembed_fs2.data.reader import EmbeddingDataReader
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import DataError
-from vembed_fs2.evaluation.datasets import RetrievalTask, task_from_examples
-from vembed_fs2.models.composed import ComposedModel, load_towers
-from vembed_fs2.models.embedding import EmbeddingModel
-from vembed_fs2.models.hub import ModelSource
+from vembed_fs2.evaluation.datasets import task_from_examples
+from vembed_fs2.evaluation.task import RetrievalTask
+from vembed_fs2.hub.find import ModelSource
+from vembed_fs2.hub.towers import load_towers
+from vembed_fs2.models.composed import ComposedModel
 from vembed_fs2.recipes.folder import link_checkpoints
 from vembed_fs2.recipes.optim import register_optim
 from vembed_fs2.recipes.stop import StopRequest

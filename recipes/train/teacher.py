@@ -8,11 +8,12 @@ import torch
 from fairseq2.gang import Gangs
 from torch import Tensor
 
-from vembed_fs2.embedder import load_processor
+from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.gradcache import plan_chunks
-from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
-from vembed_fs2.models.hub import ModelSource, find_model, load_source
+from vembed_fs2.hub.find import ModelSource, find_model
+from vembed_fs2.hub.load import load_source
+from vembed_fs2.inference.embedder import load_processor
 from vembed_fs2.processing.processor import Processor
 from vembed_fs2.recipes.train.config import GradCacheSection, TeacherSection
 

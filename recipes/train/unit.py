@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import override
 
+from vembed_fs2.embedding.model import Embeddings
 from vembed_fs2.errors import VembedError
 from vembed_fs2.gradcache import GradCache
 from vembed_fs2.losses import MAX_LOGIT_SCALE, LossOutput, Objective, RowInfo
-from vembed_fs2.models.embedding import Embeddings
 from vembed_fs2.recipes.metrics import SumsByName
 from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.train.config import GradCacheSection

@@ -22,10 +22,10 @@ from typing_extensions import Self, override
 
 from vembed_fs2.data.example import Item
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.evaluation.datasets import RetrievalTask
+from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.evaluation.retrieval import evaluate_retrieval
+from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.gradcache.planner import Chunk, match_counts, plan_chunks
-from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
 from vembed_fs2.processing.processor import Processor
 
 VALID_METRICS: Final = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")

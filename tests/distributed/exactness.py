@@ -20,13 +20,13 @@ from fairseq2.gang import Gangs, ProcessGroupGang, create_fake_gangs, create_par
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.model import EmbeddingModel, Embeddings, EncoderBatch, HeadConfig
 from vembed_fs2.gradcache import GradCache, plan_chunks
 from vembed_fs2.gradcache.planner import match_counts
 from vembed_fs2.gradcache.replay import SavedBytes
 from vembed_fs2.losses import Objective, RowInfo, create_loss
 from vembed_fs2.losses.matryoshka import Matryoshka
 from vembed_fs2.models.bert import BertConfig
-from vembed_fs2.models.embedding import EmbeddingModel, Embeddings, EncoderBatch, HeadConfig
 
 from .objectives import OBJECTIVES
 from .spawn import run_ranks

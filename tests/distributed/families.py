@@ -16,11 +16,11 @@ from fairseq2.gang import Gangs, ProcessGroupGang, create_fsdp_gangs, create_par
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.model import EmbeddingModel, Embeddings, EncoderBatch
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.gradcache import GradCache, plan_chunks
 from vembed_fs2.gradcache.planner import Chunk, match_counts
 from vembed_fs2.losses import InfoNCE, InfoNCEConfig, RowInfo
-from vembed_fs2.models.embedding import EmbeddingModel, Embeddings, EncoderBatch
 from vembed_fs2.models.family import LEARNED_PARTS
 
 from . import tiny

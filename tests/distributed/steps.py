@@ -17,13 +17,13 @@ from torch.nn import Module
 
 import vembed_fs2  # noqa: F401
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.gradcache.planner import Chunk, match_counts, plan_chunks
 from vembed_fs2.losses import InfoNCE, InfoNCEConfig, RowInfo
 from vembed_fs2.losses.infonce import Direction
 from vembed_fs2.models.bert import BertConfig
 from vembed_fs2.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
-from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
-from vembed_fs2.models.hub import get_resolver
+from vembed_fs2.resolver import get_resolver
 
 BOTH: tuple[Direction, ...] = ("query_to_document", "document_to_query")
 

@@ -16,7 +16,7 @@ from vembed_fs2 import Embedder
 from vembed_fs2.data.example import Item
 from vembed_fs2.demo.images import TEMPLATES, caption, write_model_folder
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.evaluation.datasets import RetrievalTask
+from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.recipes.train.valid import VALID_METRICS, RetrievalEvalUnit, ValidReader
 
 from .spawn import run_ranks

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from tests.integration import command_line
 from vembed_fs2.cli import VEMBED
-from vembed_fs2.models.hub import find_model
+from vembed_fs2.hub.find import find_model
 
 MINILM = "sentence_transformers_all_minilm_l6_v2"
 

@@ -17,9 +17,9 @@ import pytest
 
 from tests.integration import command_line
 from tests.integration.command_line import Result, steps
+from vembed_fs2.embedding.model import DenseConfig, HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.models.bert import BertConfig
-from vembed_fs2.models.embedding import DenseConfig, HeadConfig
 from vembed_fs2.models.family import PlainCheckpointFormat
 
 ROOT = Path(__file__).parents[2]

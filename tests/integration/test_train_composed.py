@@ -17,8 +17,8 @@ from tests.integration.command_line import run, run_all, run_block
 from vembed_fs2 import Embedder, load_model
 from vembed_fs2.cli import VEMBED
 from vembed_fs2.commands import demo
+from vembed_fs2.hub.find import find_model
 from vembed_fs2.models.composed import ComposedConfig
-from vembed_fs2.models.hub import find_model
 
 GUIDE = Path(__file__).parents[2] / "docs/composed.md"
 

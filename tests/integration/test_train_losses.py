@@ -14,8 +14,8 @@ import torch
 from tests.integration.command_line import assert_same_weights, metrics, run, run_all, weights
 from tests.integration.conftest import WORDS
 from vembed_fs2 import Embedder
+from vembed_fs2.embedding.model import initial_projection
 from vembed_fs2.losses import LOSSES
-from vembed_fs2.models.embedding import initial_projection
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from vembed_fs2 import Embedder, load_model
 from vembed_fs2.data.dataset import ExampleDataset
 from vembed_fs2.evaluation import evaluate_embedder, task_from_examples
 from vembed_fs2.files import write_json
-from vembed_fs2.models.folder import HEAD_FILE
+from vembed_fs2.formats.folder import HEAD_FILE
 
 VALID = ("Recall@1", "Recall@5", "Recall@10", "MRR", "nDCG@10")
 

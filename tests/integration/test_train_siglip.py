@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.integration.command_line import run
-from vembed_fs2.embedder import Embedder
+from vembed_fs2.inference.embedder import Embedder
 
 NAFLEX = {
     "image_processor_type": "Siglip2ImageProcessor",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from vembed_fs2.models.dropout import dropout
+from vembed_fs2.models.common.dropout import dropout
 
 
 def assert_same_dropout(

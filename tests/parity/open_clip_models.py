@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import CLIPTokenizerFast
 
-from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
+from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 
 VOCAB = 60
 

@@ -9,7 +9,7 @@ import transformers
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vembed_fs2.models.embedding import EncoderBatch
+from vembed_fs2.embedding.model import EncoderBatch
 from vembed_fs2.models.siglip import (
     SiglipCheckpointFormat,
     SiglipConfig,

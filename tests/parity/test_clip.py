@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from tests.parity.dropout_masks import assert_same_dropout
+from vembed_fs2.embedding.model import DenseConfig, EncoderBatch, HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.models.clip import ClipCheckpointFormat, ClipConfig, ClipModel, create_clip_model
-from vembed_fs2.models.clip.factory import ClipTextConfig, ClipVisionConfig
-from vembed_fs2.models.embedding import DenseConfig, EncoderBatch, HeadConfig
+from vembed_fs2.models.clip.config import ClipTextConfig, ClipVisionConfig
 
 FORMAT = ClipCheckpointFormat()
 

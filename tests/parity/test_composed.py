@@ -25,12 +25,14 @@ from tests.parity.test_bert import hf_configs as bert_configs
 from tests.parity.test_bert import make_hf as make_bert
 from tests.parity.test_bert import make_inputs
 from vembed_fs2 import Embedder, load_model
-from vembed_fs2.embedder import load_processor
+from vembed_fs2.embedding.activations import create_activation
+from vembed_fs2.embedding.model import EncoderBatch
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.models.activations import create_activation
-from vembed_fs2.models.composed import COMPOSED_FAMILY, ComposedConfig, ComposedModel, load_towers, resolve_towers
-from vembed_fs2.models.embedding import EncoderBatch
-from vembed_fs2.models.hub import ModelSource, get_resolver
+from vembed_fs2.hub.find import ModelSource
+from vembed_fs2.hub.towers import load_towers, resolve_towers
+from vembed_fs2.inference.embedder import load_processor
+from vembed_fs2.models.composed import COMPOSED_FAMILY, ComposedConfig, ComposedModel
+from vembed_fs2.resolver import get_resolver
 
 CPU = torch.device("cpu")
 

@@ -11,9 +11,9 @@ import transformers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from vembed_fs2.embedding.model import EncoderBatch, HeadConfig, Pooling
 from vembed_fs2.errors import ConfigError, DataError, ModelLoadError
 from vembed_fs2.models.bert import BertCheckpointFormat, BertConfig, create_bert_model
-from vembed_fs2.models.embedding import EncoderBatch, HeadConfig, Pooling
 from vembed_fs2.models.family import find_family
 
 from .text_backbones import (

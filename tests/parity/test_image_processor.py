@@ -22,8 +22,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from vembed_fs2.data.decode import decode_image
 from vembed_fs2.errors import DataError, ModelLoadError
-from vembed_fs2.processing.image import ImageProcessor, decode_image
+from vembed_fs2.processing.image import ImageProcessor
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "clip": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": 32},

@@ -13,8 +13,8 @@ from fairseq2.models.transformer import NaiveSDPA, TorchSDPA, set_default_sdpa_f
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from vembed_fs2.embedding.model import EncoderBatch, HeadConfig, Pooling
 from vembed_fs2.errors import ConfigError, ModelLoadError
-from vembed_fs2.models.embedding import EncoderBatch, HeadConfig, Pooling
 from vembed_fs2.models.family import find_family
 from vembed_fs2.models.modernbert import ModernBertCheckpointFormat, ModernBertConfig, create_modernbert_model
 

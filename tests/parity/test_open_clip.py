@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import CLIPConfig, CLIPModel
 
+from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.errors import ModelLoadError, VembedError
+from vembed_fs2.formats.open_clip import find_mlp_ratio, find_open_clip_family, get_open_clip_format
 from vembed_fs2.models.clip import ClipCheckpointFormat, ClipConfig, ClipModel, create_clip_model
 from vembed_fs2.models.clip import open_clip as clip_format
-from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
-from vembed_fs2.models.open_clip import find_mlp_ratio, find_open_clip_family, get_open_clip_format
 from vembed_fs2.models.siglip import create_siglip_model
 
 from .open_clip_models import (

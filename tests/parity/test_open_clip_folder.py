@@ -26,11 +26,12 @@ from vembed_fs2 import Embedder
 from vembed_fs2.cli import VEMBED
 from vembed_fs2.data.example import Item
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.models.folder import ModelFolder, is_open_clip_folder
-from vembed_fs2.models.hub import find_model, get_resolver
+from vembed_fs2.formats.folder import ModelFolder, is_open_clip_folder
+from vembed_fs2.hub.find import find_model
 from vembed_fs2.models.siglip.open_clip import TIMM_TOWERS
 from vembed_fs2.processing.open_clip import OpenClipTexts, clean_text
 from vembed_fs2.processing.text import TextProcessor
+from vembed_fs2.resolver import get_resolver
 
 from . import open_clip_models as models
 from .open_clip_models import MODES, SIZES, create_image, create_tokenizer, small_cfg, write_folder

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from torch.nn import Module
 
+from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.models.embedding import EmbeddingModel
 from vembed_fs2.models.siglip import SiglipConfig, create_siglip_model
 from vembed_fs2.models.siglip import open_clip as siglip_format
 

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import vembed_fs2  # noqa: F401
-from vembed_fs2.embedder import Embedder
+from vembed_fs2.embedding.model import DenseConfig, EncoderBatch, HeadConfig
 from vembed_fs2.errors import ConfigError, ModelLoadError
-from vembed_fs2.interop.sentence_transformers import SentenceModules, read_modules, write_modules
+from vembed_fs2.formats.folder import ModelFolder
+from vembed_fs2.formats.sentence_transformers import SentenceModules, read_modules
+from vembed_fs2.inference.embedder import Embedder
+from vembed_fs2.interop.sentence_transformers import write_modules
 from vembed_fs2.models.bert import BertCheckpointFormat, create_bert_model, get_bert_model_hub
-from vembed_fs2.models.embedding import DenseConfig, EncoderBatch, HeadConfig
 from vembed_fs2.models.family import find_family
-from vembed_fs2.models.folder import ModelFolder
 from vembed_fs2.processing.text import TextProcessor
 
 torch.set_num_threads(1)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vembed_fs2.embedding.model import EncoderBatch
 from vembed_fs2.errors import DataError
-from vembed_fs2.models.embedding import EncoderBatch
 from vembed_fs2.models.siglip import SiglipConfig
 from vembed_fs2.models.siglip import SiglipModel as Model
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import SiglipConfig as HFSiglipConfig
 from transformers import SiglipForImageClassification
 
+from vembed_fs2.embedding.model import DenseConfig, EncoderBatch, HeadConfig
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.models.embedding import DenseConfig, EncoderBatch, HeadConfig
 from vembed_fs2.models.family import config_errors
 from vembed_fs2.models.siglip import SiglipConfig, SiglipTextConfig, create_siglip_model
 

@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from vembed_fs2.data.example import Item
-from vembed_fs2.embedder import Embedder
 from vembed_fs2.errors import DataError, ModelLoadError
+from vembed_fs2.inference.embedder import Embedder
 from vembed_fs2.processing.image import ImageProcessor
 from vembed_fs2.processing.patches import cut_patches, join_patches
 from vembed_fs2.processing.processor import Processor

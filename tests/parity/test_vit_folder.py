@@ -19,7 +19,7 @@ from tests.parity.test_vit import MODELS, small, their_output
 from vembed_fs2 import Embedder, load_model
 from vembed_fs2.errors import ModelLoadError, VembedError
 from vembed_fs2.files import write_json
-from vembed_fs2.models.folder import IMAGE_HEAD_FILE
+from vembed_fs2.formats.folder import IMAGE_HEAD_FILE
 from vembed_fs2.models.vit import VitModel
 from vembed_fs2.processing.image import ImageProcessor
 

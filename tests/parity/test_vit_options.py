@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from tests.parity.test_vit import FORMAT, MODELS, create_pair, images, small
+from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.model import DenseConfig, EncoderBatch, HeadConfig
 from vembed_fs2.errors import DataError, ModelLoadError
-from vembed_fs2.models.embedding import DenseConfig, EncoderBatch, HeadConfig
 from vembed_fs2.models.family import config_errors
-from vembed_fs2.models.vision import ImageHeadConfig
 from vembed_fs2.models.vit import VitConfig, create_vit_model
 
 

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 from vembed_fs2 import Embedder
-from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch, HeadConfig
-from vembed_fs2.models.embedding import Pooling as PoolingName
+from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch, HeadConfig
+from vembed_fs2.embedding.model import Pooling as PoolingName
 from vembed_fs2.models.family import CheckpointFormat
 
 from .dropout_masks import assert_same_dropout

@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
     """Write the digits and an untrained model, train it, evaluate, export."""
     from vembed_fs2.commands.demo import heading, train
     from vembed_fs2.demo.images import evaluate_digits, write_composed_folder, write_digits, write_model_folder
-    from vembed_fs2.embedder import Embedder
     from vembed_fs2.evaluation.report import print_results, write_results
     from vembed_fs2.files import check_new_folder
+    from vembed_fs2.inference.embedder import Embedder
 
     out: Path = args.output_dir
     check_new_folder(out)

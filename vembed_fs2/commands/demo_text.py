@@ -21,11 +21,11 @@ def run(args: argparse.Namespace) -> int:
     from vembed_fs2.commands.demo import heading, minilm_folder, train
     from vembed_fs2.commands.evaluate import load_embedder
     from vembed_fs2.demo.text import write_pairs
-    from vembed_fs2.embedder import Embedder
     from vembed_fs2.evaluation.datasets import task_from_files
     from vembed_fs2.evaluation.report import print_results, write_results
     from vembed_fs2.evaluation.retrieval import evaluate_embedder
     from vembed_fs2.files import check_new_folder
+    from vembed_fs2.inference.embedder import Embedder
     from vembed_fs2.recipes.train.config import has_fast_bf16
 
     out: Path = args.output_dir

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vembed_fs2.commands import add_trust_argument
+from vembed_fs2.commands.arguments import add_trust_argument
 
 if TYPE_CHECKING:
-    from vembed_fs2.embedder import Embedder
-    from vembed_fs2.evaluation.datasets import RetrievalTask
+    from vembed_fs2.evaluation.task import RetrievalTask
+    from vembed_fs2.inference.embedder import Embedder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +78,7 @@ def load_task(args: argparse.Namespace) -> RetrievalTask:
 
     :raises VembedError: the arguments do not name it, or it cannot be read.
     """
-    from vembed_fs2.data.check import parse_columns
+    from vembed_fs2.commands.arguments import parse_columns
     from vembed_fs2.data.dataset import ExampleDataset
     from vembed_fs2.errors import VembedError
     from vembed_fs2.evaluation.datasets import task_from_examples, task_from_files, task_from_folder
@@ -121,7 +121,7 @@ def load_embedder(
     """Load a model to evaluate."""
     import torch
 
-    from vembed_fs2.embedder import Embedder
+    from vembed_fs2.inference.embedder import Embedder
 
     embedder = Embedder.load(name, device=device, max_length=max_length, trust_remote_code=trust_remote_code)
     embedder.autocast_dtype = torch.bfloat16 if bf16 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vembed_fs2.commands import add_trust_argument
+from vembed_fs2.commands.arguments import add_trust_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the model and write it."""
-    from vembed_fs2.embedder import Embedder
     from vembed_fs2.files import check_new_folder
+    from vembed_fs2.inference.embedder import Embedder
 
     check_new_folder(args.output_dir)
     embedder = Embedder.load(args.model, device="cpu", trust_remote_code=args.trust_remote_code)

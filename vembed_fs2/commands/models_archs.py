@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print architectures with their sizes."""
-    from vembed_fs2.models.catalog import embedding_families
-    from vembed_fs2.models.hub import get_resolver
+    from vembed_fs2.hub.catalog import embedding_families
+    from vembed_fs2.resolver import get_resolver
 
     names = [args.family] if args.family else sorted(embedding_families(get_resolver()))
     entries = [entry for name in names for entry in _describe(name)]
@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _describe(name: str) -> list[dict[str, Any]]:
-    from vembed_fs2.models.catalog import arch_names, arch_summary, describe_model, get_family
-    from vembed_fs2.models.hub import get_resolver
+    from vembed_fs2.hub.catalog import arch_names, arch_summary, describe_model, get_family
+    from vembed_fs2.resolver import get_resolver
 
     resolver = get_resolver()
     family = get_family(name, resolver)

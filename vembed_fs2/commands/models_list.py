@@ -11,7 +11,7 @@ from vembed_fs2.commands.models import add_json_argument, print_columns, print_j
 if TYPE_CHECKING:
     from fairseq2.assets import AssetCard
 
-    from vembed_fs2.models.catalog import FamilyEntry
+    from vembed_fs2.hub.catalog import FamilyEntry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print families, and their cards."""
-    from vembed_fs2.models.catalog import describe_family, embedding_families, family_cards
-    from vembed_fs2.models.hub import get_resolver
+    from vembed_fs2.hub.catalog import describe_family, embedding_families, family_cards
+    from vembed_fs2.resolver import get_resolver
 
     resolver = get_resolver()
     names = [args.family] if args.family else sorted(embedding_families(resolver))

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vembed_fs2.commands import add_trust_argument
+from vembed_fs2.commands.arguments import add_trust_argument
 from vembed_fs2.commands.models import add_json_argument, print_json
 
 
@@ -32,8 +32,9 @@ def run(args: argparse.Namespace) -> int:
 def _describe(name: str, trust_remote_code: bool) -> dict[str, Any]:
     from fairseq2.utils.structured import StandardValueConverter
 
-    from vembed_fs2.models.catalog import describe_model, get_family, list_support
-    from vembed_fs2.models.hub import find_model, get_resolver
+    from vembed_fs2.hub.catalog import describe_model, get_family, list_support
+    from vembed_fs2.hub.find import find_model
+    from vembed_fs2.resolver import get_resolver
 
     resolver = get_resolver()
     source = find_model(name, resolver, trust_remote_code=trust_remote_code)

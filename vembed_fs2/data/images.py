@@ -42,6 +42,6 @@ def _images(example: Example) -> Iterator[ImageSource]:
 
 
 def _size(image: ImageSource, allow_urls: bool) -> tuple[int, int]:
-    from vembed_fs2.processing.image import decode_image  # Imports torch: not for rows of texts.
+    from vembed_fs2.data.decode import decode_image
 
     return decode_image(image, allow_urls=allow_urls).size

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +17,12 @@ from typing import Any, Final, TypeAlias
 
 from typing_extensions import override
 
+from vembed_fs2.data.shard import RawRow, Shard
 from vembed_fs2.errors import DataError
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A file, a folder of shards, or several of them."""
 
-RawRow: TypeAlias = dict[str, Any]
 
 _OPEN_FILES: Final = 128
 _BOM: Final = b"\xef\xbb\xbf"
@@ -83,22 +83,6 @@ class RowSource:
             raise IndexError(f"row {index} of {len(self)}")
         shard = bisect_right(self._ends, index)
         return self._shards[shard], index - (self._ends[shard - 1] if shard else 0)
-
-
-class Shard(ABC):
-    """One file of a :class:`RowSource`."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def read(self, row: int) -> RawRow: ...
-
-    def where(self, row: int) -> str:
-        return f"{self.file}:row {row + 1}"
 
 
 class _Descriptor:

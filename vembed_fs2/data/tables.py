@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import override
 
-from vembed_fs2.data.sources import RawRow, Shard
+from vembed_fs2.data.shard import RawRow, Shard
 from vembed_fs2.errors import DataError
 
 IN_MEMORY_BYTES: Final = 2**30

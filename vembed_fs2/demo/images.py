@@ -22,8 +22,8 @@ from vembed_fs2.files import write_json
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from vembed_fs2.evaluation.datasets import RetrievalTask
     from vembed_fs2.evaluation.retrieval import SupportsEncode
+    from vembed_fs2.evaluation.task import RetrievalTask
     from vembed_fs2.models.composed import ComposedConfig
 
 WORDS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -149,7 +149,7 @@ def write_composed_folder(out: Path, *, seed: int = 0) -> None:
     from fairseq2.models.hg import save_hugging_face_model
 
     from vembed_fs2.models.composed import COMPOSED_FAMILY, ComposedCheckpointFormat
-    from vembed_fs2.models.hub import get_resolver
+    from vembed_fs2.resolver import get_resolver
 
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
@@ -269,7 +269,7 @@ def digit_tasks(folder: Path) -> dict[str, RetrievalTask]:
     - ``i2t``: from an image to the captions of its class.
     - ``i2i``: from an image to the other images of its class.
     """
-    from vembed_fs2.evaluation.datasets import RetrievalTask
+    from vembed_fs2.evaluation.task import RetrievalTask
 
     lines = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]

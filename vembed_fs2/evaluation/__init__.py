@@ -11,7 +11,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vembed_fs2.evaluation.datasets import RetrievalTask as RetrievalTask
     from vembed_fs2.evaluation.datasets import task_from_examples as task_from_examples
     from vembed_fs2.evaluation.datasets import task_from_files as task_from_files
     from vembed_fs2.evaluation.datasets import task_from_folder as task_from_folder
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from vembed_fs2.evaluation.search import SearchResult as SearchResult
     from vembed_fs2.evaluation.search import exact_search as exact_search
     from vembed_fs2.evaluation.search import relevant_ranks as relevant_ranks
+    from vembed_fs2.evaluation.task import RetrievalTask as RetrievalTask
 
 _EXPORTS = {
     "datasets": ("RetrievalTask", "task_from_examples", "task_from_files", "task_from_folder"),

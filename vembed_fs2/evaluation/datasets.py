@@ -6,7 +6,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from vembed_fs2.data.example import Example, Item
@@ -14,24 +14,7 @@ from vembed_fs2.data.row import Layout, RowError, RowReader
 from vembed_fs2.data.schema import content_id
 from vembed_fs2.data.sources import RowSource
 from vembed_fs2.errors import DataError
-from vembed_fs2.evaluation.retrieval import NOTHING_RELEVANT
-
-
-@dataclass(frozen=True)
-class RetrievalTask:
-    """Queries, the documents to find them in, and which documents answer which query."""
-
-    queries: Sequence[Item]
-    """What is asked."""
-
-    corpus: Sequence[Item]
-    """What is searched."""
-
-    relevant: Sequence[Mapping[int, float]]
-    """For each query the indices of its relevant documents, with their grades."""
-
-    exclude_self: bool = False
-    """If ``True``, query i is document i and must find another one."""
+from vembed_fs2.evaluation.task import NOTHING_RELEVANT, RetrievalTask
 
 
 def task_from_examples(examples: Sequence[Example]) -> RetrievalTask:

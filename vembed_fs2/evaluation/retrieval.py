@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +17,13 @@ from vembed_fs2.evaluation.metrics import (
     reciprocal_rank,
 )
 from vembed_fs2.evaluation.search import DOCUMENT_BLOCK, QUERY_BLOCK, PairSimilarity, pad_vectors, relevant_ranks
+from vembed_fs2.evaluation.task import NOTHING_RELEVANT, Relevant
 
 if TYPE_CHECKING:
-    from vembed_fs2.evaluation.datasets import RetrievalTask
+    from vembed_fs2.evaluation.task import RetrievalTask
 
-Relevant: TypeAlias = Mapping[int, float] | Collection[int]
-"""The indices of the documents that answer a query, with or without grades."""
 
 DEFAULT_KS: Final = (1, 5, 10)
-
-NOTHING_RELEVANT: Final = "No query has a relevant document in the corpus, so there is nothing to measure."
 
 
 class SupportsEncode(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @runtime_checkable
 class Rows(Protocol):
-    """A batch of rows. :class:`~vembed_fs2.models.embedding.EncoderBatch` is one."""
+    """A batch of rows. :class:`~vembed_fs2.embedding.model.EncoderBatch` is one."""
 
     def __len__(self) -> int: ...
 

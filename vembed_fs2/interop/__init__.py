@@ -1,1 +1,22 @@
-"""Models in the layouts of other libraries."""
+"""Writers of the layouts of other libraries."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from vembed_fs2.embedding.model import EmbeddingModel
+from vembed_fs2.hub.find import ModelSource
+from vembed_fs2.processing.processor import Processor
+
+
+class Exportable(Protocol):
+    """What is written: a model with its configuration and its processor."""
+
+    @property
+    def model(self) -> EmbeddingModel: ...
+
+    @property
+    def processor(self) -> Processor: ...
+
+    @property
+    def source(self) -> ModelSource: ...

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vembed_fs2.errors import VembedError
 from vembed_fs2.files import new_folder, write_json
-from vembed_fs2.models.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, get_open_clip_format, read_pair
+from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, get_open_clip_format, read_pair
+from vembed_fs2.interop import Exportable
 from vembed_fs2.processing.open_clip import OpenClipPreprocessing, OpenClipTransform
-
-if TYPE_CHECKING:
-    from vembed_fs2.embedder import Embedder
-    from vembed_fs2.processing.processor import Processor
+from vembed_fs2.processing.processor import Processor
 
 _INTERPOLATIONS: Final = {2: "bilinear", 3: "bicubic"}
 """By Pillow's numbers."""
@@ -25,7 +23,7 @@ _CLIP_VOCAB_SIZE: Final = 49_408
 """The size of the vocabulary that open_clip brings along."""
 
 
-def save_open_clip(embedder: Embedder, folder: Path) -> None:
+def save_open_clip(exported: Exportable, folder: Path) -> None:
     """Write a folder for ``open_clip.create_model_from_pretrained("local-dir:FOLDER")``.
 
     open_clip always cleans texts, and rounds the offsets of crops in its own
@@ -33,18 +31,18 @@ def save_open_clip(embedder: Embedder, folder: Path) -> None:
 
     :raises VembedError: open_clip cannot express the model or its processor; the message names the option.
     """
-    source = embedder.source
+    source = exported.source
     checkpoint_format = get_open_clip_format(source.family)
     model_cfg = checkpoint_format.config_to_open_clip(source.config)
-    model_cfg["text_cfg"].update(_describe_tokenizer(embedder.processor, folder.name))
-    preprocess_cfg = _describe_images(embedder.processor, model_cfg["vision_cfg"]["image_size"])
-    state: dict[str, object] = {k: v.detach().cpu() for k, v in embedder.model.state_dict().items()}
+    model_cfg["text_cfg"].update(_describe_tokenizer(exported.processor, folder.name))
+    preprocess_cfg = _describe_images(exported.processor, model_cfg["vision_cfg"]["image_size"])
+    state: dict[str, object] = {k: v.detach().cpu() for k, v in exported.model.state_dict().items()}
     state = checkpoint_format.state_dict_to_open_clip(state, source.config)
     with new_folder(folder) as out:
         tensors = {k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)}
         save_file(tensors, out / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
         write_json(out / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
-        embedder.processor.save(out)
+        exported.processor.save(out)
 
 
 def _describe_tokenizer(processor: Processor, name: str) -> dict[str, Any]:

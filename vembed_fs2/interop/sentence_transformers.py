@@ -1,264 +1,27 @@
-"""The folder layout of sentence-transformers, read and written."""
+"""Writes the folder layout of sentence-transformers."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from collections.abc import Mapping
+from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vembed_fs2.errors import ConfigError, ModelLoadError
-from vembed_fs2.files import read_json, write_json
-from vembed_fs2.models.embedding import DenseConfig, HeadConfig, Pooling, SingleSimilarity
-
-_TRANSFORMER_FILES: Final = tuple(
-    f"sentence_{name}_config.json"
-    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+from vembed_fs2.embedding.model import DenseConfig, HeadConfig
+from vembed_fs2.errors import ConfigError, VembedError
+from vembed_fs2.files import new_folder, write_json
+from vembed_fs2.formats.sentence_transformers import (
+    ACTIVATIONS,
+    POOLING_KEYS,
+    POOLINGS,
+    TRANSFORMER_FILES,
+    has_pooling,
 )
-
-# Our names of the pooling modes, by theirs.
-_POOLINGS: Final[dict[str, Pooling]] = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last"}
-
-# Before version 5.4 each pooling mode was a key of its own.
-_POOLING_KEYS: Final = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-
-_ACTIVATIONS: Final = {
-    "identity": "torch.nn.modules.linear.Identity",
-    "tanh": "torch.nn.modules.activation.Tanh",
-    "relu": "torch.nn.modules.activation.ReLU",
-    "gelu": "torch.nn.modules.activation.GELU",
-    "sigmoid": "torch.nn.modules.activation.Sigmoid",
-}
-
-# Keys of the Transformer module's file that do not change what it computes, or that are read below.
-_TRANSFORMER_KEYS: Final = {"max_seq_length", "do_lower_case", "unpad_inputs"}
-
-# Other keys, and the values at which they do not change what it computes.
-_TRANSFORMER_VALUES: Final[dict[str, tuple[object, ...]]] = {
-    "transformer_task": ("feature-extraction",),
-    "module_output_name": ("token_embeddings",),
-    "modality_config": ({"text": {"method": "forward", "method_output_name": "last_hidden_state"}},),
-    "processing_kwargs": ({}, None),
-}
-
-# Options for transformers that do not change what it computes; the data type is the user's choice here.
-_HARMLESS_OPTIONS: Final = {"torch_dtype", "dtype", "attn_implementation", "trust_remote_code", "low_cpu_mem_usage"}
-
-
-@dataclass(frozen=True)
-class SentenceModules:
-    """What ``modules.json`` and the files that it names say."""
-
-    backbone: Path
-    """The folder with the Transformer's ``config.json`` and weights."""
-
-    head: HeadConfig
-    """What follows the backbone."""
-
-    dense_folders: Sequence[Path] = ()
-    """The folders of the dense modules, in order, one for each entry of ``head.dense``."""
-
-    max_length: int | None = None
-    """The longest text in tokens, where the folder says it."""
-
-    prompts: Mapping[str, str] = field(default_factory=dict)
-    """Prompt texts by name."""
-
-    default_prompt_name: str | None = None
-    """The prompt that is used when none is asked for."""
-
-    do_lower_case: bool = False
-    """If ``True``, texts are lowercased before tokenization."""
-
-
-def read_modules(root: Path) -> SentenceModules:
-    """Read a sentence-transformers folder.
-
-    :raises ModelLoadError: a file is missing or broken, or a module is not supported.
-    """
-    modules = _list_modules(root)
-    kinds = [kind for kind, _ in modules]
-    _check_order(root / "modules.json", kinds)
-    backbone = modules[0][1]
-    dense_folders = tuple(folder for kind, folder in modules if kind == "Dense")
-    pooling, include_prompt = _read_pooling(modules[1][1] / "config.json")
-    prompts, default_prompt_name, similarity = _read_prompts(root / "config_sentence_transformers.json")
-    head = HeadConfig(
-        pooling=pooling,
-        include_prompt=include_prompt,
-        dense=[_read_dense(folder / "config.json") for folder in dense_folders],
-        normalize="Normalize" in kinds,
-        similarity=similarity,
-    )
-    max_length, do_lower_case = _read_transformer(backbone)
-    return SentenceModules(backbone, head, dense_folders, max_length, prompts, default_prompt_name, do_lower_case)
-
-
-def find_clip(root: Path) -> Path | None:
-    """Return the folder of a CLIP model in transformers' layout, if ``modules.json`` names one.
-
-    :raises ModelLoadError: something else than a normalisation follows the model.
-    """
-    modules = _list_modules(root)
-    kinds = [kind for kind, _ in modules]
-    if kinds[:1] != ["CLIPModel"]:
-        return None
-    if kinds[1:] not in ([], ["Normalize"]):
-        raise ModelLoadError(f"{root / 'modules.json'}: {kinds[1:]} after CLIPModel is not supported.")
-    return modules[0][1]
-
-
-def _list_modules(root: Path) -> list[tuple[str, Path]]:
-    """The class name and the folder of each module."""
-    file = root / "modules.json"
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-        modules = [(str(e["type"]), str(e["path"])) for e in entries]
-    except OSError as ex:
-        raise ModelLoadError(f"{file} cannot be read: {ex.strerror or ex}.") from None
-    except (ValueError, TypeError, KeyError):
-        raise ModelLoadError(f"{file} must hold a JSON list of modules, each with `type` and `path`.") from None
-    for kind, path in modules:
-        # Two layouts of module paths exist; both end in the same class names.
-        if not kind.startswith("sentence_transformers."):
-            raise ModelLoadError(f"{file}: module '{kind}' is the model's own code, which is not supported.")
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-            raise ModelLoadError(f"{file}: `path` must be inside the folder, but is '{path}' instead.")
-    return [(kind.rpartition(".")[2], root / path) for kind, path in modules]
-
-
-def _check_order(file: Path, kinds: list[str]) -> None:
-    for kind in kinds:
-        if kind not in ("Transformer", "Pooling", "Dense", "Normalize"):
-            raise ModelLoadError(f"{file}: module '{kind}' is not supported.")
-    if kinds[:2] != ["Transformer", "Pooling"]:
-        raise ModelLoadError(f"{file}: the first modules must be Transformer and Pooling, but are {kinds[:2]} instead.")
-    for kind in ("Transformer", "Pooling"):
-        if kinds.count(kind) > 1:
-            raise ModelLoadError(f"{file}: more than one {kind} module is not supported.")
-    if "Dense" in kinds[kinds.index("Normalize") if "Normalize" in kinds else len(kinds) :]:
-        raise ModelLoadError(f"{file}: a Dense module after Normalize is not supported.")
-
-
-def _read_pooling(file: Path) -> tuple[Pooling, bool]:
-    config = read_json(file)
-    known = {"word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt", *_POOLING_KEYS}
-    _refuse_unknown(file, config, known)
-    modes = config.get("pooling_mode")
-    if modes is None:
-        modes = [mode for key, mode in _POOLING_KEYS.items() if config.get(key)] or ["mean"]
-    elif isinstance(modes, str):
-        modes = [modes]
-    if len(modes) != 1:
-        raise ModelLoadError(f"{file}: the combination of the pooling modes {' and '.join(modes)} is not supported.")
-    if modes[0] not in _POOLINGS:
-        supported = ", ".join(_POOLINGS)
-        raise ModelLoadError(f"{file}: `pooling_mode` '{modes[0]}' is not supported. Supported are: {supported}.")
-    return _POOLINGS[modes[0]], _read(file, config, "include_prompt", bool, True)
-
-
-def _read_dense(file: Path) -> DenseConfig:
-    config = read_json(file)
-    known = {"in_features", "out_features", "bias", "activation_function", "module_input_name", "module_output_name"}
-    _refuse_unknown(file, config, known)
-    for key in ("module_input_name", "module_output_name"):
-        if config.get(key) not in (None, "sentence_embedding"):
-            raise ModelLoadError(f"{file}: `{key}` '{config[key]}' is not supported: it must be 'sentence_embedding'.")
-    path = _read(file, config, "activation_function", str, _ACTIVATIONS["tanh"])
-    names: dict[str, Any] = {p.rpartition(".")[2]: name for name, p in _ACTIVATIONS.items()}
-    if not path.startswith("torch.nn.") or path.rpartition(".")[2] not in names:
-        supported = ", ".join(_ACTIVATIONS.values())
-        raise ModelLoadError(f"{file}: `activation_function` '{path}' is not supported. Supported are: {supported}.")
-    return DenseConfig(
-        input_dim=_read(file, config, "in_features", int),
-        output_dim=_read(file, config, "out_features", int),
-        bias=_read(file, config, "bias", bool, True),
-        activation=names[path.rpartition(".")[2]],
-    )
-
-
-def _read_transformer(folder: Path) -> tuple[int | None, bool]:
-    """The longest text and whether texts are lowercased."""
-    file = next(
-        (folder / n for n in _TRANSFORMER_FILES if folder.joinpath(n).is_file()), folder / _TRANSFORMER_FILES[0]
-    )
-    config = read_json(file) if file.is_file() else {}
-    options = {"model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs"}
-    _refuse_unknown(file, config, {*_TRANSFORMER_KEYS, *_TRANSFORMER_VALUES, *options})
-    for key, values in _TRANSFORMER_VALUES.items():
-        if key in config and config[key] not in values:
-            raise ModelLoadError(f"{file}: `{key}` is {config[key]!r}, which is not supported.")
-    for key in options:
-        for option in _read(file, config, key, dict, {}):
-            if option not in _HARMLESS_OPTIONS:
-                raise ModelLoadError(f"{file}: `{key}.{option}` is not supported.")
-    max_length = None
-    if config.get("max_seq_length") is not None:
-        max_length = _read(file, config, "max_seq_length", int)
-    return max_length or _default_max_length(folder), _read(file, config, "do_lower_case", bool, False)
-
-
-def _default_max_length(backbone: Path) -> int | None:
-    """What the tokenizer and the position table allow."""
-    limits = []
-    for name, key in (("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings")):
-        file = backbone / name
-        limit = read_json(file).get(key) if file.is_file() else None
-        # Tokenizers without a limit say 1e30; XLNet says -1.
-        if isinstance(limit, (int, float)) and 0 < limit < 1e9:
-            limits.append(int(limit))
-    return min(limits, default=None)
-
-
-def _read_prompts(file: Path) -> tuple[dict[str, str], str | None, SingleSimilarity]:
-    """Prompts, the default prompt's name, and the similarity."""
-    config = read_json(file) if file.is_file() else {}
-    prompts: dict[str, str] = {}
-    for name, text in (_read(file, config, "prompts", dict, {}) or {}).items():
-        # sentence-transformers lists the prompts that nobody has set as null.
-        if text is not None:
-            prompts[name] = _read(file, {f"prompts.{name}": text}, f"prompts.{name}", str)
-    default = config.get("default_prompt_name")
-    if default is not None and default not in prompts:
-        raise ModelLoadError(f"{file}: `default_prompt_name` is '{default}', but `prompts` has no such prompt.")
-    similarity: SingleSimilarity = config.get("similarity_fn_name") or "cosine"
-    if similarity not in ("cosine", "dot"):
-        raise ModelLoadError(f"{file}: `similarity_fn_name` '{similarity}' is not supported.")
-    return prompts, default, similarity
-
-
-def _refuse_unknown(file: Path, config: Mapping[str, Any], known: set[str]) -> None:
-    for key in config:
-        if key not in known:
-            raise ModelLoadError(f"{file}: `{key}` is not supported.")
-
-
-_REQUIRED: Final = object()
-
-
-def _read(file: Path, config: Mapping[str, Any], key: str, kls: type, default: object = _REQUIRED) -> Any:
-    value = config.get(key, default)
-    if value is _REQUIRED:
-        raise ModelLoadError(f"{file} does not say `{key}`.")
-    if type(value) is not kls:
-        raise ModelLoadError(f"{file}: `{key}` must be of type {kls.__name__}, but is {value!r} instead.")
-    return value
-
-
-def has_pooling(head: HeadConfig) -> bool:
-    """Whether sentence-transformers has the pooling of ``head``."""
-    return head.pooling in _POOLINGS.values()
+from vembed_fs2.interop import Exportable
+from vembed_fs2.interop.backbone import write_backbone
+from vembed_fs2.models.clip import CLIP_FAMILY
+from vembed_fs2.models.family import head_of
 
 
 def write_modules(
@@ -292,7 +55,7 @@ def write_modules(
     if head.normalize:
         folders.append(("Normalize", f"{len(folders)}_Normalize"))
         root.joinpath(folders[-1][1]).mkdir(exist_ok=True)
-    write_json(root / _TRANSFORMER_FILES[0], {"max_seq_length": max_length, "do_lower_case": do_lower_case})
+    write_json(root / TRANSFORMER_FILES[0], {"max_seq_length": max_length, "do_lower_case": do_lower_case})
     settings = {"prompts": dict(prompts), "default_prompt_name": default_prompt_name}
     write_json(root / "config_sentence_transformers.json", {**settings, "similarity_fn_name": head.similarity})
     # Last, because its presence is what makes the folder one of sentence-transformers.
@@ -307,7 +70,7 @@ def write_modules(
 
 def _write_pooling(folder: Path, head: HeadConfig, dim: int) -> None:
     folder.mkdir(exist_ok=True)
-    modes = {key: _POOLINGS.get(mode) == head.pooling for key, mode in _POOLING_KEYS.items()}
+    modes = {key: POOLINGS.get(mode) == head.pooling for key, mode in POOLING_KEYS.items()}
     write_json(
         folder / "config.json", {"word_embedding_dimension": dim, **modes, "include_prompt": head.include_prompt}
     )
@@ -321,9 +84,47 @@ def _write_dense(folder: Path, dense: DenseConfig, state: Mapping[str, Tensor], 
             "in_features": dense.input_dim,
             "out_features": dense.output_dim,
             "bias": dense.bias,
-            "activation_function": _ACTIVATIONS[dense.activation],
+            "activation_function": ACTIVATIONS[dense.activation],
         },
     )
     names = ("weight", "bias") if dense.bias else ("weight",)
     tensors = {f"linear.{name}": state[f"{prefix}{name}"].detach().cpu().contiguous() for name in names}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_sentence_transformers(exported: Exportable, folder: Path) -> None:
+    """Write a folder that sentence-transformers loads: the backbone and the modules after it."""
+    with new_folder(folder) as out:
+        write_backbone(exported, out)
+        if head_of(exported.source.config) is not None:
+            write_head(exported, out)
+        elif exported.source.family == CLIP_FAMILY:
+            _write_clip_modules(out)
+        else:
+            raise VembedError(f"{exported.source.family} models cannot be written for sentence-transformers.")
+        exported.processor.save(out)
+
+
+def write_head(exported: Exportable, folder: Path) -> None:
+    settings = exported.processor.settings
+    head = head_of(exported.source.config)
+    assert head is not None
+    write_modules(
+        folder,
+        head=head,
+        max_length=settings.max_length,
+        prompts=settings.prompts,
+        default_prompt_name=settings.default_prompt_name,
+        do_lower_case=settings.do_lower_case,
+        dense_state={k: v.cpu() for k, v in exported.model.state_dict().items() if k.startswith("head.dense.")},
+        embedding_dim=exported.model.embedding_dim,
+    )
+
+
+def _write_clip_modules(folder: Path) -> None:
+    """Name sentence-transformers' own module for CLIP; it reads transformers' layout."""
+    kinds = ("sentence_transformers.models.CLIPModel", "sentence_transformers.models.Normalize")
+    paths = ("", "1_Normalize")
+    folder.joinpath(paths[1]).mkdir()
+    modules = [{"idx": i, "name": str(i), "path": p, "type": k} for i, (k, p) in enumerate(zip(kinds, paths))]
+    write_json(folder / "modules.json", modules)

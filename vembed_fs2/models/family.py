@@ -29,18 +29,18 @@ from torch.nn import Module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from typing_extensions import override
 
+from vembed_fs2.embedding.image_head import set_image_head
+from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig, initial_projection
 from vembed_fs2.errors import ConfigError, ModelLoadError
-from vembed_fs2.models.checkpoint_format import LEARNED_PARTS as LEARNED_PARTS
-from vembed_fs2.models.checkpoint_format import CheckpointFormat as CheckpointFormat
-from vembed_fs2.models.checkpoint_format import PlainCheckpointFormat as PlainCheckpointFormat
-from vembed_fs2.models.checkpoint_format import config_errors as config_errors
-from vembed_fs2.models.checkpoint_format import head_of as head_of
-from vembed_fs2.models.download import FolderDownloadManager, download_repository
-from vembed_fs2.models.embedding import EmbeddingModel, EmbeddingModelConfig, initial_projection
-from vembed_fs2.models.facts import FamilyFacts
-from vembed_fs2.models.folder import FolderCheckpointLoader, ModelFolder, is_model_folder
-from vembed_fs2.models.open_clip import get_open_clip_format, is_open_clip_state, read_open_clip_config
-from vembed_fs2.models.vision import set_image_head
+from vembed_fs2.formats.checkpoint import LEARNED_PARTS as LEARNED_PARTS
+from vembed_fs2.formats.checkpoint import CheckpointFormat as CheckpointFormat
+from vembed_fs2.formats.checkpoint import PlainCheckpointFormat as PlainCheckpointFormat
+from vembed_fs2.formats.checkpoint import config_errors as config_errors
+from vembed_fs2.formats.checkpoint import head_of as head_of
+from vembed_fs2.formats.download import FolderDownloadManager, download_repository
+from vembed_fs2.formats.folder import FolderCheckpointLoader, ModelFolder, is_model_folder
+from vembed_fs2.formats.open_clip import get_open_clip_format, is_open_clip_state, read_open_clip_config
+from vembed_fs2.models.support import FamilySupport
 
 ConfigT = TypeVar("ConfigT")
 
@@ -92,7 +92,7 @@ def register_family(
     :param supports_tensor_parallel: whether the model is built of fairseq2's sharded layers; or which
         configurations' models are. Others are refused where there are several tensor parallel ranks.
     """
-    facts = FamilyFacts(supports_tensor_parallel, supports_packed)
+    facts = FamilySupport(supports_tensor_parallel, supports_packed)
 
     def convert(state_dict: dict[str, object], config: ConfigT) -> dict[str, object]:
         if is_open_clip_state(name, state_dict):
@@ -141,7 +141,7 @@ def register_family(
         )
 
     container.register(ModelFamily, create_family, key=name)
-    container.register_instance(FamilyFacts, facts, key=name)
+    container.register_instance(FamilySupport, facts, key=name)
     container.register_instance(FamilyFactory, FamilyFactory(create, supports_meta), key=name)
     if checkpoint_format is not None:
         container.register_instance(HuggingFaceConverter, checkpoint_format, key=name)

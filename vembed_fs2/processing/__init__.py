@@ -1,1 +1,1 @@
-"""Texts and images -> :class:`~vembed_fs2.models.embedding.EncoderBatch`."""
+"""Texts and images -> :class:`~vembed_fs2.embedding.model.EncoderBatch`."""

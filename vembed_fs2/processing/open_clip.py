@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from vembed_fs2.errors import DataError, ModelLoadError, VembedError
-from vembed_fs2.models.open_clip import OPEN_CLIP_CONFIG, read_open_clip_json, read_options, read_pair
+from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG, read_open_clip_json, read_options, read_pair
 
 OPENAI_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD: Final = (0.26862954, 0.26130258, 0.27577711)

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vembed_fs2.data.decode import decode_image
 from vembed_fs2.data.example import ImageSource, Item
+from vembed_fs2.embedding.batch import EncoderBatch
+from vembed_fs2.embedding.model import TextPadding
 from vembed_fs2.errors import DataError, ModelLoadError
 from vembed_fs2.files import read_json, write_json
-from vembed_fs2.models.batch import EncoderBatch
-from vembed_fs2.models.embedding import TextPadding
-from vembed_fs2.models.folder import ModelFolder, is_open_clip_folder
-from vembed_fs2.processing.image import ImageProcessor, decode_image
+from vembed_fs2.formats.folder import ModelFolder, is_open_clip_folder
+from vembed_fs2.processing.image import ImageProcessor
 from vembed_fs2.processing.open_clip import OpenClipTexts, read_text_options
 from vembed_fs2.processing.patches import cut_patches
 from vembed_fs2.processing.text import TextProcessor

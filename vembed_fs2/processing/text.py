@@ -34,7 +34,7 @@ _NO_LIMIT: Final = 10**9
 
 
 class TokenizedTexts(NamedTuple):
-    """Token ids and masks as :class:`~vembed_fs2.models.embedding.EncoderBatch` holds them, on the CPU."""
+    """Token ids and masks as :class:`~vembed_fs2.embedding.model.EncoderBatch` holds them, on the CPU."""
 
     input_ids: Tensor
     """Padded on the right. *Shape:* ``[T, L]``, int64."""

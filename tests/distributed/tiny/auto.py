@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.models.auto import AutoModelConfig
-from vembed_fs2.models.embedding import HeadConfig
-from vembed_fs2.models.vision import ImageHeadConfig
 
 from ..families import Case
 from ..steps import images, texts

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vembed_fs2.models.embedding import HeadConfig
+from vembed_fs2.embedding.model import HeadConfig
 
 from ..families import Case
 from ..steps import BERT, texts

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from vembed_fs2.models.embedding import EncoderBatch
+from vembed_fs2.embedding.model import EncoderBatch
 from vembed_fs2.models.siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
 from ..families import Case

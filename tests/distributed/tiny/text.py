@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.models.bert import BertConfig
-from vembed_fs2.models.bert.factory import BertType
-from vembed_fs2.models.embedding import HeadConfig
+from vembed_fs2.models.bert.config import BertType
 from vembed_fs2.models.modernbert import ModernBertConfig
 
 from ..families import Case

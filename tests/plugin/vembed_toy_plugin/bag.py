@@ -14,9 +14,9 @@ from torch.nn import Dropout, Module, ModuleList
 from torch.nn.functional import gelu
 
 from vembed_fs2 import EmbeddingModel, EncoderBatch, register_family
-from vembed_fs2.models.embedding import EmbeddingModelConfig, HeadConfig
+from vembed_fs2.embedding.head import TextHead, head_output_dim, validate_head
+from vembed_fs2.embedding.model import EmbeddingModelConfig, HeadConfig
 from vembed_fs2.models.family import PlainCheckpointFormat
-from vembed_fs2.models.head import TextHead, head_output_dim, validate_head
 
 TOY_BAG_FAMILY: Final = "toy_bag"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from fairseq2.runtime.dependency import DependencyContainer
 
 from vembed_fs2.models.auto.archs import register_auto_archs
-from vembed_fs2.models.auto.factory import AUTO_FAMILY as AUTO_FAMILY
-from vembed_fs2.models.auto.factory import AutoModelConfig as AutoModelConfig
+from vembed_fs2.models.auto.config import AUTO_FAMILY as AUTO_FAMILY
+from vembed_fs2.models.auto.config import AutoModelConfig as AutoModelConfig
 from vembed_fs2.models.auto.factory import create_auto_model as create_auto_model
-from vembed_fs2.models.auto.loader import AutoCheckpointFormat as AutoCheckpointFormat
-from vembed_fs2.models.auto.loader import get_auto_model_hub as get_auto_model_hub
+from vembed_fs2.models.auto.interop import AutoCheckpointFormat as AutoCheckpointFormat
+from vembed_fs2.models.auto.interop import get_auto_model_hub as get_auto_model_hub
 from vembed_fs2.models.auto.model import AutoEmbeddingModel as AutoEmbeddingModel
 from vembed_fs2.models.family import register_family
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
-from vembed_fs2.models.auto.factory import AutoModelConfig
-from vembed_fs2.models.embedding import HeadConfig
-from vembed_fs2.models.vision import ImageHeadConfig
+from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.model import HeadConfig
+from vembed_fs2.models.auto.config import AutoModelConfig
 
 
 def register_auto_archs(container: DependencyContainer) -> None:

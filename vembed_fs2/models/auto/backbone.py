@@ -14,9 +14,9 @@ import transformers
 from torch.nn import Module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from vembed_fs2.embedding.model import Modality
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.models.checkpoint_format import HOW_TO_TRUST, NeedsCodeError
-from vembed_fs2.models.embedding import Modality
+from vembed_fs2.formats.checkpoint import HOW_TO_TRUST, NeedsCodeError
 
 _TEXT: Final[frozenset[Modality]] = frozenset({"text"})
 _IMAGE: Final[frozenset[Modality]] = frozenset({"image"})

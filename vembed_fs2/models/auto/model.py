@@ -15,12 +15,12 @@ from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
+from vembed_fs2.embedding.head import TextHead
+from vembed_fs2.embedding.image_head import ImageHead
+from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.errors import DataError
 from vembed_fs2.models.auto.backbone import Backbone
 from vembed_fs2.models.auto.run import run_image, run_text
-from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
-from vembed_fs2.models.head import TextHead
-from vembed_fs2.models.vision import ImageHead
 
 MOVED: Final = ("logit_scale", "logit_bias")
 """Parameters of transformers' dual encoders that are this model's own: objectives train them."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from fairseq2.runtime.dependency import DependencyContainer
 
 from vembed_fs2.models.bert.archs import register_bert_archs
-from vembed_fs2.models.bert.factory import BERT_FAMILY as BERT_FAMILY
-from vembed_fs2.models.bert.factory import BertConfig as BertConfig
+from vembed_fs2.models.bert.config import BERT_FAMILY as BERT_FAMILY
+from vembed_fs2.models.bert.config import BertConfig as BertConfig
 from vembed_fs2.models.bert.factory import BertFactory as BertFactory
 from vembed_fs2.models.bert.factory import create_bert_model as create_bert_model
-from vembed_fs2.models.bert.loader import BertCheckpointFormat as BertCheckpointFormat
-from vembed_fs2.models.bert.loader import get_bert_model_hub as get_bert_model_hub
+from vembed_fs2.models.bert.interop import BertCheckpointFormat as BertCheckpointFormat
+from vembed_fs2.models.bert.interop import get_bert_model_hub as get_bert_model_hub
 from vembed_fs2.models.bert.model import BertModel as BertModel
 from vembed_fs2.models.family import register_family
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
-from vembed_fs2.models.bert.factory import BertConfig
+from vembed_fs2.models.bert.config import BertConfig
 
 
 def register_bert_archs(container: DependencyContainer) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 from typing_extensions import override
 
+from vembed_fs2.embedding.model import EncoderBatch
 from vembed_fs2.errors import DataError
-from vembed_fs2.models.attention import PackedLayout, PaddedLayout, default_needs_packing, should_pack
 from vembed_fs2.models.bert.relative import RelativeLayout, RelativePositions
-from vembed_fs2.models.dropout import Dropout
-from vembed_fs2.models.embedding import EncoderBatch
-from vembed_fs2.models.text_model import TextBackboneModel
+from vembed_fs2.models.common.attention import PackedLayout, PaddedLayout, default_needs_packing, should_pack
+from vembed_fs2.models.common.dropout import Dropout
+from vembed_fs2.models.common.text_model import TextBackboneModel
 
 
 @final

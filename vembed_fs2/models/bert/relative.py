@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import override
 
-from vembed_fs2.models.attention import PaddedLayout, attend
+from vembed_fs2.models.common.attention import PaddedLayout, attend
 
 NUM_BUCKETS: Final = 32
 """The buckets that transformers' MPNet puts distances in, whatever its configuration says."""

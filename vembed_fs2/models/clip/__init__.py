@@ -5,14 +5,9 @@ from __future__ import annotations
 from fairseq2.runtime.dependency import DependencyContainer
 
 from vembed_fs2.models.clip.archs import register_clip_archs
-from vembed_fs2.models.clip.factory import (
-    CLIP_FAMILY,
-    ClipConfig,
-    ClipTextConfig,
-    ClipVisionConfig,
-    create_clip_model,
-)
-from vembed_fs2.models.clip.loader import ClipCheckpointFormat
+from vembed_fs2.models.clip.config import CLIP_FAMILY, ClipConfig, ClipTextConfig, ClipVisionConfig
+from vembed_fs2.models.clip.factory import create_clip_model
+from vembed_fs2.models.clip.interop import ClipCheckpointFormat
 from vembed_fs2.models.clip.model import ClipModel
 from vembed_fs2.models.family import register_family
 

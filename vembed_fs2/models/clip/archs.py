@@ -5,7 +5,7 @@ from __future__ import annotations
 from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
-from vembed_fs2.models.clip.factory import ClipConfig
+from vembed_fs2.models.clip.config import ClipConfig
 
 
 def register_clip_archs(container: DependencyContainer) -> None:

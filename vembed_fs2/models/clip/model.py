@@ -21,10 +21,10 @@ from torch.nn import Conv2d, Module, ModuleList, Parameter
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from vembed_fs2.models.attention import PaddedLayout
-from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
-from vembed_fs2.models.head import pool
-from vembed_fs2.models.vision import resize_positions
+from vembed_fs2.embedding.head import pool
+from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
+from vembed_fs2.models.common.attention import PaddedLayout
+from vembed_fs2.models.common.vision import resize_positions
 
 TextPooling: TypeAlias = Literal["clip", "eos", "first", "last"]
 

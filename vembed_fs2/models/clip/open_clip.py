@@ -9,10 +9,7 @@ from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_
 from torch import Tensor
 
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.models.clip.factory import ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig
-from vembed_fs2.models.clip.model import LEGACY_EOS_ID
-from vembed_fs2.models.family import config_errors
-from vembed_fs2.models.open_clip import (
+from vembed_fs2.formats.open_clip import (
     BLOCK_OPTIONS,
     find_mlp_ratio,
     join_in_proj,
@@ -25,6 +22,9 @@ from vembed_fs2.models.open_clip import (
     reshape_scalars,
     split_in_proj,
 )
+from vembed_fs2.models.clip.config import ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig
+from vembed_fs2.models.clip.model import LEGACY_EOS_ID
+from vembed_fs2.models.family import config_errors
 
 _TOWER_DEFAULTS: Final = {
     "width": 512,

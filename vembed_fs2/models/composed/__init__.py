@@ -5,24 +5,13 @@ from __future__ import annotations
 from fairseq2.runtime.dependency import DependencyContainer
 
 from vembed_fs2.models.composed.archs import register_composed_archs
-from vembed_fs2.models.composed.factory import (
-    COMPOSED_FAMILY,
-    ComposedConfig,
-    ProjectionConfig,
-    TowerConfig,
-    create_composed_model,
-)
-from vembed_fs2.models.composed.loader import (
-    ComposedCheckpointFormat,
-    forget_sources,
-    load_towers,
-    refuse_sources,
-    resolve_towers,
-)
+from vembed_fs2.models.composed.config import COMPOSED_FAMILY, ComposedConfig, ProjectionConfig, TowerConfig
+from vembed_fs2.models.composed.factory import create_composed_model
+from vembed_fs2.models.composed.interop import ComposedCheckpointFormat
 from vembed_fs2.models.composed.model import ComposedModel
-from vembed_fs2.models.facts import get_family_facts
 from vembed_fs2.models.family import register_family
-from vembed_fs2.models.hub import get_resolver
+from vembed_fs2.models.support import get_family_support
+from vembed_fs2.resolver import get_resolver
 
 __all__ = [
     "COMPOSED_FAMILY",
@@ -32,11 +21,7 @@ __all__ = [
     "ProjectionConfig",
     "TowerConfig",
     "create_composed_model",
-    "forget_sources",
-    "load_towers",
-    "refuse_sources",
     "register_composed",
-    "resolve_towers",
 ]
 
 
@@ -57,4 +42,4 @@ def register_composed(container: DependencyContainer) -> None:
 def _can_shard(config: ComposedConfig) -> bool:
     """Whether both encoders can be split over tensor parallel ranks."""
     towers = (config.text, config.image)
-    return all(get_family_facts(t.family, get_resolver()).can_shard(t.config) for t in towers)
+    return all(get_family_support(t.family, get_resolver()).can_shard(t.config) for t in towers)

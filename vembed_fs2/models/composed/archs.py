@@ -7,7 +7,7 @@ from fairseq2.runtime.dependency import DependencyContainer
 
 from vembed_fs2.models.bert import BERT_FAMILY
 from vembed_fs2.models.clip import CLIP_FAMILY
-from vembed_fs2.models.composed.factory import ComposedConfig, TowerConfig
+from vembed_fs2.models.composed.config import ComposedConfig, TowerConfig
 from vembed_fs2.models.vit import VIT_FAMILY
 
 

@@ -11,10 +11,10 @@ from fairseq2.nn.utils.module import to_device
 from torch import Tensor
 from torch.nn import Module
 
+from vembed_fs2.embedding.model import EmbeddingModel, Modality
 from vembed_fs2.errors import ConfigError
-from vembed_fs2.models.embedding import EmbeddingModel, Modality
 from vembed_fs2.models.family import LEARNED_PARTS, FamilyFactory
-from vembed_fs2.models.hub import get_resolver
+from vembed_fs2.resolver import get_resolver
 
 _OTHER_TOWER: Final[dict[Modality, tuple[str, ...]]] = {"text": ("vision", "visual", "image"), "image": ("text",)}
 """How the names of the modules begin that encode the other modality."""

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 from typing_extensions import Self, override
 
+from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch, Modality
+from vembed_fs2.models.common.dropout import Dropout
 from vembed_fs2.models.composed.backbone import Backbone
 from vembed_fs2.models.composed.freezing import plain_name, stop_dropout
-from vembed_fs2.models.dropout import Dropout
-from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch, Modality
 
 MODALITIES: Final[tuple[Modality, ...]] = ("text", "image")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from fairseq2.runtime.dependency import DependencyContainer
 
 from vembed_fs2.models.eva.archs import register_eva_archs
-from vembed_fs2.models.eva.factory import EVA_FAMILY, EvaConfig, EvaVisionConfig, create_eva_model
-from vembed_fs2.models.eva.loader import EVA_FORMAT, get_eva_model_hub
+from vembed_fs2.models.eva.config import EVA_FAMILY, EvaConfig, EvaVisionConfig
+from vembed_fs2.models.eva.factory import create_eva_model
+from vembed_fs2.models.eva.interop import EVA_FORMAT, get_eva_model_hub
 from vembed_fs2.models.eva.model import EvaModel
 from vembed_fs2.models.family import register_family
 

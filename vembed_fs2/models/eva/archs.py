@@ -5,7 +5,7 @@ from __future__ import annotations
 from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
-from vembed_fs2.models.eva.factory import EvaConfig
+from vembed_fs2.models.eva.config import EvaConfig
 
 
 def register_eva_archs(container: DependencyContainer) -> None:

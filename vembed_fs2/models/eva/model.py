@@ -41,12 +41,12 @@ from torch.nn import Module, Parameter
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from vembed_fs2.models.activations import create_activation
-from vembed_fs2.models.attention import PaddedLayout
+from vembed_fs2.embedding.activations import create_activation
+from vembed_fs2.embedding.head import pool
 from vembed_fs2.models.clip.model import ClipModel, ImageTower
-from vembed_fs2.models.dropout import Dropout
-from vembed_fs2.models.head import pool
-from vembed_fs2.models.vision import PatchLayout, PatchProjection, resize_positions
+from vembed_fs2.models.common.attention import PaddedLayout
+from vembed_fs2.models.common.dropout import Dropout
+from vembed_fs2.models.common.vision import PatchLayout, PatchProjection, resize_positions
 
 EvaPooling: TypeAlias = Literal["cls", "mean", "max", "mean_max"]
 

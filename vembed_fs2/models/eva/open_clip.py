@@ -12,16 +12,16 @@ from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_
 from torch import Tensor
 
 from vembed_fs2.errors import ModelLoadError, VembedError
+from vembed_fs2.formats.open_clip import BLOCK_OPTIONS, read_model_options, read_options, read_pair
 from vembed_fs2.models.clip.open_clip import (
     text_config_from_open_clip,
     text_config_to_open_clip,
     text_state_dict_from_open_clip,
     text_state_dict_to_open_clip,
 )
-from vembed_fs2.models.eva.factory import EvaConfig, EvaVisionConfig
+from vembed_fs2.models.eva.config import EvaConfig, EvaVisionConfig
 from vembed_fs2.models.eva.model import EvaPooling
 from vembed_fs2.models.family import config_errors
-from vembed_fs2.models.open_clip import BLOCK_OPTIONS, read_model_options, read_options, read_pair
 
 _BASE: Final = EvaVisionConfig()
 

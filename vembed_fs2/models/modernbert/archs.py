@@ -3,7 +3,7 @@ from __future__ import annotations
 from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
-from vembed_fs2.models.modernbert.factory import ModernBertConfig
+from vembed_fs2.models.modernbert.config import ModernBertConfig
 
 
 def register_modernbert_archs(container: DependencyContainer) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from vembed_fs2.models.attention import PackedLayout, PaddedLayout, attend, attend_padded
+from vembed_fs2.models.common.attention import PackedLayout, PaddedLayout, attend, attend_padded
 
 _MIN_BLOCK: Final = 32
 

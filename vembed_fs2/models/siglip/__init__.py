@@ -6,14 +6,9 @@ from fairseq2.runtime.dependency import DependencyContainer
 
 from vembed_fs2.models.family import register_family
 from vembed_fs2.models.siglip.archs import register_siglip_archs
-from vembed_fs2.models.siglip.factory import (
-    SIGLIP_FAMILY,
-    SiglipConfig,
-    SiglipTextConfig,
-    SiglipVisionConfig,
-    create_siglip_model,
-)
-from vembed_fs2.models.siglip.loader import SiglipCheckpointFormat
+from vembed_fs2.models.siglip.config import SIGLIP_FAMILY, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+from vembed_fs2.models.siglip.factory import create_siglip_model
+from vembed_fs2.models.siglip.interop import SiglipCheckpointFormat
 from vembed_fs2.models.siglip.model import SiglipModel
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Final
 from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
-from vembed_fs2.models.siglip.factory import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+from vembed_fs2.models.siglip.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
 _GEMMA_VOCAB: Final = 256_000
 """The size of the vocabulary of Gemma, which SigLIP 2 uses."""

@@ -29,11 +29,11 @@ from torch.nn import Module, ModuleList, Parameter
 from torch.nn.functional import pad
 from typing_extensions import override
 
+from vembed_fs2.embedding.batch import EncoderBatch
+from vembed_fs2.embedding.model import EmbeddingModel, Modality
 from vembed_fs2.errors import DataError
-from vembed_fs2.models.attention import PaddedLayout
-from vembed_fs2.models.batch import EncoderBatch
-from vembed_fs2.models.embedding import EmbeddingModel, Modality
-from vembed_fs2.models.vision import PatchProjection, resize_positions
+from vembed_fs2.models.common.attention import PaddedLayout
+from vembed_fs2.models.common.vision import PatchProjection, resize_positions
 
 
 @final

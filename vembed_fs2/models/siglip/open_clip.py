@@ -10,7 +10,8 @@ from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_
 from torch import Tensor
 
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.models.clip.factory import ClipTextConfig
+from vembed_fs2.formats.open_clip import read_model_options, read_number, read_options, read_pair
+from vembed_fs2.models.clip.config import ClipTextConfig
 from vembed_fs2.models.clip.open_clip import (
     text_config_from_open_clip,
     text_config_to_open_clip,
@@ -18,8 +19,7 @@ from vembed_fs2.models.clip.open_clip import (
     text_state_dict_to_open_clip,
 )
 from vembed_fs2.models.family import config_errors
-from vembed_fs2.models.open_clip import read_model_options, read_number, read_options, read_pair
-from vembed_fs2.models.siglip.factory import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+from vembed_fs2.models.siglip.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
 _SIZES: Final = {
     "base": {"model_dim": 768, "num_layers": 12, "num_attn_heads": 12, "ffn_inner_dim": 3072},

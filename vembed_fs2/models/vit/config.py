@@ -8,10 +8,10 @@ from typing import Final, Literal, TypeAlias, get_args
 
 from fairseq2.utils.validation import ValidationResult
 
+from vembed_fs2.embedding.activations import create_activation
+from vembed_fs2.embedding.image_head import ImageHeadConfig, validate_image_head
+from vembed_fs2.embedding.model import EmbeddingModelConfig
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.models.activations import create_activation
-from vembed_fs2.models.embedding import EmbeddingModelConfig
-from vembed_fs2.models.vision import ImageHeadConfig, validate_image_head
 from vembed_fs2.models.vit.model import PatchGrid
 
 VitType: TypeAlias = Literal["vit", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit"]
@@ -282,3 +282,6 @@ class VitConfig(EmbeddingModelConfig):
             except ModelLoadError as ex:
                 errors.append(str(ex))
         return errors
+
+
+VIT_FAMILY: Final = "vembed_vit"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 import torch.nn as nn
 from fairseq2.models.transformer import (
@@ -18,11 +16,12 @@ from fairseq2.nn import Linear, StandardLayerNorm
 from torch import Tensor
 from torch.nn import Conv2d
 
-from vembed_fs2.models.activations import create_activation
-from vembed_fs2.models.attention import create_sdpa
-from vembed_fs2.models.dropout import Dropout
-from vembed_fs2.models.feed_forward import FusedFeedForwardNetwork
-from vembed_fs2.models.vision import BranchResidual, ImageHead, LayerScale, PatchProjection, image_head_output_dim
+from vembed_fs2.embedding.activations import create_activation
+from vembed_fs2.embedding.image_head import ImageHead, image_head_output_dim
+from vembed_fs2.models.common.attention import create_sdpa
+from vembed_fs2.models.common.dropout import Dropout
+from vembed_fs2.models.common.feed_forward import FusedFeedForwardNetwork
+from vembed_fs2.models.common.vision import BranchResidual, LayerScale, PatchProjection
 from vembed_fs2.models.vit.config import VitConfig, as_pair
 from vembed_fs2.models.vit.model import (
     PatchRotaryEncoder,
@@ -32,8 +31,6 @@ from vembed_fs2.models.vit.model import (
     VitModel,
     sincos_positions,
 )
-
-VIT_FAMILY: Final = "vembed_vit"
 
 
 def create_vit_model(config: VitConfig) -> VitModel:

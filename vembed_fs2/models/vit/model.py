@@ -23,11 +23,12 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 from typing_extensions import override
 
+from vembed_fs2.embedding.image_head import ImageHead
+from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.errors import DataError
-from vembed_fs2.models.attention import PaddedLayout
-from vembed_fs2.models.dropout import Dropout
-from vembed_fs2.models.embedding import EmbeddingModel, EncoderBatch
-from vembed_fs2.models.vision import ImageHead, PatchLayout, PatchProjection, resize_positions
+from vembed_fs2.models.common.attention import PaddedLayout
+from vembed_fs2.models.common.dropout import Dropout
+from vembed_fs2.models.common.vision import PatchLayout, PatchProjection, resize_positions
 
 
 class PatchGrid(NamedTuple):

@@ -1,0 +1,258 @@
+"""``fairseq2 vembed data check``: what is in data files, and what is wrong with them.
+
+Nothing heavy is imported here: the command line needs this module to print help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from array import array
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+from vembed_fs2.commands.arguments import parse_columns
+from vembed_fs2.errors import DataError
+
+if TYPE_CHECKING:
+    from vembed_fs2.data.dataset import Problems
+    from vembed_fs2.data.example import Example, Item
+    from vembed_fs2.data.schema import RowSchema
+    from vembed_fs2.data.sources import Paths, RowSource
+
+Images: TypeAlias = Literal["all", "sample", "none"]
+
+_SAMPLED_ROWS: Final = 1000
+
+_SHOWN: Final = 20
+
+_BLOCK: Final = 256
+"""Rows that are read before the images of any are decoded, in parallel."""
+
+
+class Spread:
+    """The distribution of a number."""
+
+    def __init__(self) -> None:
+        self.values = array("Q")
+
+    def add(self, value: int) -> None:
+        self.values.append(value)
+
+    def __str__(self) -> str:
+        import numpy as np
+
+        ordered = np.sort(np.frombuffer(self.values, dtype=np.uint64))
+        low, median, p95, high = (int(ordered[math.ceil(q * len(ordered)) - 1]) for q in (1e-12, 0.5, 0.95, 1))
+        return f"min {low:,}, median {median:,}, p95 {p95:,}, max {high:,}"
+
+
+class Repeats:
+    """Counts what was seen before, by hash."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self.count = 0
+
+    def add(self, value: int) -> None:
+        if value in self.seen:
+            self.count += 1
+        self.seen.add(value)
+
+
+@dataclass
+class Report:
+    """What :func:`check_dataset` found."""
+
+    files: tuple[Path, ...]
+    num_rows: int
+
+    problems: Problems
+    """All are counted; the first 20 are kept, each with its ``file:line``."""
+
+    num_usable: int = 0
+
+    modes: Counter[str] = field(default_factory=Counter)
+    """The number of rows of each mode."""
+
+    lengths: dict[str, Spread] = field(default_factory=dict)
+    """The lengths of texts in characters, by role."""
+
+    num_images: int = 0
+    widths: Spread = field(default_factory=Spread)
+    heights: Spread = field(default_factory=Spread)
+    """The sizes of the images that were decoded, in pixels, upright."""
+
+    num_negatives: Counter[int] = field(default_factory=Counter)
+    """Number of negatives of a row -> number of such rows."""
+
+    labels: Counter[str] = field(default_factory=Counter)
+    """Label -> number of rows."""
+
+    num_scored: int = 0
+    """The number of rows with scores."""
+
+    queries: Repeats = field(default_factory=Repeats)
+    documents: Repeats = field(default_factory=Repeats)
+    pairs: Repeats = field(default_factory=Repeats)
+
+    ignored_columns: set[str] = field(default_factory=set)
+    """Columns that hold no field."""
+
+    @property
+    def ok(self) -> bool:
+        """True if every row can be used."""
+        return self.problems.count == 0
+
+
+def check_dataset(
+    paths: Paths,
+    *,
+    columns: Mapping[str, str | None] | None = None,
+    mode: str = "auto",
+    image_root: str | os.PathLike[str] | None = None,
+    allow_urls: bool = False,
+    images: Images = "sample",
+) -> Report:
+    """Read every row of data files. Memory holds hashes and lengths, not rows.
+
+    :param images: which images to decode: those of all rows, of about 1,000 evenly
+        spaced rows, or none. URLs are not fetched.
+    :raises DataError: a file cannot be read at all.
+    """
+    from vembed_fs2.data.dataset import Problems
+    from vembed_fs2.data.images import decode_images, has_images
+    from vembed_fs2.data.schema import RowSchema
+    from vembed_fs2.data.sources import RowSource
+
+    schema = RowSchema(columns=columns, mode=mode, image_root=image_root, allow_urls=allow_urls)
+    source = RowSource(paths)
+    report = Report(source.files, len(source), Problems(_SHOWN))
+    every = {"all": 1, "sample": max(1, len(source) // _SAMPLED_ROWS), "none": len(source) + 1}[images]
+    for start in range(0, len(source), _BLOCK):
+        rows = {i: _read(i, source, schema, report) for i in range(start, min(start + _BLOCK, len(source)))}
+        examples = {i: row for i, row in rows.items() if not isinstance(row, DataError)}
+        opened = [i for i, row in examples.items() if images != "none" and i % every == 0 and has_images(row)]
+        sizes = dict(zip(opened, decode_images([examples[i] for i in opened])))
+        for index, row in rows.items():
+            _count(report, row, sizes.get(index, []))
+    return report
+
+
+def _read(index: int, source: RowSource, schema: RowSchema, report: Report) -> Example | DataError:
+    try:
+        row = source[index]
+        report.ignored_columns |= schema.ignored_columns(row)
+        return schema.parse(row, source.where(index), source.file(index).parent, untyped=source.untyped)
+    except DataError as ex:
+        return ex
+
+
+def _items(example: Example) -> list[tuple[str, Item]]:
+    items = [("query", example.query)]
+    if example.positive is not None:
+        items.append(("positive", example.positive))
+    return items + [("negative", negative) for negative in example.negatives]
+
+
+def _count(report: Report, row: Example | DataError, sizes: list[tuple[int, int]] | DataError) -> None:
+    """Count a row, or what is wrong with it or its images."""
+    if isinstance(row, DataError) or isinstance(sizes, DataError):
+        report.problems.add(str(row if isinstance(row, DataError) else sizes))
+        return
+    for width, height in sizes:
+        report.widths.add(width)
+        report.heights.add(height)
+    _count_content(report, row)
+
+
+def _count_content(report: Report, example: Example) -> None:
+    from vembed_fs2.data.schema import content_id, kind_of
+
+    report.num_usable += 1
+    query = content_id(example.query)
+    report.queries.add(query)
+    if example.positive is None:
+        report.modes[f"{kind_of(example.query)} with a label only"] += 1
+    else:
+        report.modes[f"{kind_of(example.query)}2{kind_of(example.positive)}"] += 1
+        document = content_id(example.positive)
+        report.documents.add(document)
+        report.pairs.add(hash((query, document)))
+    for role, item in _items(example):
+        report.num_images += len(item.images)
+        if item.text is not None:
+            report.lengths.setdefault(role, Spread()).add(len(item.text))
+    report.num_negatives[len(example.negatives)] += 1
+    report.num_scored += bool(example.scores)
+    if example.label is not None:
+        report.labels[example.label] += 1
+
+
+def render(report: Report) -> str:
+    """Write a report as text."""
+    files = str(report.files[0]) if len(report.files) == 1 else f"{len(report.files):,} files"
+    lines = [("files", files), ("rows", f"{report.num_rows:,}, usable {report.num_usable:,}")]
+    lines += [("mode", f"{mode}: {count:,}") for mode, count in report.modes.most_common()]
+    lines += [(f"{role} text", f"{spread} characters") for role, spread in report.lengths.items()]
+    if report.num_images:
+        lines.append(("images", f"{report.num_images:,}, decoded {len(report.widths.values):,}"))
+    if report.widths.values:
+        lines += [("image width", f"{report.widths} pixels"), ("image height", f"{report.heights} pixels")]
+    if any(report.num_negatives):
+        lines += [("rows with", f"{n} negatives: {c:,}") for n, c in sorted(report.num_negatives.items())]
+    if report.labels:
+        alone = sum(count == 1 for count in report.labels.values())
+        lines.append(("labels", f"{len(report.labels):,}, of one row only {alone:,}"))
+    if report.num_scored:
+        lines.append(("with scores", f"{report.num_scored:,}"))
+    repeats = (("queries", report.queries), ("documents", report.documents), ("pairs", report.pairs))
+    lines.append(("repeated", ", ".join(f"{name} {r.count:,}" for name, r in repeats)))
+    if report.ignored_columns:
+        lines.append(("ignored", f"columns {', '.join(sorted(report.ignored_columns))}"))
+    text = "\n".join(f"{name + ':':<15} {value}" for name, value in lines)
+    if report.ok:
+        return f"{text}\nNo problems found."
+    return f"{text}\n{report.problems.count:,} problems:\n{report.problems}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``data check``."""
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a data file, or a folder of shards")
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="FIELD=NAME",
+        help="the file's name for a field, such as query=title; no name leaves the field out; can be repeated",
+    )
+    parser.add_argument("--mode", default="auto", help="auto, t2t, t2i, i2i, i2t, m2i or m2t (default: auto)")
+    parser.add_argument("--image-root", type=Path, metavar="FOLDER", help="where images are (default: the file's own)")
+    parser.add_argument("--allow-urls", action="store_true", help="accept HTTP(S) URLs as images")
+    parser.add_argument(
+        "--images",
+        choices=("all", "sample", "none"),
+        default="sample",
+        help="which images to decode: those of all rows, of about 1,000 rows, or none (default: sample)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check and print; return 1 if there are problems.
+
+    :raises VembedError: a file cannot be read at all, or an argument is not valid.
+    """
+    report = check_dataset(
+        args.files,
+        columns=parse_columns(args.column),
+        mode=args.mode,
+        image_root=args.image_root,
+        allow_urls=args.allow_urls,
+        images=args.images,
+    )
+    print(render(report))
+    return 0 if report.ok else 1

@@ -1,0 +1,1 @@
+"""The ground floor, torch only: the contract between data, models, engine and objectives."""

@@ -1,0 +1,1 @@
+"""Model folders as they lie on disk: reading them."""

@@ -1,0 +1,190 @@
+"""How checkpoints of a family look in Hugging Face folders."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar, final
+
+from fairseq2.models.hg import HuggingFaceConfig, HuggingFaceConverter
+from fairseq2.utils.structured import StandardValueConverter, StructureError
+from fairseq2.utils.validation import StandardObjectValidator, ValidationError, ValidationResult
+from typing_extensions import override
+
+from vembed_fs2.embedding.model import HeadConfig
+from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.formats.folder import ModelFolder
+
+ConfigT = TypeVar("ConfigT")
+
+HOW_TO_TRUST: Final = (
+    "`trust_remote_code=True` in Python, `--trust-remote-code` of a command, "
+    "`model.config_overrides.trust_remote_code=true` for training"
+)
+"""How a user asks for Python code that comes with a model."""
+
+
+class NeedsCodeError(ModelLoadError):
+    """Raised when a model can be loaded only with Python code that comes with it, and nobody asked for that."""
+
+
+LEARNED_PARTS: Final = ("logit_scale", "logit_bias", "teacher_projection")
+"""The parameters that any model can have besides its encoder, for its objective."""
+
+
+class CheckpointFormat(HuggingFaceConverter):
+    """How a family's checkpoints look in Hugging Face transformers, read both ways.
+
+    Subclasses :class:`fairseq2.models.hg.HuggingFaceConverter`, so fairseq2's
+    own export works too.
+    """
+
+    model_types: Sequence[str] = ()
+    """The ``model_type`` values of ``config.json`` that the family reads."""
+
+    @abstractmethod
+    def from_hf_config(
+        self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
+    ) -> Any:
+        """Convert ``config.json`` to the family's configuration.
+
+        :param head: what follows the backbone, where the folder says it.
+        :param keys: the names of the tensors in the checkpoint.
+        :raises ModelLoadError: an option is not supported; the message names the field.
+        """
+
+    @abstractmethod
+    def from_hf_state_dict(self, state_dict: dict[str, object], config: Any) -> dict[str, object]:
+        """Convert tensors to the family's names. A state dict that has them already is returned as it is."""
+
+    @override
+    @abstractmethod
+    def to_hg_config(self, config: object) -> HuggingFaceConfig:
+        """Convert the family's configuration to transformers' (the reverse of :meth:`from_hf_config`)."""
+
+    @override
+    @abstractmethod
+    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
+        """Convert the family's tensors to transformers' (the reverse of :meth:`from_hf_state_dict`)."""
+
+    def from_folder(self, folder: ModelFolder, *, trust_remote_code: bool = False) -> Any:
+        """Read the configuration of a folder.
+
+        :param trust_remote_code: whether Python code in the folder may be run, where the family does that at all.
+        """
+        return self.from_hf_config(folder.config, head=folder.head(), keys=folder.keys())
+
+    def write_files(self, folder: Path, config: object) -> None:
+        """Write what else belongs to an exported folder, after configuration and weights. Nothing, by default."""
+
+
+@final
+class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
+    """The format of a family that transformers does not have.
+
+    ``config.json`` holds the family's own configuration under ``model_config``,
+    and tensors keep their names. If the configuration has a field ``head`` of
+    type :class:`HeadConfig`, it must call the size of token states
+    ``model_dim``; sentence-transformers' modules are then read and written, too.
+    """
+
+    def __init__(self, model_type: str, config_kls: type[ConfigT]) -> None:
+        """
+        :param model_type: the ``model_type`` of ``config.json``: letters, digits and ``_``, and nobody else's.
+        :param config_kls: a dataclass.
+        """
+        self.model_types = (model_type,)
+        self._model_type = model_type
+        self._config_kls = config_kls
+
+    @override
+    def from_hf_config(
+        self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
+    ) -> ConfigT:
+        values = hf_config.get("model_config")
+        if not isinstance(values, Mapping):
+            raise ModelLoadError("config.json: `model_config` must hold the fields of the model's configuration.")
+        if wants_code(values):
+            raise ModelLoadError("config.json: `model_config` asks for `trust_remote_code`, which a file must not.")
+        try:
+            config: ConfigT = StandardValueConverter().structure(values, self._config_kls)
+        except StructureError as ex:
+            raise ModelLoadError(f"config.json: `model_config` is not valid. {_reason_of(ex)}") from None
+        if head is not None and head_of(config) is not None:
+            setattr(config, "head", head)  # noqa: B010  (mypy does not know the field)
+        elif head is not None and head.dense:
+            raise ModelLoadError(f"Dense modules after a {self._model_type} model are not supported.")
+        if errors := config_errors(config):
+            raise ModelLoadError(f"config.json: `model_config` is not valid. {' '.join(errors)}")
+        return config
+
+    @override
+    def from_hf_state_dict(self, state_dict: dict[str, object], config: Any) -> dict[str, object]:
+        return state_dict
+
+    @override
+    def to_hg_config(self, config: object) -> HuggingFaceConfig:
+        values: Any = StandardValueConverter().unstructure(config)
+        # Of no use without the teacher.
+        data: dict[str, object] = {"model_config": {k: v for k, v in values.items() if k != "teacher_dim"}}
+        if head_of(config) is not None:
+            # Where sentence-transformers' pooling looks for the size of its inputs.
+            data["hidden_size"] = getattr(config, "model_dim")  # noqa: B009  (mypy does not know the field)
+        return HuggingFaceConfig(data, kls_name=self._declare_hf_config(), arch=self._model_type)
+
+    @override
+    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
+        return {key: value for key, value in state_dict.items() if key != "teacher_projection"}
+
+    def _declare_hf_config(self) -> str:
+        """Make the class of ``config.json``; fairseq2 writes only what it finds by name in transformers."""
+        import transformers
+
+        name = f"Vembed_{self._model_type}_Config"
+        if not hasattr(transformers, name):
+            fields = {"model_type": self._model_type, "model_config": None, "hidden_size": None}
+            setattr(transformers, name, type(name, (transformers.PretrainedConfig,), fields))
+        return name
+
+
+def _reason_of(error: StructureError) -> str:
+    """The messages from the outermost field down to its value."""
+    reasons = []
+    cause: BaseException | None = error
+    while isinstance(cause, StructureError):
+        # The chain also names each class on the way.
+        if not str(cause).startswith("Value cannot be structured to"):
+            reasons.append(str(cause))
+        cause = cause.__cause__
+    return " ".join(reasons)
+
+
+def config_errors(config: object) -> list[str]:
+    """Return all that ``validate`` of a configuration and of the configurations inside it finds wrong."""
+    try:
+        StandardObjectValidator().validate(config)
+    except ValidationError as ex:
+        return _list_errors(ex.result, "")
+    return []
+
+
+def _list_errors(result: ValidationResult, path: str) -> list[str]:
+    errors = [f"`{path.rstrip('.')}`: {e}" if path else str(e) for e in result.errors]
+    for name, sub_result in result.sub_results.items():
+        errors += _list_errors(sub_result, f"{path}{name}.")
+    return errors
+
+
+def head_of(config: object) -> HeadConfig | None:
+    """Return the head of a model configuration, if the family has one."""
+    head = getattr(config, "head", None)
+    return head if isinstance(head, HeadConfig) else None
+
+
+def wants_code(values: object) -> bool:
+    """Whether a configuration asks to run Python code that came with a model: that is not for a file to say."""
+    if isinstance(values, Mapping):
+        inner = (value for key, value in values.items() if key != "hf_config")
+        return values.get("trust_remote_code") is True or any(map(wants_code, inner))
+    return isinstance(values, (list, tuple)) and any(map(wants_code, values))

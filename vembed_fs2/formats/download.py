@@ -1,0 +1,118 @@
+"""Fetches model repositories from the Hugging Face hub, whole: weights, configuration, processor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from fnmatch import filter as find_names
+from pathlib import Path
+from typing import Final, final
+
+from fairseq2.assets import AssetDownloadError, AssetDownloadManager
+from fairseq2.utils.uri import Uri
+from typing_extensions import override
+
+from vembed_fs2.formats.folder import is_open_clip_folder
+from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG
+
+_FILES: Final = ["*.json", "*.txt", "*.model", "*.py", "*/config.json"]
+"""
+What a model folder needs besides weights: configurations, tokenizer, image
+processor, modules, and code, which is not run unless a user asks for it.
+"""
+
+_SAFETENSORS: Final = ["model*.safetensors", "*/model.safetensors"]
+
+_PICKLED: Final = ["pytorch_model*.bin", "*/pytorch_model.bin"]
+
+
+@final
+class FolderDownloadManager(AssetDownloadManager):
+    """Downloads ``hg://`` models; leaves all else to fairseq2's own manager.
+
+    fairseq2 fetches ``*.safetensors`` only. Older repositories (OpenAI's CLIP
+    among them) have pickled weights only, others several formats at once, and
+    the processor's files are needed, too.
+    """
+
+    def __init__(self, manager: AssetDownloadManager) -> None:
+        self._manager = manager
+
+    @override
+    def download_model(
+        self, uri: Uri, model_name: str = "", *, force: bool = False, local_only: bool = False, progress: bool = True
+    ) -> Path:
+        if uri.scheme != "hg":
+            return self._manager.download_model(uri, model_name, force=force, local_only=local_only, progress=progress)
+        return download_repository(uri, force=force, local_only=local_only)
+
+    @override
+    def download_tokenizer(
+        self,
+        uri: Uri,
+        tokenizer_name: str = "",
+        *,
+        force: bool = False,
+        local_only: bool = False,
+        progress: bool = True,
+    ) -> Path:
+        return self._manager.download_tokenizer(
+            uri, tokenizer_name, force=force, local_only=local_only, progress=progress
+        )
+
+    @override
+    def download_dataset(
+        self, uri: Uri, dataset_name: str = "", *, force: bool = False, local_only: bool = False, progress: bool = True
+    ) -> Path:
+        return self._manager.download_dataset(uri, dataset_name, force=force, local_only=local_only, progress=progress)
+
+    @property
+    @override
+    def supported_schemes(self) -> frozenset[str]:
+        return frozenset(self._manager.supported_schemes)
+
+
+def download_repository(uri: Uri, *, weights: bool = True, force: bool = False, local_only: bool = False) -> Path:
+    """Fetch the repository of ``hg://owner/name`` (or ``hg://owner/name@revision``); return its local folder.
+
+    :param weights: if ``False``, fetches the small files only.
+    :raises AssetDownloadError: it cannot be fetched.
+    """
+    from huggingface_hub import list_repo_files, snapshot_download
+
+    repository, _, revision = str(uri).removeprefix("hg:").lstrip("/").partition("@")
+
+    def fetch(patterns: list[str]) -> Path:
+        folder = snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=patterns,
+            force_download=force,
+            local_files_only=local_only,
+        )
+        return Path(folder)
+
+    patterns = list(_FILES)
+    if weights:
+        patterns += _SAFETENSORS + _PICKLED
+    if weights and not local_only:
+        # Without a connection there is no list, but what was fetched before may be enough. The download itself
+        # says what else is wrong.
+        with suppress(Exception):
+            names = list_repo_files(repository, revision=revision or None)
+            # Some repositories hold other weights as well.
+            is_open_clip = OPEN_CLIP_CONFIG in names and is_open_clip_folder(fetch(_FILES))
+            patterns = [*_FILES, *_choose_weights(names, is_open_clip)]
+    try:
+        return fetch(patterns)
+    except Exception as ex:
+        # The hub's client raises many kinds: of HTTP, of the file system, of its own.
+        raise AssetDownloadError(uri, f"{type(ex).__name__}: {ex}") from ex
+
+
+def _choose_weights(names: Sequence[str], is_open_clip: bool) -> list[str]:
+    """The patterns of one of the formats that there are, safe ones first."""
+    candidates = [_SAFETENSORS, _PICKLED]
+    if is_open_clip:
+        candidates = [["open_clip*model.safetensors"], ["open_clip*model.bin"], *candidates]
+    return next((patterns for patterns in candidates if find_names(names, patterns[0])), _PICKLED)

@@ -1,0 +1,138 @@
+"""Reads transformers' ``config.json``, and names of tensors that families share.
+
+Nothing in ``config.json`` that changes what a model computes is ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Mapping
+from copy import deepcopy
+from typing import Any, Final
+
+from vembed_fs2.embedding.activations import create_activation
+from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.formats.checkpoint import config_errors
+
+_DUAL_LAYER_KEYS: Final = {
+    "self_attn.q_proj": "self_attn.q_proj",
+    "self_attn.k_proj": "self_attn.k_proj",
+    "self_attn.v_proj": "self_attn.v_proj",
+    "self_attn.out_proj": "self_attn.output_proj",
+    "layer_norm1": "self_attn_layer_norm",
+    "mlp.fc1": "ffn.inner_proj",
+    "mlp.fc2": "ffn.output_proj",
+    "layer_norm2": "ffn_layer_norm",
+}
+
+_DUAL_REFUSED: Final = ("pruned_heads", "quantization_config")
+"""Fields that transformers would obey and that have no counterpart here."""
+
+
+def resolve_hf_config(hf_config: Mapping[str, Any], kls_name: str) -> dict[str, Any]:
+    """Return the content of ``config.json`` as transformers' class sees it, with its defaults and other names.
+
+    :raises ModelLoadError: the class does not take the content.
+    """
+    import transformers
+
+    try:
+        resolved: dict[str, Any] = getattr(transformers, kls_name)(**deepcopy(dict(hf_config))).to_dict()
+    except (TypeError, ValueError, AttributeError) as ex:
+        raise ModelLoadError(f"config.json is not a valid {kls_name}: {ex}.") from None
+    return resolved
+
+
+def refuse_other_values(hf_config: Mapping[str, Any], supported: Mapping[str, tuple[object, ...]]) -> None:
+    """Refuse fields with other values than those that are supported.
+
+    :raises ModelLoadError: there is one; the message names it.
+    """
+    for name, values in supported.items():
+        if name in hf_config and hf_config[name] not in values:
+            raise ModelLoadError(f"config.json: `{name}` is {hf_config[name]!r}, which is not supported.")
+
+
+def read_field(hf_config: Mapping[str, Any], name: str, kls: type, *, optional: bool = False) -> Any:
+    """Return the value of a field.
+
+    :param optional: whether it may be null.
+    :raises ModelLoadError: it is not of type ``kls``.
+    """
+    value = hf_config[name]
+    if value is None and optional:
+        return None
+    if kls is float and type(value) is int:
+        return float(value)
+    if type(value) is not kls:
+        raise ModelLoadError(f"config.json: `{name}` must be of type {kls.__name__}, but is {value!r} instead.")
+    return value
+
+
+def validate_hf_config(config: object, names: Mapping[str, str]) -> None:
+    """Validate a configuration that was read.
+
+    :param names: what ``config.json`` calls the fields of ``config``.
+    :raises ModelLoadError: it is not valid; the message has the names of ``config.json``.
+    """
+    if errors := config_errors(config):
+        message = " ".join(errors)
+        for name, hf_name in names.items():
+            message = message.replace(f"`{name}`", f"`{hf_name}`")
+        raise ModelLoadError(f"config.json is not valid. {message}")
+
+
+def create_dual_key_map(keys: Mapping[str, str]) -> dict[str, str]:
+    """Complete the names of tensors of a model with a ``text_model`` and a ``vision_model`` by those of their layers.
+
+    :param keys: what the names of all others start with, and what that is here.
+    :returns: a map of regular expressions.
+    """
+    key_map = {"^" + re.escape(key): name for key, name in keys.items()}
+    for tower in ("text", "vision"):
+        for key, name in _DUAL_LAYER_KEYS.items():
+            pattern = rf"^{tower}_model\.encoder\.layers\.([0-9]+)\.{re.escape(key)}\."
+            key_map[pattern] = rf"{tower}.encoder.layers.\1.{name}."
+    return key_map
+
+
+def refuse_dual_options(where: str, values: Mapping[str, Any], kind: str) -> None:
+    """Refuse fields that transformers would obey, and we not.
+
+    :param kind: the kind of model, for the error.
+    :raises ModelLoadError: one is set; the message names it.
+    """
+    for name in _DUAL_REFUSED:
+        if values.get(name):
+            raise ModelLoadError(f"`{where}{name}` is not supported for {kind} models.")
+
+
+def read_fields(
+    values: Mapping[str, Any], names: Mapping[str, str], default: object, where: str, *, optional: Container[str] = ()
+) -> dict[str, Any]:
+    """Rename fields.
+
+    :param names: the fields of ``values``, and what they are called here.
+    :param default: a configuration; values must be of the types of its fields.
+    :param optional: the fields of ``values`` that may be null.
+    :raises ModelLoadError: a value is of another type, or an activation function is not known.
+    """
+    fields: dict[str, Any] = {}
+    for hf_name, name in names.items():
+        value = values[hf_name]
+        kind = type(getattr(default, name))
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind and not (hf_name in optional and value is None):
+            raise ModelLoadError(
+                f"`{where}{hf_name}` must be of type `{kind.__name__}`, but is {value!r}, which is not supported."
+            )
+        if hf_name == "hidden_act":
+            create_activation(value, field=where + hf_name)
+        fields[name] = value
+    return fields
+
+
+def write_fields(config: object, names: Mapping[str, str]) -> dict[str, object]:
+    """The reverse of :func:`read_fields`."""
+    return {hf_name: getattr(config, name) for hf_name, name in names.items()}

@@ -1,0 +1,1 @@
+"""Finds, describes and loads models."""

@@ -1,0 +1,62 @@
+"""Loads models by what a user types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from fairseq2.assets import AssetCardError, AssetDownloadError
+from fairseq2.gang import Gangs, create_fake_gangs
+from fairseq2.model_checkpoint import CorruptModelCheckpointError
+from fairseq2.models import ModelFamily, ModelGatedError
+
+from vembed_fs2.embedding.model import EmbeddingModel
+from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.hub.find import ModelSource, find_model
+from vembed_fs2.resolver import get_resolver
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    gangs: Gangs | None = None,
+    trust_remote_code: bool = False,
+) -> EmbeddingModel:
+    """Load the bare model, in evaluation mode.
+
+    :param name_or_path: a card, a Hugging Face folder, a run folder or a checkpoint folder.
+    :param trust_remote_code: whether Python code that comes with the model may be run.
+    :raises ModelLoadError: there is no such model, or its checkpoint does not fit.
+    """
+    source = find_model(name_or_path, trust_remote_code=trust_remote_code)
+    return load_source(source, device=device, dtype=dtype, gangs=gangs)
+
+
+def load_source(
+    source: ModelSource,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    gangs: Gangs | None = None,
+) -> EmbeddingModel:
+    """Load the model of ``source``, in evaluation mode."""
+    family = get_resolver().resolve(ModelFamily, key=source.family)
+    gangs = gangs or create_fake_gangs(torch.device(device or "cpu"))
+    try:
+        if isinstance(source.weights, Path):
+            model = family.load_custom_model(source.weights, source.config, gangs, dtype, False, False, None)
+        else:
+            model = family.load_model(source.weights, gangs, dtype, source.config, False, False)
+    except CorruptModelCheckpointError as ex:
+        reason = ex.__cause__ or ex
+        raise ModelLoadError(f"{source.name}: the checkpoint does not fit the model. {reason}") from ex
+    except (AssetCardError, AssetDownloadError, ModelGatedError) as ex:
+        raise ModelLoadError(f"{source.name} cannot be loaded: {ex} {ex.__cause__ or ''}".rstrip()) from ex
+    except ModelLoadError as ex:
+        # What a family finds wrong with tensors does not say where they are from.
+        raise ex if source.name in str(ex) else ModelLoadError(f"{source.name}: {ex}") from ex
+    if not isinstance(model, EmbeddingModel):
+        raise ModelLoadError(f"{source.name} is of family {source.family}, which is no embedding model.")
+    return model.eval()

@@ -1,0 +1,240 @@
+"""The configuration of clip models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final, get_args
+
+from fairseq2.utils.validation import ValidationResult
+from typing_extensions import override
+
+from vembed_fs2.embedding.activations import create_activation
+from vembed_fs2.embedding.model import EmbeddingModelConfig
+from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.models.clip.model import (
+    TextPooling,
+    VisionPooling,
+)
+
+CLIP_FAMILY: Final = "vembed_clip"
+
+
+@dataclass(kw_only=True)
+class ClipTowerConfig:
+    """What the text and the image Transformer have in common."""
+
+    model_dim: int = 512
+    """The dimensionality of the Transformer."""
+
+    num_layers: int = 12
+    """The number of Transformer layers."""
+
+    num_attn_heads: int = 8
+    """The number of attention heads in Transformer layers."""
+
+    ffn_inner_dim: int = 2048
+    """The dimensionality of inner projection layers in feed-forward networks."""
+
+    activation: str = "quick_gelu"
+    """The activation function of feed-forward networks, by transformers' name."""
+
+    layer_norm_eps: float = 1e-5
+    """The value added to the denominator of Layer Normalization."""
+
+    attn_dropout_p: float = 0.0
+    """The dropout probability on attention weights."""
+
+    layer_scale_init: float | None = None
+    """The initial factor of what each layer adds to its input (LayerScale); none if ``None``."""
+
+    init_range: float = 0.02
+    """The standard deviation of the initial patch projection and image positions."""
+
+    init_factor: float = 1.0
+    """The factor of all initial standard deviations of this Transformer."""
+
+    single_tower_dim: int = 512
+    """
+    The embedding size of the model that transformers makes of this Transformer
+    alone. CLIP itself uses ``projection_dim`` of :class:`ClipConfig`.
+    """
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        for name in self._positive_fields():
+            if getattr(self, name) < 1:
+                result.add_error(f"`{name}` must be at least 1, but is {getattr(self, name)} instead.")
+        if self.num_attn_heads > 0 and self.model_dim % self.num_attn_heads:
+            result.add_error(
+                f"`model_dim` must be a multiple of `num_attn_heads` ({self.num_attn_heads}), "
+                f"but is {self.model_dim} instead."
+            )
+        if not 0.0 <= self.attn_dropout_p < 1.0:
+            result.add_error(f"`attn_dropout_p` must be in [0, 1), but is {self.attn_dropout_p} instead.")
+        for name in ("layer_norm_eps", "init_range", "init_factor"):
+            if getattr(self, name) < 0.0:
+                result.add_error(f"`{name}` must not be negative, but is {getattr(self, name)} instead.")
+        try:
+            create_activation(self.activation, field="activation")
+        except ModelLoadError as ex:
+            result.add_error(str(ex))
+        return result
+
+    def _positive_fields(self) -> tuple[str, ...]:
+        return ("model_dim", "num_layers", "num_attn_heads", "ffn_inner_dim")
+
+
+@dataclass(kw_only=True)
+class ClipTextConfig(ClipTowerConfig):
+    """The text Transformer."""
+
+    vocab_size: int = 49_408
+    """The size of the vocabulary."""
+
+    max_seq_len: int = 77
+    """The maximum number of tokens of a text, special tokens included."""
+
+    pad_idx: int | None = 1
+    """The index of the padding token. The model uses it only if it sees padding (:attr:`sees_padding`)."""
+
+    bos_idx: int | None = 49_406
+    """The index of the token that starts a text. The model does not use it; kept for export."""
+
+    eos_idx: int = 49_407
+    """
+    The index of the token that ends a text, whose state becomes the embedding.
+    2 stands for the highest index in the text, as in old configurations, if
+    ``pooling`` is ``clip``.
+    """
+
+    pooling: TextPooling = "clip"
+    """
+    Whose state becomes the embedding: as in transformers' CLIP (``clip``), that
+    of the first token ``eos_idx`` (``eos``), or of the ``first`` or ``last``
+    position.
+    """
+
+    causal: bool = True
+    """If ``True``, no token sees the ones after it."""
+
+    proj_bias: bool = False
+    """If ``True``, the projection to the embedding has a bias."""
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether padding changes embeddings, so that each text is padded to ``max_seq_len``."""
+        return not self.causal or self.pooling == "last"
+
+    @override
+    def validate(self) -> ValidationResult:
+        result = super().validate()
+        if self.pooling not in get_args(TextPooling):
+            known = ", ".join(get_args(TextPooling))
+            result.add_error(f"`pooling` must be one of {known}, but is '{self.pooling}' instead.")
+        if self.sees_padding and self.pad_idx is None:
+            result.add_error("`pad_idx` must be set: the model sees padding.")
+        return result
+
+    @override
+    def _positive_fields(self) -> tuple[str, ...]:
+        return (*super()._positive_fields(), "vocab_size", "max_seq_len")
+
+
+@dataclass(kw_only=True)
+class ClipVisionConfig(ClipTowerConfig):
+    """The image Transformer."""
+
+    model_dim: int = 768
+    """The dimensionality of the Transformer."""
+
+    num_attn_heads: int = 12
+    """The number of attention heads in Transformer layers."""
+
+    ffn_inner_dim: int = 3072
+    """The dimensionality of inner projection layers in feed-forward networks."""
+
+    num_channels: int = 3
+    """The number of image channels."""
+
+    image_size: int | tuple[int, int] = 224
+    """The height and width of images in pixels, if one number, both; other sizes interpolate the positions."""
+
+    patch_size: int | tuple[int, int] = 32
+    """The height and width of patches in pixels, if one number, both."""
+
+    pre_norm: bool = True
+    """If ``True``, the inputs of the Transformer are normalised."""
+
+    pooling: VisionPooling = "cls"
+    """Whose state becomes the embedding: the class token's, or the mean of the patches'."""
+
+    norm_after_pooling: bool = True
+    """If ``True``, the mean is normalised; else the states that it is taken of."""
+
+    patch_dropout_p: float = 0.0
+    """The part of the patches that each image does without in training."""
+
+    @override
+    def validate(self) -> ValidationResult:
+        result = super().validate()
+        for side, image, patch in zip(("height", "width"), as_pair(self.image_size), as_pair(self.patch_size)):
+            if min(image, patch) < 1:
+                result.add_error(f"The {side} of `image_size` and `patch_size` must be at least 1.")
+            elif image < patch:
+                result.add_error(
+                    f"The {side} of `image_size` must be at least that of `patch_size` ({patch}), "
+                    f"but is {image} instead."
+                )
+        if self.pooling not in get_args(VisionPooling):
+            known = ", ".join(get_args(VisionPooling))
+            result.add_error(f"`pooling` must be one of {known}, but is '{self.pooling}' instead.")
+        if not 0.0 <= self.patch_dropout_p < 1.0:
+            result.add_error(f"`patch_dropout_p` must be in [0, 1), but is {self.patch_dropout_p} instead.")
+        return result
+
+    @override
+    def _positive_fields(self) -> tuple[str, ...]:
+        return (*super()._positive_fields(), "num_channels")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The rows and columns of patches in an image of ``image_size``."""
+        (height, width), (patch_height, patch_width) = as_pair(self.image_size), as_pair(self.patch_size)
+        return height // patch_height, width // patch_width
+
+    @property
+    def num_patches(self) -> int:
+        """The number of patches of an image of ``image_size``."""
+        rows, columns = self.grid
+        return rows * columns
+
+
+@dataclass(kw_only=True)
+class ClipConfig(EmbeddingModelConfig):
+    """The configuration of a CLIP model. The defaults are those of ViT-B/32."""
+
+    text: ClipTextConfig = field(default_factory=ClipTextConfig)
+    """The text Transformer."""
+
+    vision: ClipVisionConfig = field(default_factory=ClipVisionConfig)
+    """The image Transformer."""
+
+    projection_dim: int = 512
+    """The dimensionality of embeddings."""
+
+    logit_scale_init: float = 2.6592
+    """The initial log inverse temperature."""
+
+    train_logit_scale: bool = True
+    """If ``False``, the temperature keeps its value in training."""
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        if self.projection_dim < 1:
+            result.add_error(f"`projection_dim` must be at least 1, but is {self.projection_dim} instead.")
+        return result
+
+
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return height and width."""
+    return (size, size) if isinstance(size, int) else size

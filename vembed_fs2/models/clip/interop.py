@@ -1,0 +1,178 @@
+"""CLIP checkpoints of Hugging Face transformers, read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any, Final, final
+
+from fairseq2.models.hg import HuggingFaceConfig
+from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_key_map
+from fairseq2.utils.config import cast_config_type
+from fairseq2.utils.validation import StandardObjectValidator, ValidationError
+from torch import Tensor
+from typing_extensions import override
+
+from vembed_fs2.embedding.model import HeadConfig
+from vembed_fs2.errors import ModelLoadError, VembedError
+from vembed_fs2.formats.hf_config import create_dual_key_map, read_fields, refuse_dual_options, write_fields
+from vembed_fs2.models.clip.config import ClipConfig, ClipTextConfig, ClipVisionConfig, as_pair
+from vembed_fs2.models.clip.model import LEGACY_EOS_ID
+from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
+
+_TOWER_FIELDS: Final = {
+    "hidden_size": "model_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attn_heads",
+    "intermediate_size": "ffn_inner_dim",
+    "hidden_act": "activation",
+    "layer_norm_eps": "layer_norm_eps",
+    "attention_dropout": "attn_dropout_p",
+    "initializer_range": "init_range",
+    "initializer_factor": "init_factor",
+    "projection_dim": "single_tower_dim",
+}
+
+_TEXT_FIELDS: Final = _TOWER_FIELDS | {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_seq_len",
+    "pad_token_id": "pad_idx",
+    "bos_token_id": "bos_idx",
+    "eos_token_id": "eos_idx",
+}
+
+_VISION_FIELDS: Final = _TOWER_FIELDS | {
+    "num_channels": "num_channels",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+}
+
+_OPTIONAL: Final = ("pad_token_id", "bos_token_id")
+
+_FIELDS: Final = {"projection_dim": "projection_dim", "logit_scale_init_value": "logit_scale_init"}
+
+_KEYS: Final = {
+    "text_model.embeddings.token_embedding.": "text.frontend.embed.",
+    "text_model.embeddings.position_embedding.": "text.frontend.pos_embed.",
+    "text_model.final_layer_norm.": "text.encoder.layer_norm.",
+    "text_projection.": "text.proj.",
+    "vision_model.embeddings.class_embedding": "vision.frontend.class_embed",
+    "vision_model.embeddings.patch_embedding.": "vision.frontend.patch_proj.",
+    "vision_model.embeddings.position_embedding.": "vision.frontend.pos_embed.",
+    # The misspelling is that of transformers.
+    "vision_model.pre_layrnorm.": "vision.frontend.layer_norm.",
+    "vision_model.post_layernorm.": "vision.layer_norm.",
+    "visual_projection.": "vision.proj.",
+}
+
+
+_KEY_MAP: Final = create_dual_key_map(_KEYS)
+
+_STALE_KEYS: Final = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+"""Buffers that old versions of transformers saved: 0, 1, 2, ..."""
+
+
+@final
+class ClipCheckpointFormat(CheckpointFormat):
+    """Reads and writes ``CLIPModel``."""
+
+    model_types = ("clip",)
+
+    @override
+    def from_hf_config(
+        self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
+    ) -> ClipConfig:
+        # transformers knows the defaults of absent fields, and how the older `*_config_dict` fields override.
+        from transformers import CLIPConfig
+
+        if head is not None and head.dense:
+            raise ModelLoadError("Dense modules after a CLIP model are not supported.")
+        try:
+            resolved = CLIPConfig(**deepcopy(dict(hf_config))).to_dict()
+        except (TypeError, ValueError, AttributeError) as ex:
+            raise ModelLoadError(f"config.json is not a valid CLIP configuration: {ex}.") from None
+        text, vision = resolved["text_config"], resolved["vision_config"]
+        for where, values in (("", resolved), ("text_config.", text), ("vision_config.", vision)):
+            refuse_dual_options(where, values, "CLIP")
+        config = ClipConfig(
+            text=ClipTextConfig(
+                **read_fields(text, _TEXT_FIELDS, ClipTextConfig(), "text_config.", optional=_OPTIONAL)
+            ),
+            vision=ClipVisionConfig(**read_fields(vision, _VISION_FIELDS, ClipVisionConfig(), "vision_config.")),
+            **read_fields(resolved, _FIELDS, ClipConfig(), ""),
+        )
+        _validate(config)
+        return config
+
+    @override
+    def from_hf_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
+        if not any(key.startswith(("text_model.", "vision_model.")) for key in state_dict):
+            return state_dict
+        state_dict = {key: value for key, value in state_dict.items() if key not in _STALE_KEYS}
+        return _reshape_logit_scale(convert_state_dict(state_dict, _KEY_MAP), (1,))
+
+    @override
+    def to_hg_config(self, config: object) -> HuggingFaceConfig:
+        from transformers import CLIPTextConfig, CLIPVisionConfig
+
+        config = cast_config_type(config, ClipConfig)
+        if names := _find_inexpressible(config):
+            fields = ", ".join(f"`{name}`" for name in names)
+            raise VembedError(
+                f"transformers' CLIP cannot express {fields} of the model. Write it for open_clip instead."
+            )
+        vision = write_fields(config.vision, _VISION_FIELDS)
+        for name in ("image_size", "patch_size"):
+            vision[name] = as_pair(getattr(config.vision, name))[0]
+        data: dict[str, object] = {
+            **write_fields(config, _FIELDS),
+            "text_config": CLIPTextConfig(**write_fields(config.text, _TEXT_FIELDS)),
+            "vision_config": CLIPVisionConfig(**vision),
+        }
+        return HuggingFaceConfig(data, kls_name="CLIPConfig", arch="CLIPModel")
+
+    @override
+    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
+        # transformers' CLIP has a temperature, but no place for what else objectives need.
+        unknown = [key for key in LEARNED_PARTS if key != "logit_scale"]
+        state_dict = {key: value for key, value in state_dict.items() if key not in unknown}
+        return _reshape_logit_scale(convert_state_dict(state_dict, create_reverse_key_map(_KEY_MAP)), ())
+
+
+def _find_inexpressible(config: ClipConfig) -> list[str]:
+    """The fields whose values no configuration of transformers stands for."""
+    text, vision = config.text, config.vision
+    # There, 2 stands for another pooling.
+    is_first_end = text.pooling == "eos" and text.eos_idx != LEGACY_EOS_ID
+    expressible = {
+        "text.pooling": text.pooling == "clip" or is_first_end,
+        "text.causal": text.causal,
+        "text.proj_bias": not text.proj_bias,
+        "text.layer_scale_init": text.layer_scale_init is None,
+        "vision.layer_scale_init": vision.layer_scale_init is None,
+        "vision.image_size": len(set(as_pair(vision.image_size))) == 1,
+        "vision.patch_size": len(set(as_pair(vision.patch_size))) == 1,
+        "vision.pre_norm": vision.pre_norm,
+        "vision.pooling": vision.pooling == "cls",
+    }
+    return [name for name, is_expressible in expressible.items() if not is_expressible]
+
+
+def _validate(config: ClipConfig) -> None:
+    try:
+        StandardObjectValidator().validate(config)
+    except ValidationError as ex:
+        message = str(ex)
+        for hf_name, name in (
+            _TEXT_FIELDS | _VISION_FIELDS | {"text_config": "text", "vision_config": "vision"}
+        ).items():
+            message = message.replace(f"`{name}`", f"`{hf_name}`")
+        raise ModelLoadError(f"config.json is not a valid CLIP configuration: {message}") from None
+
+
+def _reshape_logit_scale(state_dict: dict[str, object], shape: tuple[int, ...]) -> dict[str, object]:
+    # FSDP2 refuses scalar parameters, so ours has one dimension.
+    scale = state_dict.get("logit_scale")
+    if isinstance(scale, Tensor):
+        state_dict["logit_scale"] = scale.reshape(shape)
+    return state_dict

@@ -1,0 +1,50 @@
+"""Composed models in folders, and the checkpoints that their encoders come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, final
+
+from fairseq2.models.hg import HuggingFaceConfig
+from fairseq2.utils.config import cast_config_type
+from typing_extensions import override
+
+from vembed_fs2.embedding.model import HeadConfig
+from vembed_fs2.models.composed.config import COMPOSED_FAMILY, ComposedConfig
+from vembed_fs2.models.family import CheckpointFormat, PlainCheckpointFormat
+
+
+@final
+class ComposedCheckpointFormat(CheckpointFormat):
+    """A folder with both encoders: their configurations in ``config.json``, their tensors by our names."""
+
+    model_types = (COMPOSED_FAMILY,)
+
+    def __init__(self) -> None:
+        self._plain = PlainCheckpointFormat(COMPOSED_FAMILY, ComposedConfig)
+
+    @override
+    def from_hf_config(
+        self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
+    ) -> ComposedConfig:
+        return self._plain.from_hf_config(hf_config, head=head, keys=keys)
+
+    @override
+    def from_hf_state_dict(self, state_dict: dict[str, object], config: Any) -> dict[str, object]:
+        return self._plain.from_hf_state_dict(state_dict, config)
+
+    @override
+    def to_hg_config(self, config: object) -> HuggingFaceConfig:
+        # Where the encoders came from says nothing elsewhere, and may be private.
+        return self._plain.to_hg_config(forget_sources(cast_config_type(config, ComposedConfig)))
+
+    @override
+    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
+        return self._plain.to_hg_state_dict(state_dict, config)
+
+
+def forget_sources(config: ComposedConfig) -> ComposedConfig:
+    """Return the configuration of a model that has its weights: without where they first came from."""
+    text, image = (replace(tower, path=None, name=None, arch=None) for tower in (config.text, config.image))
+    return replace(config, text=text, image=image)

@@ -1,0 +1,204 @@
+"""The configuration of eva models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import log
+from typing import Final, Literal, TypeAlias, get_args
+
+from fairseq2.utils.validation import ValidationResult
+
+from vembed_fs2.embedding.model import EmbeddingModelConfig
+from vembed_fs2.models.clip.config import ClipTextConfig
+from vembed_fs2.models.eva.model import (
+    EvaPooling,
+)
+
+EVA_FAMILY: Final = "vembed_eva"
+
+
+EvaProjection: TypeAlias = Literal["classifier", "linear", "mlp", "none"]
+
+
+@dataclass(kw_only=True)
+class EvaVisionConfig:
+    """The image Transformer. The defaults are those of EVA02-CLIP-B/16."""
+
+    model_dim: int = 768
+    """The dimensionality of the Transformer."""
+
+    num_layers: int = 12
+    """The number of Transformer layers."""
+
+    num_attn_heads: int = 12
+    """The number of attention heads in Transformer layers."""
+
+    ffn_inner_dim: int = 2048
+    """The dimensionality of inner projection layers in feed-forward networks."""
+
+    num_channels: int = 3
+    """The number of image channels."""
+
+    image_size: int = 224
+    """The height and width of images in pixels; other sizes interpolate the positions."""
+
+    patch_size: int = 16
+    """The height and width of patches in pixels."""
+
+    qkv_bias: bool = True
+    """If ``True``, the projections of queries and values have a bias. That of keys has none."""
+
+    fused_qkv: bool = False
+    """If ``True``, timm holds the projections of queries, keys and values in one tensor. Kept for export."""
+
+    gated_ffn: bool = True
+    """If ``True``, feed-forward networks are gated (SwiGLU); else they have GELU."""
+
+    attn_norm: bool = True
+    """If ``True``, what attention gathers is normalised before its output projection."""
+
+    ffn_norm: bool = True
+    """If ``True``, the inputs of the output projections of feed-forward networks are normalised."""
+
+    post_norm: bool = False
+    """If ``True``, layers normalise what they add to their inputs; else their inputs."""
+
+    layer_scale_init: float | None = None
+    """The initial factors of what layers add to their inputs; without factors if ``None``."""
+
+    learned_positions: bool = True
+    """If ``True``, each place has a learned position, which is added to its patch."""
+
+    rope: bool = True
+    """If ``True``, queries and keys are rotated by the row and the column of their patch."""
+
+    rope_ref_size: int | None = 16
+    """
+    The rows and columns of patches that rotations were trained with: an image
+    of any number spreads over as many. If ``None``, they are not scaled.
+    """
+
+    input_norm: bool = False
+    """If ``True``, the inputs of the Transformer are normalised, and patches have no bias."""
+
+    pooling: EvaPooling = "cls"
+    """
+    How the final states become one: the class token's (``cls``), the mean of the
+    patches' (``mean``), their maximum (``max``), or the mean of both (``mean_max``).
+    """
+
+    norm_after_pooling: bool = False
+    """If ``True``, the pooled state is normalised, and not those that are pooled."""
+
+    projection: EvaProjection = "classifier"
+    """
+    How the pooled state becomes an embedding: by a linear layer (``classifier``,
+    timm's own; ``linear``, that of open_clip), by two (``mlp``) or as it is (``none``).
+    """
+
+    projection_bias: bool = True
+    """If ``True``, the last layer of the projection has a bias."""
+
+    layer_norm_eps: float = 1e-6
+    """The value added to the denominator of Layer Normalization."""
+
+    attn_dropout_p: float = 0.0
+    """The dropout probability on attention weights."""
+
+    drop_path_p: float = 0.0
+    """The probability that an image skips a part of the last layer; it grows from 0 over the layers before."""
+
+    head_dropout_p: float = 0.0
+    """The dropout probability on the inputs of the projection; of ``mlp``, on those of its last layer."""
+
+    @property
+    def num_patches(self) -> int:
+        """The number of patches of an image of ``image_size``."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        for error in (*self._size_errors(), *self._value_errors(), *self._layout_errors()):
+            result.add_error(error)
+        return result
+
+    def _size_errors(self) -> list[str]:
+        names = ("model_dim", "num_layers", "num_attn_heads", "ffn_inner_dim", "num_channels", "patch_size")
+        errors = [
+            f"`{name}` must be at least 1, but is {getattr(self, name)} instead."
+            for name in names
+            if getattr(self, name) < 1
+        ]
+        if self.image_size < self.patch_size:
+            errors.append(
+                f"`image_size` must be at least `patch_size` ({self.patch_size}), but is {self.image_size} instead."
+            )
+        # A head is rotated in pairs of elements, half of them by rows and half by columns.
+        multiple = 4 if self.rope else 1
+        if self.num_attn_heads >= 1 and self.model_dim % (multiple * self.num_attn_heads):
+            times = f"{multiple} times " if self.rope else ""
+            errors.append(
+                f"`model_dim` must be a multiple of {times}`num_attn_heads` ({self.num_attn_heads}), "
+                f"but is {self.model_dim} instead."
+            )
+        return errors
+
+    def _value_errors(self) -> list[str]:
+        errors = [
+            f"`{name}` must be in [0, 1), but is {getattr(self, name)} instead."
+            for name in ("attn_dropout_p", "drop_path_p", "head_dropout_p")
+            if not 0.0 <= getattr(self, name) < 1.0
+        ]
+        if self.layer_norm_eps < 0.0:
+            errors.append(f"`layer_norm_eps` must not be negative, but is {self.layer_norm_eps} instead.")
+        if self.rope_ref_size is not None and self.rope_ref_size < 1:
+            errors.append(f"`rope_ref_size` must be at least 1, but is {self.rope_ref_size} instead.")
+        return errors
+
+    def _layout_errors(self) -> list[str]:
+        errors = [
+            f"`{name}` must be one of {', '.join(get_args(kind))}, but is '{getattr(self, name)}' instead."
+            for name, kind in (("pooling", EvaPooling), ("projection", EvaProjection))
+            if getattr(self, name) not in get_args(kind)
+        ]
+        if self.post_norm and self.layer_scale_init is not None:
+            errors.append("`layer_scale_init` must not be set with `post_norm`: the norms scale already.")
+        if self.projection == "classifier" and not self.projection_bias:
+            errors.append("`projection_bias` must be set for the projection 'classifier'.")
+        return errors
+
+
+def _default_text() -> ClipTextConfig:
+    # open_clip takes the highest index of a text for its end (2), and pads with 0.
+    return ClipTextConfig(activation="gelu", eos_idx=2, pad_idx=0, bos_idx=None)
+
+
+@dataclass(kw_only=True)
+class EvaConfig(EmbeddingModelConfig):
+    """The configuration of an EVA-CLIP model. The defaults are those of EVA02-CLIP-B/16."""
+
+    text: ClipTextConfig = field(default_factory=_default_text)
+    """The text Transformer."""
+
+    vision: EvaVisionConfig = field(default_factory=EvaVisionConfig)
+    """The image Transformer."""
+
+    projection_dim: int = 512
+    """The dimensionality of embeddings."""
+
+    logit_scale_init: float = log(1 / 0.07)
+    """The initial log inverse temperature."""
+
+    train_logit_scale: bool = True
+    """If ``False``, the temperature keeps its value in training."""
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        if self.projection_dim < 1:
+            result.add_error(f"`projection_dim` must be at least 1, but is {self.projection_dim} instead.")
+        if self.vision.projection == "none" and self.projection_dim != self.vision.model_dim:
+            result.add_error(
+                f"`projection_dim` must be `vision.model_dim` ({self.vision.model_dim}) where `vision.projection` is "
+                f"'none', but is {self.projection_dim} instead."
+            )
+        return result

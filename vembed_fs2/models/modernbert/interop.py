@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final, final
+
+import torch
+from fairseq2.models import ModelHubAccessor
+from fairseq2.models.hg import HuggingFaceConfig
+from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_key_map
+from fairseq2.utils.config import cast_config_type
+from torch import Tensor
+from typing_extensions import override
+
+from vembed_fs2.embedding.model import HeadConfig
+from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.formats.hf_config import read_field, refuse_other_values, resolve_hf_config, validate_hf_config
+from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
+from vembed_fs2.models.modernbert.config import MODERNBERT_FAMILY, ModernBertConfig
+from vembed_fs2.models.modernbert.model import ModernBertModel
+
+_KEY_MAP: Final = {
+    r"^embeddings\.tok_embeddings\.": r"frontend.embed.",
+    r"^embeddings\.norm\.": r"frontend.layer_norm.",
+    r"^layers\.([0-9]+)\.attn_norm\.": r"encoder.layers.\1.self_attn_layer_norm.",
+    r"^layers\.([0-9]+)\.attn\.Wqkv\.": r"encoder.layers.\1.self_attn.qkv_proj.",
+    r"^layers\.([0-9]+)\.attn\.Wo\.": r"encoder.layers.\1.self_attn.output_proj.",
+    r"^layers\.([0-9]+)\.mlp_norm\.": r"encoder.layers.\1.ffn_layer_norm.",
+    r"^layers\.([0-9]+)\.mlp\.Wi\.": r"encoder.layers.\1.ffn.input_proj.",
+    r"^layers\.([0-9]+)\.mlp\.Wo\.": r"encoder.layers.\1.ffn.output_proj.",
+    r"^final_norm\.": r"encoder.layer_norm.",
+}
+
+# The projections that transformers has in one, and their parts here, which tensor parallelism can split.
+_FUSED: Final = {
+    ".self_attn.qkv_proj.": (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj."),
+    ".ffn.input_proj.": (".ffn.gate_proj.", ".ffn.inner_proj."),
+}
+
+# Of the heads for pretraining and classification. `head.dense.0.weight` is a dense layer of our own head.
+_DROPPED: Final = re.compile(r"^(head\.(dense|norm)|decoder|classifier)\.(weight|bias)$")
+
+# The fields of config.json, what they are called here, and their types.
+_FIELDS: Final[dict[str, tuple[str, type]]] = {
+    "hidden_size": ("model_dim", int),
+    "max_position_embeddings": ("max_seq_len", int),
+    "vocab_size": ("vocab_size", int),
+    "pad_token_id": ("pad_idx", int),
+    "num_hidden_layers": ("num_layers", int),
+    "num_attention_heads": ("num_attn_heads", int),
+    "intermediate_size": ("ffn_inner_dim", int),
+    "hidden_activation": ("activation", str),
+    "global_attn_every_n_layers": ("global_attn_interval", int),
+    "local_attention": ("local_attn_window", int),
+    "global_rope_theta": ("global_rope_theta", float),
+    "local_rope_theta": ("local_rope_theta", float),
+    "attention_bias": ("attn_bias", bool),
+    "mlp_bias": ("ffn_bias", bool),
+    "norm_bias": ("norm_bias", bool),
+    "norm_eps": ("norm_eps", float),
+    "embedding_dropout": ("embed_dropout_p", float),
+    "attention_dropout": ("attn_dropout_p", float),
+    "mlp_dropout": ("ffn_dropout_p", float),
+    "initializer_range": ("init_std", float),
+    "initializer_cutoff_factor": ("init_cutoff", float),
+    "classifier_pooling": ("classifier_pooling", str),
+}
+
+_OPTIONAL: Final = ("pad_token_id", "local_rope_theta", "initializer_cutoff_factor")
+
+# Fields that change what transformers' model computes, and the values at which they do not.
+_FIXED: Final[dict[str, tuple[object, ...]]] = {
+    "position_embedding_type": ("absolute",),
+    "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
+    "partial_rotary_factor": (1.0,),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+}
+
+
+@final
+class ModernBertCheckpointFormat(CheckpointFormat):
+    """Reads and writes checkpoints of ``transformers.ModernBertModel``."""
+
+    model_types = ("modernbert",)
+
+    @override
+    def from_hf_config(
+        self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
+    ) -> ModernBertConfig:
+        resolved = resolve_hf_config(_with_old_names(hf_config), "ModernBertConfig")
+        refuse_other_values(resolved, _FIXED)
+        values = {
+            ours: read_field(resolved, name, kls, optional=name in _OPTIONAL) for name, (ours, kls) in _FIELDS.items()
+        }
+        config = ModernBertConfig(**values, head=head or HeadConfig(pooling=values["classifier_pooling"]))
+        validate_hf_config(config, {ours: name for name, (ours, _) in _FIELDS.items()})
+        head_dim = config.model_dim // config.num_attn_heads
+        refuse_other_values(hf_config, {"head_dim": (None, head_dim), "rope_theta": (config.global_rope_theta,)})
+        return config
+
+    @override
+    def from_hf_state_dict(self, state_dict: dict[str, object], config: ModernBertConfig) -> dict[str, object]:
+        if any(key.startswith("frontend.") for key in state_dict):
+            return state_dict
+        state_dict = {key: value for key, value in state_dict.items() if not _DROPPED.match(key)}
+        state_dict = convert_state_dict(state_dict, {r"^model\.": ""})
+        return _split_fused(convert_state_dict(state_dict, _KEY_MAP))
+
+    @override
+    def to_hg_config(self, config: object) -> HuggingFaceConfig:
+        config = cast_config_type(config, ModernBertConfig)
+        data: dict[str, object] = {name: getattr(config, ours) for name, (ours, _) in _FIELDS.items()}
+        return HuggingFaceConfig(data, kls_name="ModernBertConfig", arch="ModernBertModel")
+
+    @override
+    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
+        # transformers' ModernBERT has no place for what only objectives need.
+        state_dict = {key: value for key, value in state_dict.items() if key not in LEARNED_PARTS}
+        return convert_state_dict(_join_fused(state_dict), create_reverse_key_map(_KEY_MAP))
+
+
+def _with_old_names(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the fields that version 5 of transformers writes in another way.
+
+    :raises ModelLoadError: what it writes has no counterpart in version 4.
+    """
+    values = dict(hf_config)
+    kinds = values.pop("layer_types", None)
+    if kinds is not None:
+        interval = next((idx for idx, kind in enumerate(kinds) if idx > 0 and kind == "full_attention"), len(kinds))
+        interval = values.setdefault("global_attn_every_n_layers", max(interval, 1))
+        known = ["sliding_attention" if idx % interval else "full_attention" for idx in range(len(kinds))]
+        if list(kinds) != known:
+            raise ModelLoadError(f"config.json: `layer_types` is {kinds!r}, which is not supported.")
+    parameters = values.pop("rope_parameters", None)
+    for kind, name in (("full_attention", "global_rope_theta"), ("sliding_attention", "local_rope_theta")):
+        if parameters is None:
+            continue
+        rope = parameters.get(kind) or {}
+        if rope.keys() - {"rope_type", "rope_theta"} or rope.get("rope_type", "default") != "default":
+            raise ModelLoadError(f"config.json: `rope_parameters` is {parameters!r}, which is not supported.")
+        if "rope_theta" in rope:
+            values[name] = rope["rope_theta"]
+    return values
+
+
+def _split_fused(state_dict: dict[str, object]) -> dict[str, object]:
+    """Replace each fused projection by its parts."""
+    split: dict[str, object] = {}
+    for key, value in state_dict.items():
+        fused = next((name for name in _FUSED if name in key), None)
+        if fused is None or not isinstance(value, Tensor):
+            split[key] = value
+            continue
+        parts = value.chunk(len(_FUSED[fused]))
+        split.update({key.replace(fused, name): part for name, part in zip(_FUSED[fused], parts)})
+    return split
+
+
+def _join_fused(state_dict: dict[str, object]) -> dict[str, object]:
+    """The reverse of :func:`_split_fused`."""
+    joined: dict[str, object] = {}
+    for key, value in state_dict.items():
+        fused = next((name for name, parts in _FUSED.items() if any(part in key for part in parts)), None)
+        if fused is None:
+            joined[key] = value
+            continue
+        own = next(part for part in _FUSED[fused] if part in key)
+        if own != _FUSED[fused][0]:
+            continue
+        parts = [state_dict[key.replace(own, name)] for name in _FUSED[fused]]
+        joined[key.replace(own, fused)] = torch.cat([part for part in parts if isinstance(part, Tensor)])
+    return joined
+
+
+get_modernbert_model_hub = ModelHubAccessor(MODERNBERT_FAMILY, kls=ModernBertModel, config_kls=ModernBertConfig)

@@ -1,0 +1,194 @@
+"""SigLIP checkpoints of Hugging Face transformers, read and written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any, Final, final
+
+from fairseq2.models.hg import HuggingFaceConfig
+from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_key_map
+from fairseq2.utils.config import cast_config_type
+from torch import Tensor, cat
+from typing_extensions import override
+
+from vembed_fs2.embedding.model import HeadConfig
+from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.formats.hf_config import create_dual_key_map, read_fields, refuse_dual_options, write_fields
+from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat, config_errors
+from vembed_fs2.models.siglip.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+
+_TOWER_FIELDS: Final = {
+    "hidden_size": "model_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attn_heads",
+    "intermediate_size": "ffn_inner_dim",
+    "hidden_act": "activation",
+    "layer_norm_eps": "layer_norm_eps",
+    "attention_dropout": "attn_dropout_p",
+}
+
+_TEXT_FIELDS: Final = _TOWER_FIELDS | {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_seq_len",
+    "projection_size": "projection_dim",
+    "pad_token_id": "pad_idx",
+    "bos_token_id": "bos_idx",
+    "eos_token_id": "eos_idx",
+}
+
+_IMAGE_FIELDS: Final = _TOWER_FIELDS | {
+    "num_channels": "num_channels",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+}
+
+_PATCH_FIELDS: Final = _TOWER_FIELDS | {
+    "num_channels": "num_channels",
+    "patch_size": "patch_size",
+    "num_patches": "num_patches",
+}
+
+_OPTIONAL: Final = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+_KEYS: Final = {
+    "text_model.embeddings.token_embedding.": "text.frontend.embed.",
+    "text_model.embeddings.position_embedding.": "text.frontend.pos_embed.",
+    "text_model.final_layer_norm.": "text.encoder.layer_norm.",
+    "text_model.head.": "text.proj.",
+    "vision_model.embeddings.patch_embedding.": "vision.frontend.patch_proj.",
+    "vision_model.embeddings.position_embedding.": "vision.frontend.pos_embed.",
+    "vision_model.post_layernorm.": "vision.encoder.layer_norm.",
+    "vision_model.head.probe": "vision.head.probe",
+    "vision_model.head.attention.out_proj.": "vision.head.attention.output_proj.",
+    "vision_model.head.layernorm.": "vision.head.layer_norm.",
+    "vision_model.head.mlp.fc1.": "vision.head.ffn.inner_proj.",
+    "vision_model.head.mlp.fc2.": "vision.head.ffn.output_proj.",
+}
+
+# transformers holds the three projections of the pooling attention in one tensor; apart they can be sharded.
+_IN_PROJ: Final = "vision_model.head.attention.in_proj_"
+_QKV_PROJ: Final = tuple(f"vision.head.attention.{name}_proj." for name in "qkv")
+
+# Buffers that old versions of transformers saved, and the head of `SiglipForImageClassification`.
+_DROPPED: Final = re.compile(r"^(text|vision)_model\.embeddings\.position_ids$|^classifier\.")
+
+
+_KEY_MAP: Final = create_dual_key_map(_KEYS)
+
+
+@final
+class SiglipCheckpointFormat(CheckpointFormat):
+    """Reads and writes ``SiglipModel``, ``Siglip2Model`` and their text and vision models."""
+
+    model_types = (
+        "siglip",
+        "siglip_text_model",
+        "siglip_vision_model",
+        "siglip2",
+        "siglip2_text_model",
+        "siglip2_vision_model",
+    )
+
+    @override
+    def from_hf_config(
+        self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
+    ) -> SiglipConfig:
+        if head is not None and head.dense:
+            raise ModelLoadError("Dense modules after a SigLIP model are not supported.")
+        generation, _, part = str(hf_config.get("model_type", "siglip")).partition("_")
+        text, vision = _resolve(hf_config, generation, part.removesuffix("_model"))
+        if keys and not any(key.startswith("text_model.") for key in keys):
+            text = None  # `SiglipForImageClassification` has the configuration of both and the images' weights only.
+        config = SiglipConfig(text=None, vision=None, naflex=generation == "siglip2")
+        where = "" if part else "text_config."
+        if text is not None:
+            config.text = SiglipTextConfig(
+                **read_fields(text, _TEXT_FIELDS, SiglipTextConfig(), where, optional=_OPTIONAL)
+            )
+        where = "" if part else "vision_config."
+        if vision is not None:
+            if not vision.get("vision_use_head", True):
+                raise ModelLoadError(f"`{where}vision_use_head` must be true: without it there is no embedding.")
+            fields = _PATCH_FIELDS if config.naflex else _IMAGE_FIELDS
+            config.vision = SiglipVisionConfig(**read_fields(vision, fields, SiglipVisionConfig(), where))
+        if text is None or vision is None:
+            config.logit_scale_init = config.logit_bias_init = None
+        _validate(config)
+        return config
+
+    @override
+    def from_hf_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
+        if not any(key.startswith(("text_model.", "vision_model.")) for key in state_dict):
+            return state_dict
+        state_dict = {key: value for key, value in state_dict.items() if not _DROPPED.match(key)}
+        for kind in ("weight", "bias"):
+            value = state_dict.pop(_IN_PROJ + kind, None)
+            if isinstance(value, Tensor):
+                state_dict |= {key + kind: part for key, part in zip(_QKV_PROJ, value.chunk(3))}
+        return convert_state_dict(state_dict, _KEY_MAP)
+
+    @override
+    def to_hg_config(self, config: object) -> HuggingFaceConfig:
+        import transformers
+
+        config = cast_config_type(config, SiglipConfig)
+        name = "Siglip2" if config.naflex else "Siglip"
+        text = {} if config.text is None else write_fields(config.text, _TEXT_FIELDS)
+        fields = _PATCH_FIELDS if config.naflex else _IMAGE_FIELDS
+        vision = {} if config.vision is None else write_fields(config.vision, fields)
+        if not text or not vision:
+            name += "Text" if text else "Vision"
+            return HuggingFaceConfig(text or vision, kls_name=f"{name}Config", arch=f"{name}Model")
+        data: dict[str, object] = {
+            "text_config": getattr(transformers, f"{name}TextConfig")(**text),
+            "vision_config": getattr(transformers, f"{name}VisionConfig")(**vision),
+        }
+        return HuggingFaceConfig(data, kls_name=f"{name}Config", arch=f"{name}Model")
+
+    @override
+    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
+        config = cast_config_type(config, SiglipConfig)
+        # transformers' SigLIP has a temperature and a bias, but only with both Transformers.
+        is_whole = config.text is not None and config.vision is not None
+        unknown = ("teacher_projection",) if is_whole else LEARNED_PARTS
+        state_dict = {key: value for key, value in state_dict.items() if key not in unknown}
+        for kind in ("weight", "bias"):
+            values = [state_dict.pop(key + kind, None) for key in _QKV_PROJ]
+            parts = [value for value in values if isinstance(value, Tensor)]
+            if parts:
+                state_dict[_IN_PROJ + kind] = cat(parts)
+        return convert_state_dict(state_dict, create_reverse_key_map(_KEY_MAP))
+
+
+def _resolve(
+    hf_config: Mapping[str, Any], generation: str, part: str
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The configurations of the text and the image Transformer; transformers knows the defaults of absent fields.
+
+    :param part: ``text``, ``vision``, or empty for both.
+    """
+    import transformers
+
+    kls = getattr(transformers, f"{generation.capitalize()}{part.capitalize()}Config")
+    try:
+        resolved: dict[str, Any] = kls(**deepcopy(dict(hf_config))).to_dict()
+    except (TypeError, ValueError, AttributeError) as ex:
+        raise ModelLoadError(f"config.json is not a valid SigLIP configuration: {ex}.") from None
+    refuse_dual_options("", resolved, "SigLIP")
+    if part:
+        return (resolved, None) if part == "text" else (None, resolved)
+    for name in ("text_config", "vision_config"):
+        refuse_dual_options(f"{name}.", resolved[name], "SigLIP")
+    return resolved["text_config"], resolved["vision_config"]
+
+
+def _validate(config: SiglipConfig) -> None:
+    errors = " ".join(config_errors(config))
+    if not errors:
+        return
+    for hf_name, name in (_TEXT_FIELDS | _IMAGE_FIELDS | _PATCH_FIELDS).items():
+        errors = re.sub(rf"\b{name}`", f"{hf_name}`", errors)
+    errors = re.sub(r"`(text|vision)\b", r"`\1_config", errors)
+    raise ModelLoadError(f"config.json is not a valid SigLIP configuration: {errors}")
