@@ -223,6 +223,7 @@ def create_reader(
         prefetch=section.prefetch,
         on_error=section.on_error,
         load=collator.load,
+        files=dataset.fingerprints(),
     )
 
 
