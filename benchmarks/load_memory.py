@@ -88,7 +88,6 @@ def main() -> None:
 
 def write_checkpoint(folder: Path, name: str, config: dict[str, Any], layers: int | None) -> int:
     """Write random tensors as transformers does, in files of about 256 MiB; return their bytes."""
-    import vembed_fs2  # noqa: F401  (makes fairseq2's libraries known)
     import transformers
     from safetensors.torch import save_file
 
