@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar, final
+from typing import Any, Final, Generic, TypeVar, cast, final
 
 from fairseq2.models.hg import HuggingFaceConfig, HuggingFaceConverter
 from fairseq2.utils.structured import StandardValueConverter, StructureError
 from fairseq2.utils.validation import StandardObjectValidator, ValidationError, ValidationResult
+from torch import Tensor
 from typing_extensions import override
 
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.folder import ModelFolder
+from vembed_fs2.formats.key_map import Drop, KeyMap
 
 ConfigT = TypeVar("ConfigT")
 
@@ -37,7 +39,7 @@ class CheckpointFormat(HuggingFaceConverter):
     """How a family's checkpoints look in Hugging Face transformers, read both ways.
 
     Subclasses :class:`fairseq2.models.hg.HuggingFaceConverter`, so fairseq2's
-    own export works too.
+    own export works too. Its methods are named ``to_hg_``; ours say ``hf``.
     """
 
     model_types: Sequence[str] = ()
@@ -54,9 +56,32 @@ class CheckpointFormat(HuggingFaceConverter):
         :raises ModelLoadError: an option is not supported; the message names the field.
         """
 
-    @abstractmethod
+    def key_map(self, config: Any) -> KeyMap:
+        """Return how the tensors of transformers become the family's. A family says this, or the two below."""
+        raise NotImplementedError(f"{type(self).__name__} must define `key_map`.")
+
+    def has_our_names(self, keys: Collection[str], config: Any) -> bool:
+        """Whether tensors have the family's names already."""
+        return False
+
     def from_hf_state_dict(self, state_dict: dict[str, object], config: Any) -> dict[str, object]:
         """Convert tensors to the family's names. A state dict that has them already is returned as it is."""
+        if self.has_our_names(state_dict, config):
+            return state_dict
+        return dict(self.key_map(config).read(cast(dict[str, Tensor], state_dict)))
+
+    @final
+    def read_tensors(self, tensors: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, object]]:
+        """Convert tensors to the family's names, one at a time.
+
+        :param tensors: by their names; each is loaded when it is asked for.
+        """
+        if type(self).from_hf_state_dict is not CheckpointFormat.from_hf_state_dict:
+            yield from self.from_hf_state_dict(dict(tensors), config).items()
+        elif self.has_our_names(tensors, config):
+            yield from tensors.items()
+        else:
+            yield from self.key_map(config).read(tensors)
 
     @override
     @abstractmethod
@@ -64,9 +89,9 @@ class CheckpointFormat(HuggingFaceConverter):
         """Convert the family's configuration to transformers' (the reverse of :meth:`from_hf_config`)."""
 
     @override
-    @abstractmethod
     def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
         """Convert the family's tensors to transformers' (the reverse of :meth:`from_hf_state_dict`)."""
+        return dict(self.key_map(config).write(cast(dict[str, Tensor], state_dict)))
 
     def from_folder(self, folder: ModelFolder, *, trust_remote_code: bool = False) -> Any:
         """Read the configuration of a folder.
@@ -120,8 +145,13 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
         return config
 
     @override
-    def from_hf_state_dict(self, state_dict: dict[str, object], config: Any) -> dict[str, object]:
-        return state_dict
+    def key_map(self, config: object) -> KeyMap:
+        # Of no use without the teacher.
+        return KeyMap(Drop(ours="teacher_projection"))
+
+    @override
+    def has_our_names(self, keys: Collection[str], config: object) -> bool:
+        return True
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
@@ -132,10 +162,6 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
             # Where sentence-transformers' pooling looks for the size of its inputs.
             data["hidden_size"] = getattr(config, "model_dim")  # noqa: B009  (mypy does not know the field)
         return HuggingFaceConfig(data, kls_name=self._declare_hf_config(), arch=self._model_type)
-
-    @override
-    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
-        return {key: value for key, value in state_dict.items() if key != "teacher_projection"}
 
     def _declare_hf_config(self) -> str:
         """Make the class of ``config.json``; fairseq2 writes only what it finds by name in transformers."""

@@ -5,7 +5,6 @@ Nothing in ``config.json`` that changes what a model computes is ignored.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Mapping
 from copy import deepcopy
 from typing import Any, Final
@@ -13,6 +12,7 @@ from typing import Any, Final
 from vembed_fs2.embedding.activations import create_activation
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.checkpoint import config_errors
+from vembed_fs2.formats.key_map import Rename, Rule
 
 _DUAL_LAYER_KEYS: Final = {
     "self_attn.q_proj": "self_attn.q_proj",
@@ -82,18 +82,16 @@ def validate_hf_config(config: object, names: Mapping[str, str]) -> None:
         raise ModelLoadError(f"config.json is not valid. {message}")
 
 
-def create_dual_key_map(keys: Mapping[str, str]) -> dict[str, str]:
+def create_dual_rules(names: Mapping[str, str]) -> list[Rule]:
     """Complete the names of tensors of a model with a ``text_model`` and a ``vision_model`` by those of their layers.
 
-    :param keys: what the names of all others start with, and what that is here.
-    :returns: a map of regular expressions.
+    :param names: what the names of all others start with, and what that is here.
     """
-    key_map = {"^" + re.escape(key): name for key, name in keys.items()}
+    rules: list[Rule] = [Rename(theirs, ours) for theirs, ours in names.items()]
     for tower in ("text", "vision"):
-        for key, name in _DUAL_LAYER_KEYS.items():
-            pattern = rf"^{tower}_model\.encoder\.layers\.([0-9]+)\.{re.escape(key)}\."
-            key_map[pattern] = rf"{tower}.encoder.layers.\1.{name}."
-    return key_map
+        for theirs, ours in _DUAL_LAYER_KEYS.items():
+            rules.append(Rename(f"{tower}_model.encoder.layers.*.{theirs}.", f"{tower}.encoder.layers.*.{ours}."))
+    return rules
 
 
 def refuse_dual_options(where: str, values: Mapping[str, Any], kind: str) -> None:

@@ -1,21 +1,20 @@
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final, final
 
 from fairseq2.models import ModelHubAccessor
 from fairseq2.models.hg import HuggingFaceConfig
-from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_key_map
 from fairseq2.utils.config import cast_config_type
 from typing_extensions import override
 
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.hf_config import read_field, refuse_other_values, resolve_hf_config, validate_hf_config
+from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Rule
 from vembed_fs2.models.bert.config import BERT_FAMILY, BertConfig
 from vembed_fs2.models.bert.model import BertModel
-from vembed_fs2.models.bert.variants import VARIANTS, BertVariant
+from vembed_fs2.models.bert.variants import VARIANTS
 from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
 
 # Fields that change what transformers' models compute, and the values at which they do not.
@@ -29,7 +28,7 @@ _FIXED: Final[dict[str, tuple[object, ...]]] = {
 }
 
 # Buffers that old versions of transformers saved.
-_BUFFERS: Final = r"embeddings\.(position|token_type)_ids$"
+_BUFFERS: Final = r"embeddings\.(position|token_type)_ids"
 
 _OLD_NAMES: Final = {r"\.gamma$": ".weight", r"\.beta$": ".bias"}
 
@@ -64,19 +63,18 @@ class BertCheckpointFormat(CheckpointFormat):
         return config
 
     @override
-    def from_hf_state_dict(self, state_dict: dict[str, object], config: BertConfig) -> dict[str, object]:
-        if any(key.startswith("frontend.") for key in state_dict):
-            return state_dict
+    def key_map(self, config: BertConfig) -> KeyMap:
         variant = VARIANTS[config.model_type]
-        dropped = _dropped_keys(variant)
-        state_dict = {key: value for key, value in state_dict.items() if not dropped.match(key)}
-        for pattern, replacement in {rf"^{variant.prefix}\.": "", **_OLD_NAMES}.items():
-            state_dict = convert_state_dict(state_dict, {pattern: replacement})
-        state_dict = convert_state_dict(state_dict, variant.key_map)
+        rules: list[Rule] = [Drop(theirs=rf"({variant.heads}).*|{_BUFFERS}"), Drop(ours="|".join(LEARNED_PARTS))]
         if not config.pooler:
             # An architecture can leave out what the checkpoint has.
-            state_dict = {key: value for key, value in state_dict.items() if not key.startswith("pooler.")}
-        return state_dict
+            rules.append(Drop(theirs=r"pooler\..*"))
+        rules += [Rename(theirs, ours) for theirs, ours in variant.names.items()]
+        return KeyMap(*rules, prefixes=[f"{variant.prefix}."], old_names=_OLD_NAMES)
+
+    @override
+    def has_our_names(self, keys: Collection[str], config: object) -> bool:
+        return any(key.startswith("frontend.") for key in keys)
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
@@ -84,18 +82,6 @@ class BertCheckpointFormat(CheckpointFormat):
         variant = VARIANTS[config.model_type]
         data: dict[str, object] = {name: getattr(config, ours) for name, (ours, _) in variant.fields.items()}
         return HuggingFaceConfig(data, kls_name=f"{variant.name}Config", arch=f"{variant.name}Model")
-
-    @override
-    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
-        config = cast_config_type(config, BertConfig)
-        # transformers' models have no place for what only objectives need.
-        state_dict = {key: value for key, value in state_dict.items() if key not in LEARNED_PARTS}
-        return convert_state_dict(state_dict, create_reverse_key_map(dict(VARIANTS[config.model_type].key_map)))
-
-
-def _dropped_keys(variant: BertVariant) -> re.Pattern[str]:
-    """The names of tensors that an embedding has no use for."""
-    return re.compile(rf"^({variant.heads}|({variant.prefix}\.)?{_BUFFERS})")
 
 
 get_bert_model_hub = ModelHubAccessor(BERT_FAMILY, kls=BertModel, config_kls=BertConfig)

@@ -20,7 +20,7 @@ class BertVariant:
     fields: Mapping[str, tuple[str, type]]
     """The fields of config.json, what they are called here, and their types."""
 
-    key_map: Mapping[str, str]
+    names: Mapping[str, str]
     """The names of tensors, and what they are called here."""
 
     heads: str
@@ -74,18 +74,17 @@ _DISTILBERT_FIELDS: Final[dict[str, tuple[str, type]]] = {
 }
 
 _FRONTEND_KEYS: Final = {
-    r"^embeddings\.word_embeddings\.": r"frontend.embed.",
-    r"^embeddings\.position_embeddings\.": r"frontend.pos_embed.",
-    r"^embeddings\.LayerNorm\.": r"frontend.layer_norm.",
+    "embeddings.word_embeddings.": "frontend.embed.",
+    "embeddings.position_embeddings.": "frontend.pos_embed.",
+    "embeddings.LayerNorm.": "frontend.layer_norm.",
 }
 
-_POOLER_KEYS: Final = {r"^pooler\.dense\.": r"pooler."}
+_POOLER_KEYS: Final = {"pooler.dense.": "pooler."}
 
 
 def _layer_keys(stack: str, names: Mapping[str, str]) -> dict[str, str]:
     """Complete the names of the tensors of a layer."""
-    layer = rf"^{stack}\.([0-9]+)\."
-    return {layer + theirs.replace(".", r"\.") + r"\.": rf"encoder.layers.\1.{ours}." for theirs, ours in names.items()}
+    return {f"{stack}.*.{theirs}.": f"encoder.layers.*.{ours}." for theirs, ours in names.items()}
 
 
 _FFN_KEYS: Final = {
@@ -96,9 +95,9 @@ _FFN_KEYS: Final = {
 
 _BERT_KEYS: Final = {
     **_FRONTEND_KEYS,
-    r"^embeddings\.token_type_embeddings\.": r"frontend.type_embed.",
+    "embeddings.token_type_embeddings.": "frontend.type_embed.",
     **_layer_keys(
-        r"encoder\.layer",
+        "encoder.layer",
         {
             "attention.self.query": "self_attn.q_proj",
             "attention.self.key": "self_attn.k_proj",
@@ -113,9 +112,9 @@ _BERT_KEYS: Final = {
 
 _MPNET_KEYS: Final = {
     **_FRONTEND_KEYS,
-    r"^encoder\.relative_attention_bias\.": r"relative_positions.embed.",
+    "encoder.relative_attention_bias.": "relative_positions.embed.",
     **_layer_keys(
-        r"encoder\.layer",
+        "encoder.layer",
         {
             "attention.attn.q": "self_attn.q_proj",
             "attention.attn.k": "self_attn.k_proj",
@@ -131,7 +130,7 @@ _MPNET_KEYS: Final = {
 _DISTILBERT_KEYS: Final = {
     **_FRONTEND_KEYS,
     **_layer_keys(
-        r"transformer\.layer",
+        "transformer.layer",
         {
             "attention.q_lin": "self_attn.q_proj",
             "attention.k_lin": "self_attn.k_proj",
@@ -153,7 +152,7 @@ def _roberta(name: str) -> BertVariant:
         name=name,
         prefix="roberta",
         fields=_BERT_FIELDS,
-        key_map=_BERT_KEYS,
+        names=_BERT_KEYS,
         heads=_LM_HEADS,
         counts_positions=True,
     )
@@ -164,7 +163,7 @@ VARIANTS: Final[dict[str, BertVariant]] = {
         name="Bert",
         prefix="bert",
         fields=_BERT_FIELDS,
-        key_map=_BERT_KEYS,
+        names=_BERT_KEYS,
         heads=r"cls\.(predictions|seq_relationship)\.|classifier\.|qa_outputs\.",
     ),
     "roberta": _roberta("Roberta"),
@@ -174,7 +173,7 @@ VARIANTS: Final[dict[str, BertVariant]] = {
         name="DistilBert",
         prefix="distilbert",
         fields=_DISTILBERT_FIELDS,
-        key_map=_DISTILBERT_KEYS,
+        names=_DISTILBERT_KEYS,
         heads=r"vocab_(transform|layer_norm|projector)\.|pre_classifier\.|classifier\.|qa_outputs\.",
         has_segments=False,
         has_pooler=False,
@@ -184,7 +183,7 @@ VARIANTS: Final[dict[str, BertVariant]] = {
         name="MPNet",
         prefix="mpnet",
         fields=_MPNET_FIELDS,
-        key_map=_MPNET_KEYS,
+        names=_MPNET_KEYS,
         heads=_LM_HEADS,
         counts_positions=True,
         has_segments=False,

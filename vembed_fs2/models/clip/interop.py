@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from typing import Any, Final, final
 
 from fairseq2.models.hg import HuggingFaceConfig
-from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_key_map
 from fairseq2.utils.config import cast_config_type
 from fairseq2.utils.validation import StandardObjectValidator, ValidationError
-from torch import Tensor
 from typing_extensions import override
 
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.formats.hf_config import create_dual_key_map, read_fields, refuse_dual_options, write_fields
+from vembed_fs2.formats.hf_config import create_dual_rules, read_fields, refuse_dual_options, write_fields
+from vembed_fs2.formats.key_map import SCALAR, Drop, KeyMap, Reshape
 from vembed_fs2.models.clip.config import ClipConfig, ClipTextConfig, ClipVisionConfig
 from vembed_fs2.models.clip.model import LEGACY_EOS_ID
 from vembed_fs2.models.common.vision import as_pair
@@ -67,10 +66,14 @@ _KEYS: Final = {
 }
 
 
-_KEY_MAP: Final = create_dual_key_map(_KEYS)
-
-_STALE_KEYS: Final = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
-"""Buffers that old versions of transformers saved: 0, 1, 2, ..."""
+_KEY_MAP: Final = KeyMap(
+    # Buffers that old versions of transformers saved: 0, 1, 2, ...
+    Drop(theirs=r"(text|vision)_model\.embeddings\.position_ids"),
+    # transformers' CLIP has a temperature, but no place for what else objectives need.
+    Drop(ours="|".join(name for name in LEARNED_PARTS if name != "logit_scale")),
+    Reshape("logit_scale", "logit_scale", SCALAR),
+    *create_dual_rules(_KEYS),
+)
 
 
 @final
@@ -106,11 +109,12 @@ class ClipCheckpointFormat(CheckpointFormat):
         return config
 
     @override
-    def from_hf_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
-        if not any(key.startswith(("text_model.", "vision_model.")) for key in state_dict):
-            return state_dict
-        state_dict = {key: value for key, value in state_dict.items() if key not in _STALE_KEYS}
-        return _reshape_logit_scale(convert_state_dict(state_dict, _KEY_MAP), (1,))
+    def key_map(self, config: object) -> KeyMap:
+        return _KEY_MAP
+
+    @override
+    def has_our_names(self, keys: Collection[str], config: object) -> bool:
+        return not any(key.startswith(("text_model.", "vision_model.")) for key in keys)
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
@@ -131,13 +135,6 @@ class ClipCheckpointFormat(CheckpointFormat):
             "vision_config": CLIPVisionConfig(**vision),
         }
         return HuggingFaceConfig(data, kls_name="CLIPConfig", arch="CLIPModel")
-
-    @override
-    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
-        # transformers' CLIP has a temperature, but no place for what else objectives need.
-        unknown = [key for key in LEARNED_PARTS if key != "logit_scale"]
-        state_dict = {key: value for key, value in state_dict.items() if key not in unknown}
-        return _reshape_logit_scale(convert_state_dict(state_dict, create_reverse_key_map(_KEY_MAP)), ())
 
 
 def _find_inexpressible(config: ClipConfig) -> list[str]:
@@ -169,11 +166,3 @@ def _validate(config: ClipConfig) -> None:
         ).items():
             message = message.replace(f"`{name}`", f"`{hf_name}`")
         raise ModelLoadError(f"config.json is not a valid CLIP configuration: {message}") from None
-
-
-def _reshape_logit_scale(state_dict: dict[str, object], shape: tuple[int, ...]) -> dict[str, object]:
-    # FSDP2 refuses scalar parameters, so ours has one dimension.
-    scale = state_dict.get("logit_scale")
-    if isinstance(scale, Tensor):
-        state_dict["logit_scale"] = scale.reshape(shape)
-    return state_dict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, final
 
@@ -11,6 +11,7 @@ from fairseq2.utils.config import cast_config_type
 from typing_extensions import override
 
 from vembed_fs2.embedding.model import HeadConfig
+from vembed_fs2.formats.key_map import KeyMap
 from vembed_fs2.models.composed.config import COMPOSED_FAMILY, ComposedConfig
 from vembed_fs2.models.family import CheckpointFormat, PlainCheckpointFormat
 
@@ -31,17 +32,17 @@ class ComposedCheckpointFormat(CheckpointFormat):
         return self._plain.from_hf_config(hf_config, head=head, keys=keys)
 
     @override
-    def from_hf_state_dict(self, state_dict: dict[str, object], config: Any) -> dict[str, object]:
-        return self._plain.from_hf_state_dict(state_dict, config)
+    def key_map(self, config: object) -> KeyMap:
+        return self._plain.key_map(config)
+
+    @override
+    def has_our_names(self, keys: Collection[str], config: object) -> bool:
+        return True
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
         # Where the encoders came from says nothing elsewhere, and may be private.
         return self._plain.to_hg_config(forget_sources(cast_config_type(config, ComposedConfig)))
-
-    @override
-    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
-        return self._plain.to_hg_state_dict(state_dict, config)
 
 
 def forget_sources(config: ComposedConfig) -> ComposedConfig:

@@ -1,44 +1,40 @@
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final, final
 
-import torch
 from fairseq2.models import ModelHubAccessor
 from fairseq2.models.hg import HuggingFaceConfig
-from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_key_map
 from fairseq2.utils.config import cast_config_type
-from torch import Tensor
 from typing_extensions import override
 
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.hf_config import read_field, refuse_other_values, resolve_hf_config, validate_hf_config
+from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Split
 from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
 from vembed_fs2.models.modernbert.config import MODERNBERT_FAMILY, ModernBertConfig
 from vembed_fs2.models.modernbert.model import ModernBertModel
 
-_KEY_MAP: Final = {
-    r"^embeddings\.tok_embeddings\.": r"frontend.embed.",
-    r"^embeddings\.norm\.": r"frontend.layer_norm.",
-    r"^layers\.([0-9]+)\.attn_norm\.": r"encoder.layers.\1.self_attn_layer_norm.",
-    r"^layers\.([0-9]+)\.attn\.Wqkv\.": r"encoder.layers.\1.self_attn.qkv_proj.",
-    r"^layers\.([0-9]+)\.attn\.Wo\.": r"encoder.layers.\1.self_attn.output_proj.",
-    r"^layers\.([0-9]+)\.mlp_norm\.": r"encoder.layers.\1.ffn_layer_norm.",
-    r"^layers\.([0-9]+)\.mlp\.Wi\.": r"encoder.layers.\1.ffn.input_proj.",
-    r"^layers\.([0-9]+)\.mlp\.Wo\.": r"encoder.layers.\1.ffn.output_proj.",
-    r"^final_norm\.": r"encoder.layer_norm.",
-}
+_LAYER: Final = "encoder.layers.*"
 
-# The projections that transformers has in one, and their parts here, which tensor parallelism can split.
-_FUSED: Final = {
-    ".self_attn.qkv_proj.": (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj."),
-    ".ffn.input_proj.": (".ffn.gate_proj.", ".ffn.inner_proj."),
-}
-
-# Of the heads for pretraining and classification. `head.dense.0.weight` is a dense layer of our own head.
-_DROPPED: Final = re.compile(r"^(head\.(dense|norm)|decoder|classifier)\.(weight|bias)$")
+_KEY_MAP: Final = KeyMap(
+    # Of the heads for pretraining and classification. `head.dense.0.weight` is a dense layer of our own head.
+    Drop(theirs=r"(head\.(dense|norm)|decoder|classifier)\.(weight|bias)"),
+    # transformers' ModernBERT has no place for what only objectives need.
+    Drop(ours="|".join(LEARNED_PARTS)),
+    Rename("embeddings.tok_embeddings.", "frontend.embed."),
+    Rename("embeddings.norm.", "frontend.layer_norm."),
+    Rename("layers.*.attn_norm.", f"{_LAYER}.self_attn_layer_norm."),
+    # transformers has these projections in one. Tensor parallelism can split the parts.
+    Split("layers.*.attn.Wqkv.", [f"{_LAYER}.self_attn.{name}_proj." for name in "qkv"]),
+    Rename("layers.*.attn.Wo.", f"{_LAYER}.self_attn.output_proj."),
+    Rename("layers.*.mlp_norm.", f"{_LAYER}.ffn_layer_norm."),
+    Split("layers.*.mlp.Wi.", [f"{_LAYER}.ffn.{name}_proj." for name in ("gate", "inner")]),
+    Rename("layers.*.mlp.Wo.", f"{_LAYER}.ffn.output_proj."),
+    Rename("final_norm.", "encoder.layer_norm."),
+    prefixes=["model."],
+)
 
 # The fields of config.json, what they are called here, and their types.
 _FIELDS: Final[dict[str, tuple[str, type]]] = {
@@ -103,24 +99,18 @@ class ModernBertCheckpointFormat(CheckpointFormat):
         return config
 
     @override
-    def from_hf_state_dict(self, state_dict: dict[str, object], config: ModernBertConfig) -> dict[str, object]:
-        if any(key.startswith("frontend.") for key in state_dict):
-            return state_dict
-        state_dict = {key: value for key, value in state_dict.items() if not _DROPPED.match(key)}
-        state_dict = convert_state_dict(state_dict, {r"^model\.": ""})
-        return _split_fused(convert_state_dict(state_dict, _KEY_MAP))
+    def key_map(self, config: object) -> KeyMap:
+        return _KEY_MAP
+
+    @override
+    def has_our_names(self, keys: Collection[str], config: object) -> bool:
+        return any(key.startswith("frontend.") for key in keys)
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
         config = cast_config_type(config, ModernBertConfig)
         data: dict[str, object] = {name: getattr(config, ours) for name, (ours, _) in _FIELDS.items()}
         return HuggingFaceConfig(data, kls_name="ModernBertConfig", arch="ModernBertModel")
-
-    @override
-    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
-        # transformers' ModernBERT has no place for what only objectives need.
-        state_dict = {key: value for key, value in state_dict.items() if key not in LEARNED_PARTS}
-        return convert_state_dict(_join_fused(state_dict), create_reverse_key_map(_KEY_MAP))
 
 
 def _with_old_names(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,35 +136,6 @@ def _with_old_names(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         if "rope_theta" in rope:
             values[name] = rope["rope_theta"]
     return values
-
-
-def _split_fused(state_dict: dict[str, object]) -> dict[str, object]:
-    """Replace each fused projection by its parts."""
-    split: dict[str, object] = {}
-    for key, value in state_dict.items():
-        fused = next((name for name in _FUSED if name in key), None)
-        if fused is None or not isinstance(value, Tensor):
-            split[key] = value
-            continue
-        parts = value.chunk(len(_FUSED[fused]))
-        split.update({key.replace(fused, name): part for name, part in zip(_FUSED[fused], parts)})
-    return split
-
-
-def _join_fused(state_dict: dict[str, object]) -> dict[str, object]:
-    """The reverse of :func:`_split_fused`."""
-    joined: dict[str, object] = {}
-    for key, value in state_dict.items():
-        fused = next((name for name, parts in _FUSED.items() if any(part in key for part in parts)), None)
-        if fused is None:
-            joined[key] = value
-            continue
-        own = next(part for part in _FUSED[fused] if part in key)
-        if own != _FUSED[fused][0]:
-            continue
-        parts = [state_dict[key.replace(own, name)] for name in _FUSED[fused]]
-        joined[key.replace(own, fused)] = torch.cat([part for part in parts if isinstance(part, Tensor)])
-    return joined
 
 
 get_modernbert_model_hub = ModelHubAccessor(MODERNBERT_FAMILY, kls=ModernBertModel, config_kls=ModernBertConfig)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Final, final
 
 from fairseq2.models.hg import HuggingFaceConfig
-from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_key_map
 from fairseq2.utils.config import cast_config_type
-from torch import Tensor, cat
 from typing_extensions import override
 
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.formats.hf_config import create_dual_key_map, read_fields, refuse_dual_options, write_fields
+from vembed_fs2.formats.hf_config import create_dual_rules, read_fields, refuse_dual_options, write_fields
+from vembed_fs2.formats.key_map import Drop, KeyMap, Split
 from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat, config_errors
 from vembed_fs2.models.siglip.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
@@ -67,15 +66,24 @@ _KEYS: Final = {
     "vision_model.head.mlp.fc2.": "vision.head.ffn.output_proj.",
 }
 
-# transformers holds the three projections of the pooling attention in one tensor; apart they can be sharded.
-_IN_PROJ: Final = "vision_model.head.attention.in_proj_"
-_QKV_PROJ: Final = tuple(f"vision.head.attention.{name}_proj." for name in "qkv")
 
-# Buffers that old versions of transformers saved, and the head of `SiglipForImageClassification`.
-_DROPPED: Final = re.compile(r"^(text|vision)_model\.embeddings\.position_ids$|^classifier\.")
-
-
-_KEY_MAP: Final = create_dual_key_map(_KEYS)
+def _create_key_map(unknown: Sequence[str]) -> KeyMap:
+    """
+    :param unknown: what objectives learn and transformers' model has no place for.
+    """
+    return KeyMap(
+        # Buffers that old versions of transformers saved, and the head of `SiglipForImageClassification`.
+        Drop(theirs=r"(text|vision)_model\.embeddings\.position_ids|classifier\..*"),
+        Drop(ours="|".join(unknown)),
+        # transformers holds the three projections of the pooling attention in one tensor; apart they can be sharded.
+        *(
+            Split(
+                f"vision_model.head.attention.in_proj_{kind}", [f"vision.head.attention.{n}_proj.{kind}" for n in "qkv"]
+            )
+            for kind in ("weight", "bias")
+        ),
+        *create_dual_rules(_KEYS),
+    )
 
 
 @final
@@ -119,15 +127,15 @@ class SiglipCheckpointFormat(CheckpointFormat):
         return config
 
     @override
-    def from_hf_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
-        if not any(key.startswith(("text_model.", "vision_model.")) for key in state_dict):
-            return state_dict
-        state_dict = {key: value for key, value in state_dict.items() if not _DROPPED.match(key)}
-        for kind in ("weight", "bias"):
-            value = state_dict.pop(_IN_PROJ + kind, None)
-            if isinstance(value, Tensor):
-                state_dict |= {key + kind: part for key, part in zip(_QKV_PROJ, value.chunk(3))}
-        return convert_state_dict(state_dict, _KEY_MAP)
+    def key_map(self, config: object) -> KeyMap:
+        config = cast_config_type(config, SiglipConfig)
+        # transformers' SigLIP has a temperature and a bias, but only with both Transformers.
+        is_whole = config.text is not None and config.vision is not None
+        return _create_key_map(("teacher_projection",) if is_whole else LEARNED_PARTS)
+
+    @override
+    def has_our_names(self, keys: Collection[str], config: object) -> bool:
+        return not any(key.startswith(("text_model.", "vision_model.")) for key in keys)
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
@@ -146,20 +154,6 @@ class SiglipCheckpointFormat(CheckpointFormat):
             "vision_config": getattr(transformers, f"{name}VisionConfig")(**vision),
         }
         return HuggingFaceConfig(data, kls_name=f"{name}Config", arch=f"{name}Model")
-
-    @override
-    def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
-        config = cast_config_type(config, SiglipConfig)
-        # transformers' SigLIP has a temperature and a bias, but only with both Transformers.
-        is_whole = config.text is not None and config.vision is not None
-        unknown = ("teacher_projection",) if is_whole else LEARNED_PARTS
-        state_dict = {key: value for key, value in state_dict.items() if key not in unknown}
-        for kind in ("weight", "bias"):
-            values = [state_dict.pop(key + kind, None) for key in _QKV_PROJ]
-            parts = [value for value in values if isinstance(value, Tensor)]
-            if parts:
-                state_dict[_IN_PROJ + kind] = cat(parts)
-        return convert_state_dict(state_dict, create_reverse_key_map(_KEY_MAP))
 
 
 def _resolve(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, NamedTuple, cast, final
 
-import torch
 from fairseq2.models import ModelHubAccessor
 from fairseq2.models.hg import HuggingFaceConfig
-from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_key_map
 from fairseq2.utils.config import cast_config_type
 from torch import Tensor
 from typing_extensions import override
@@ -18,6 +16,7 @@ from vembed_fs2.embedding.image_head import ImageHeadConfig
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.hf_config import read_field, resolve_hf_config, validate_hf_config
+from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Reshape, Rule, Split, leading_dims
 from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
 from vembed_fs2.models.vit.config import VIT_FAMILY, VitConfig, VitType
 from vembed_fs2.models.vit.model import VitModel
@@ -67,12 +66,7 @@ _DECODER: Final = ("num_attention_heads", "hidden_size", "num_hidden_layers", "i
 
 _BACKBONE: Final = ("apply_layernorm", "reshape_hidden_states", "out_features")
 
-_EMBEDDINGS: Final = {
-    "embeddings.cls_token": "frontend.class_embed",
-    "embeddings.mask_token": "frontend.mask_embed",
-    "embeddings.register_tokens": "frontend.registers",
-    "embeddings.position_embeddings": "frontend.positions.weight",
-}
+_REGISTERS: Final = "embeddings.register_tokens"
 
 _PATCHES: Final = {"embeddings.patch_embeddings.projection.": "frontend.patch_proj."}
 
@@ -99,8 +93,7 @@ _DINO_LAYER: Final = {
 
 _DINOV2_FFN: Final = {"mlp.fc1.": "ffn.inner_proj.", "mlp.fc2.": "ffn.output_proj."}
 
-# The first projection of transformers' is gate and inner projection in one.
-_DINOV2_GATED_FFN: Final = {"mlp.weights_in.": "ffn.gate_and_inner_proj.", "mlp.weights_out.": "ffn.output_proj."}
+_DINOV2_GATED_FFN: Final = {"mlp.weights_out.": "ffn.output_proj."}
 
 _DINOV3_LAYER: Final = _DINO_LAYER | {
     "attention.q_proj.": "self_attn.q_proj.",
@@ -197,17 +190,19 @@ class VitCheckpointFormat(CheckpointFormat):
         return config
 
     @override
-    def from_hf_state_dict(self, state_dict: dict[str, object], config: VitConfig) -> dict[str, object]:
-        if any(key.startswith("frontend.") for key in state_dict):
-            return state_dict
-        fmt = _FORMATS[config.model_type]
-        prefix, dropped = _prefix_of(config.model_type), re.compile(fmt.dropped)
-        converted: dict[str, object] = {}
-        for key, value in state_dict.items():
-            name = key.removeprefix(prefix)
-            if not dropped.fullmatch(name):
-                converted[name] = value
-        return _from_theirs(convert_state_dict(converted, _key_map(config)))
+    def key_map(self, config: VitConfig) -> KeyMap:
+        rules: list[Rule] = [
+            Drop(theirs=_FORMATS[config.model_type].dropped),
+            # transformers has no place for what only objectives need.
+            Drop(ours="|".join(LEARNED_PARTS)),
+            *_list_embeddings(config),
+            *_list_layers(config),
+        ]
+        return KeyMap(*rules, prefixes=[_prefix_of(config.model_type)])
+
+    @override
+    def has_our_names(self, keys: Collection[str], config: object) -> bool:
+        return any(key.startswith("frontend.") for key in keys)
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
@@ -227,9 +222,11 @@ class VitCheckpointFormat(CheckpointFormat):
     @override
     def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
         config = cast_config_type(config, VitConfig)
-        # transformers has no place for what only objectives need.
-        state_dict = {key: value for key, value in state_dict.items() if key not in LEARNED_PARTS}
-        return convert_state_dict(_to_theirs(state_dict, config), create_reverse_key_map(_key_map(config)))
+        converted = super().to_hg_state_dict(state_dict, config)
+        if _has_registers(config) and config.num_registers == 0:
+            class_embed = cast(Tensor, state_dict["frontend.class_embed"])
+            converted[_REGISTERS] = class_embed.new_empty(1, 0, config.model_dim)
+        return converted
 
 
 def default_head(model_type: VitType) -> ImageHeadConfig:
@@ -256,65 +253,44 @@ def _prefix_of(model_type: VitType) -> str:
     return "vit." if model_type in ("vit", "vit_mae") else f"{model_type}."
 
 
-def _key_map(config: VitConfig) -> dict[str, str]:
-    """The names of tensors in transformers, as regular expressions, and what they are called here."""
-    names = dict(_EMBEDDINGS)
+def _has_registers(config: VitConfig) -> bool:
+    """Whether transformers' model has a tensor of registers, even if there are none."""
+    return config.model_type in ("dinov2_with_registers", "dinov3_vit")
+
+
+def _list_embeddings(config: VitConfig) -> list[Rule]:
+    # Theirs have dimensions for the batch; DINOv2's mask token has one less than the others.
+    mask_dims = 2 if config.model_type == "dinov3_vit" else 1
+    rules: list[Rule] = [
+        Reshape("embeddings.cls_token", "frontend.class_embed", leading_dims(2)),
+        Reshape("embeddings.mask_token", "frontend.mask_embed", leading_dims(mask_dims)),
+        Reshape("embeddings.position_embeddings", "frontend.positions.weight", leading_dims(1)),
+    ]
+    if config.num_registers == 0:
+        return [*rules, Drop(theirs=re.escape(_REGISTERS))]
+    return [*rules, Reshape(_REGISTERS, "frontend.registers", leading_dims(1))]
+
+
+def _list_layers(config: VitConfig) -> list[Rule]:
+    rules: list[Rule] = []
     match config.model_type:
         case "vit" | "vit_mae":
-            names |= _PATCHES | {"layernorm.": "encoder.layer_norm.", "pooler.dense.": "pooler."}
+            names = _PATCHES | {"layernorm.": "encoder.layer_norm.", "pooler.dense.": "pooler."}
             stack, layer = "encoder.layer", _VIT_LAYER
         case "dinov3_vit":
-            names |= {"embeddings.patch_embeddings.": "frontend.patch_proj.", "norm.": "encoder.layer_norm."}
+            names = {"embeddings.patch_embeddings.": "frontend.patch_proj.", "norm.": "encoder.layer_norm."}
             stack, layer = "layer", _DINOV3_LAYER
         case _:
-            names |= _PATCHES | {"layernorm.": "encoder.layer_norm."}
+            names = _PATCHES | {"layernorm.": "encoder.layer_norm."}
             ffn = _DINOV2_GATED_FFN if config.has_fused_gates else _DINOV2_FFN
             stack, layer = "encoder.layer", _ATTENTION | _DINO_LAYER | ffn
-    key_map = {"^" + re.escape(theirs): ours for theirs, ours in names.items()}
-    for theirs, ours in layer.items():
-        key_map[rf"^{re.escape(stack)}\.([0-9]+)\.{re.escape(theirs)}"] = rf"encoder.layers.\1.{ours}"
-    return key_map
-
-
-def _from_theirs(state_dict: dict[str, object]) -> dict[str, object]:
-    converted: dict[str, object] = {}
-    for key, value in state_dict.items():
-        if "gate_and_inner_proj" in key and isinstance(value, Tensor):
-            gate, inner = value.chunk(2)
-            converted[key.replace("gate_and_inner", "gate")] = gate
-            converted[key.replace("gate_and_inner", "inner")] = inner
-        elif key in _EMBEDDINGS.values() and isinstance(value, Tensor):
-            # Theirs have dimensions for the batch.
-            value = value.flatten() if key in _SINGLE else value.squeeze(0)
-            if value.numel() > 0:
-                converted[key] = value
-        else:
-            converted[key] = value
-    return converted
-
-
-_SINGLE: Final = ("frontend.class_embed", "frontend.mask_embed")
-
-_GATE_OR_INNER: Final = re.compile(r"\.(gate|inner)_proj\.")
-
-
-def _to_theirs(state_dict: dict[str, object], config: VitConfig) -> dict[str, object]:
-    state_dict = dict(state_dict)
-    if config.model_type in ("dinov2_with_registers", "dinov3_vit") and config.num_registers == 0:
-        state_dict["frontend.registers"] = cast(Tensor, state_dict["frontend.class_embed"]).new_empty(0)
-    converted: dict[str, object] = {}
-    for key, value in state_dict.items():
-        if key in _EMBEDDINGS.values() and isinstance(value, Tensor):
-            # DINOv2's mask token has one dimension less.
-            is_flat = key == "frontend.mask_embed" and config.model_type != "dinov3_vit"
-            value = value.view(1, -1, config.model_dim) if value.numel() > 0 else value.view(1, 0, config.model_dim)
-            converted[key] = value.squeeze(0) if is_flat else value
-        elif not config.has_fused_gates or not _GATE_OR_INNER.search(key):
-            converted[key] = value
-        elif ".gate_proj." in key:
-            inner = state_dict[key.replace("gate", "inner")]
-            converted[key.replace("gate", "gate_and_inner")] = torch.cat([cast(Tensor, value), cast(Tensor, inner)])
-    return converted
+    if config.has_fused_gates:
+        # The first projection of transformers' is gate and inner projection in one.
+        parts = [f"encoder.layers.*.ffn.{name}_proj." for name in ("gate", "inner")]
+        rules.append(Split(f"{stack}.*.mlp.weights_in.", parts))
+    rules += [Rename(theirs, ours) for theirs, ours in names.items()]
+    rules += [Rename(f"{stack}.*.{theirs}", f"encoder.layers.*.{ours}") for theirs, ours in layer.items()]
+    return rules
 
 
 get_vit_model_hub = ModelHubAccessor(VIT_FAMILY, kls=VitModel, config_kls=VitConfig)
