@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path, PurePath
-from pickle import UnpicklingError
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Final, final
 
-import torch
 from fairseq2.model_checkpoint import ModelCheckpointLoader, ModelCheckpointLoadOptions
 from fairseq2.model_checkpoint.common import reshard_tensor
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import override
 
@@ -21,22 +18,15 @@ from vembed_fs2.embedding.image_head import ImageHeadConfig
 from vembed_fs2.embedding.model import DenseConfig, HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json
-from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
+from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, read_open_clip_json
 from vembed_fs2.formats.sentence_transformers import SentenceModules, find_clip, read_modules
+from vembed_fs2.formats.weights import WEIGHT_FILES, LazyTensors, find_weights
 
 HEAD_FILE: Final = "vembed_head.json"
 """What follows the backbone, in a folder of transformers' layout that we wrote."""
 
 IMAGE_HEAD_FILE: Final = "vembed_image_head.json"
 """What follows an image backbone, in such a folder."""
-
-_WEIGHT_FILES: Final = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
-
 
 _OPEN_CLIP_WEIGHT_FILES: Final = (
     OPEN_CLIP_WEIGHTS,
@@ -99,10 +89,24 @@ class ModelFolder:
         modules = read_modules(path)
         return ModelFolder(path, modules.backbone, modules)
 
+    @property
+    def dialect(self) -> str | None:
+        """The library whose format configuration and tensors have; ``None`` if that is transformers."""
+        return "open_clip" if self.is_open_clip else None
+
+    @property
+    def config_file(self) -> Path:
+        return self.backbone / (OPEN_CLIP_CONFIG if self.is_open_clip else "config.json")
+
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of ``config.json``, or of ``open_clip_config.json``."""
-        return read_json(self.backbone / (OPEN_CLIP_CONFIG if self.is_open_clip else "config.json"))
+        """The content of the configuration file.
+
+        :raises ModelLoadError: it cannot be read.
+        """
+        if self.is_open_clip:
+            read_open_clip_json(self.root)
+        return read_json(self.config_file)
 
     def head(self) -> HeadConfig | None:
         """What follows the backbone, where the folder says it."""
@@ -135,92 +139,44 @@ class ModelFolder:
         return model_type
 
     def keys(self) -> frozenset[str]:
-        """The names of the tensors, where they can be told without loading them; else all of them."""
-        file = self._weight_file()
-        if file.name.endswith(".index.json"):
-            return frozenset(_read_index(file))
-        if file.suffix == ".safetensors":
-            with _open_errors(file), safe_open(file, framework="pt") as f:
-                return frozenset(f.keys())
-        return frozenset(_load_weights(file))
+        """The names of the backbone's tensors."""
+        return frozenset(LazyTensors(self._weight_file()))
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All tensors, each loaded when it is asked for.
+
+        They are those of the backbone, and ``head.dense.N.weight|bias`` of dense modules.
+        """
+        tensors = LazyTensors(self._weight_file())
+        for idx, folder in enumerate(self.modules.dense_folders if self.modules else ()):
+            tensors.add(find_weights(folder), partial(_dense_name, idx))
+        return tensors
 
     def state_dict(self) -> dict[str, object]:
-        """Load all tensors: those of the backbone, and ``head.dense.N.weight|bias`` of dense modules."""
-        file = self._weight_file()
-        state: dict[str, object] = {}
-        shards = [file]
-        if file.name.endswith(".index.json"):
-            shards = [file.with_name(name) for name in sorted(set(_read_index(file).values()))]
-        for shard in shards:
-            state.update(_load_weights(shard))
-        for idx, folder in enumerate(self.modules.dense_folders if self.modules else ()):
-            for key, value in _load_weights(_find_weights(folder)).items():
-                state[f"head.dense.{idx}.{key.removeprefix('linear.')}"] = value
-        return state
+        """Load all tensors. See :meth:`tensors`."""
+        return dict(self.tensors())
 
     def _weight_file(self) -> Path:
-        return _find_weights(self.backbone, _OPEN_CLIP_WEIGHT_FILES if self.is_open_clip else _WEIGHT_FILES)
+        return find_weights(self.backbone, _OPEN_CLIP_WEIGHT_FILES if self.is_open_clip else WEIGHT_FILES)
 
 
-def _find_weights(folder: Path, names: Sequence[str] = _WEIGHT_FILES) -> Path:
-    for name in names:
-        if folder.joinpath(name).is_file():
-            return folder / name
-    raise ModelLoadError(f"{folder} has no weights: none of {', '.join(names)} is there.")
+def _dense_name(idx: int, key: str) -> str:
+    return f"head.dense.{idx}.{key.removeprefix('linear.')}"
 
 
-def _read_index(file: Path) -> dict[str, str]:
-    """The file of each tensor."""
-    weight_map = read_json(file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelLoadError(f"{file} has no `weight_map`.")
-    for name in weight_map.values():
-        if not isinstance(name, str) or PurePath(name).name != name:
-            raise ModelLoadError(f"{file} must name files in its own folder, but names {name!r}.")
-    return weight_map
+class StateConverter(ABC):
+    """Converts the tensors of checkpoints to the names and shapes of a family's."""
 
+    @abstractmethod
+    def __call__(self, state_dict: dict[str, object], config: Any) -> dict[str, object]:
+        """Convert all tensors at once, as fairseq2's own loaders ask for it."""
 
-class _open_errors:
-    """Turns the errors of a broken weight file into one that names the file."""
+    @abstractmethod
+    def stream(self, tensors: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, object]]:
+        """Convert the tensors of a folder one at a time.
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError):
-            # safetensors says of every file that it cannot open that it is not there.
-            error = _why_not_opened(self._file) or error
-        if isinstance(error, FileNotFoundError):
-            raise ModelLoadError(f"{self._file} does not exist.") from None
-        if isinstance(error, PermissionError):
-            raise ModelLoadError(f"{self._file} cannot be read: permission denied.") from None
-        if isinstance(error, (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError)):
-            raise ModelLoadError(f"{self._file} is broken or truncated: {error}.") from None
-
-
-def _why_not_opened(file: Path) -> OSError | None:
-    try:
-        with file.open("rb"):
-            return None
-    except OSError as ex:
-        return ex
-
-
-def _load_weights(file: Path) -> dict[str, Tensor]:
-    with _open_errors(file):
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        # Pickled tensors only: arbitrary objects in a checkpoint are refused.
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    # open_clip's training saves the state of its optimizer with the model, and the name of DDP's module.
-    if isinstance(state, dict) and isinstance(inner := state.get("state_dict"), dict):
-        state = {str(key).removeprefix("module."): tensor for key, tensor in inner.items()}
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ModelLoadError(f"{file} must hold tensors by name.")
-    return state
+        :param tensors: by their names; each is loaded when it is asked for.
+        """
 
 
 @final
@@ -244,11 +200,9 @@ class FolderCheckpointLoader(ModelCheckpointLoader):
             return
         assert options.gangs is not None
         gangs = options.gangs
-        state = ModelFolder.open(path).state_dict()
-        if options.state_dict_converter is not None:
-            state = options.state_dict_converter(state)
+        tensors = _convert(ModelFolder.open(path).tensors(), options.state_dict_converter)
         sizes, ranks = (gangs.tp.size, gangs.sdp.size), (gangs.tp.rank, gangs.sdp.rank)
-        for key, tensor in state.items():
+        for key, tensor in tensors:
             assert isinstance(tensor, Tensor)
             yield key, reshard_tensor(key, [[tensor]], (1, 1), sizes, ranks, shard_dims)
 
@@ -268,3 +222,15 @@ class FolderCheckpointLoader(ModelCheckpointLoader):
     @override
     def supports_path(self, path: Path) -> bool:
         return is_model_folder(path) or self._fallback.supports_path(path)
+
+
+def _convert(
+    tensors: Mapping[str, Tensor], convert: Callable[[dict[str, object]], dict[str, object]] | None
+) -> Iterator[tuple[str, object]]:
+    if convert is None:
+        yield from tensors.items()
+    # fairseq2 binds the configuration to the family's converter.
+    elif isinstance(convert, partial) and isinstance(convert.func, StateConverter):
+        yield from convert.func.stream(tensors, **convert.keywords)
+    else:
+        yield from convert(dict(tensors)).items()
