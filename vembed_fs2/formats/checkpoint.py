@@ -47,6 +47,12 @@ class CheckpointFormat(HuggingFaceConverter):
     model_types: Sequence[str] = ()
     """The ``model_type`` values of ``config.json`` that the family reads."""
 
+    sentence_module: str | None = None
+    """
+    The module of sentence-transformers that holds a whole model in transformers'
+    layout, if it has one: it is written where there is no head to say what follows.
+    """
+
     @abstractmethod
     def from_hf_config(
         self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, final
@@ -18,7 +18,14 @@ from vembed_fs2.embedding.image_head import ImageHeadConfig
 from vembed_fs2.embedding.model import DenseConfig, HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json
-from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, read_open_clip_json
+from vembed_fs2.formats.open_clip import (
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
+    read_open_clip_json,
+    read_pair,
+    read_text_options,
+)
+from vembed_fs2.formats.registry import find_layout
 from vembed_fs2.formats.sentence_transformers import SentenceModules, find_clip, read_modules
 from vembed_fs2.formats.weights import WEIGHT_FILES, LazyTensors, find_weights
 
@@ -28,47 +35,33 @@ HEAD_FILE: Final = "vembed_head.json"
 IMAGE_HEAD_FILE: Final = "vembed_image_head.json"
 """What follows an image backbone, in such a folder."""
 
-_OPEN_CLIP_WEIGHT_FILES: Final = (
-    OPEN_CLIP_WEIGHTS,
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_model.bin",
-    "open_clip_pytorch_model.bin",
-    # Some repositories have no weights but open_clip's.
-    "model.safetensors",
-    "pytorch_model.bin",
-)
-
 
 def is_model_folder(path: Path) -> bool:
-    """Whether ``path`` is a Hugging Face, sentence-transformers or open_clip folder."""
-    return any(path.joinpath(name).is_file() for name in ("config.json", "modules.json", OPEN_CLIP_CONFIG))
+    """Whether ``path`` is a folder with a model in a layout that is known."""
+    return find_layout(path) is not None
 
 
-def is_open_clip_folder(path: Path) -> bool:
-    """Whether the model of ``path`` is in open_clip's layout.
-
-    A folder that holds the model in transformers' layout as well is one of
-    transformers. timm writes a ``config.json`` of its own, without ``model_type``.
-    """
-    if not path.joinpath(OPEN_CLIP_CONFIG).is_file() or path.joinpath("modules.json").is_file():
-        return False
-    file = path / "config.json"
-    return not file.is_file() or "model_type" not in read_json(file)
-
-
-@dataclass(frozen=True)
 class ModelFolder:
-    """A folder with a model in the layout of transformers, sentence-transformers or open_clip."""
+    """A folder with a model in the layout of transformers. Other layouts subclass it."""
 
-    root: Path
-    backbone: Path
-    """The folder of the Transformer itself."""
+    dialect: str | None = None
+    """The library whose format configuration and tensors have; ``None`` if that is transformers."""
+
+    config_name: str = "config.json"
+    """The file with the model's configuration."""
 
     modules: SentenceModules | None = None
-    """What ``modules.json`` says about a text model, in a sentence-transformers folder."""
+    """What ``modules.json`` says about a text model."""
 
-    is_open_clip: bool = False
-    """Whether configuration and weights are those of open_clip."""
+    weight_names: Sequence[str] = WEIGHT_FILES
+    """The files that may hold the weights, the preferred one first."""
+
+    def __init__(self, root: Path, backbone: Path | None = None) -> None:
+        """
+        :param backbone: the folder of the model itself; ``root``, if ``None``.
+        """
+        self.root = root
+        self.backbone = backbone or root
 
     @staticmethod
     def open(path: Path) -> ModelFolder:
@@ -78,25 +71,21 @@ class ModelFolder:
         """
         if not path.is_dir():
             raise ModelLoadError(f"{path} is not a folder.")
-        if not is_model_folder(path):
+        folder = ModelFolder.maybe_open(path)
+        if folder is None:
             raise ModelLoadError(f"{path} has no config.json: it is not a Hugging Face model folder.")
-        if is_open_clip_folder(path):
-            return ModelFolder(path, path, is_open_clip=True)
-        if not path.joinpath("modules.json").is_file():
-            return ModelFolder(path, path)
-        if clip := find_clip(path):
-            return ModelFolder(path, clip)
-        modules = read_modules(path)
-        return ModelFolder(path, modules.backbone, modules)
+        return folder
 
-    @property
-    def dialect(self) -> str | None:
-        """The library whose format configuration and tensors have; ``None`` if that is transformers."""
-        return "open_clip" if self.is_open_clip else None
+    @staticmethod
+    def maybe_open(path: Path) -> ModelFolder | None:
+        """Open a folder; return ``None`` if no model is there."""
+        layout = find_layout(path)
+        folder: ModelFolder | None = None if layout is None else layout.open(path)
+        return folder
 
     @property
     def config_file(self) -> Path:
-        return self.backbone / (OPEN_CLIP_CONFIG if self.is_open_clip else "config.json")
+        return self.backbone / self.config_name
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -104,14 +93,17 @@ class ModelFolder:
 
         :raises ModelLoadError: it cannot be read.
         """
-        if self.is_open_clip:
-            read_open_clip_json(self.root)
         return read_json(self.config_file)
+
+    @property
+    def model_type(self) -> str:
+        model_type = self.config.get("model_type")
+        if not isinstance(model_type, str):
+            raise ModelLoadError(f"{self.config_file} does not say its `model_type`.")
+        return model_type
 
     def head(self) -> HeadConfig | None:
         """What follows the backbone, where the folder says it."""
-        if self.modules is not None:
-            return self.modules.head
         file = self.root / HEAD_FILE
         if not file.is_file():
             return None
@@ -131,33 +123,116 @@ class ModelFolder:
         except TypeError as ex:
             raise ModelLoadError(f"{file} is not valid: {ex}.") from None
 
-    @property
-    def model_type(self) -> str:
-        model_type = self.config.get("model_type")
-        if not isinstance(model_type, str):
-            raise ModelLoadError(f"{self.backbone / 'config.json'} does not say its `model_type`.")
-        return model_type
+    def text_options(self) -> dict[str, Any]:
+        """How texts are prepared, prompts included, as fields of ``ProcessorSettings``."""
+        return {}
+
+    def image_options(self) -> dict[str, Any] | None:
+        """How images are prepared, as ``preprocessor_config.json`` says it; ``None`` if that is a file."""
+        return None
 
     def keys(self) -> frozenset[str]:
         """The names of the backbone's tensors."""
-        return frozenset(LazyTensors(self._weight_file()))
+        return frozenset(self._backbone_tensors())
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """All tensors, each loaded when it is asked for.
+        """All tensors, each loaded when it is asked for."""
+        return self._backbone_tensors()
 
-        They are those of the backbone, and ``head.dense.N.weight|bias`` of dense modules.
-        """
-        tensors = LazyTensors(self._weight_file())
-        for idx, folder in enumerate(self.modules.dense_folders if self.modules else ()):
+    def state_dict(self) -> dict[str, object]:
+        """Load all tensors."""
+        return dict(self.tensors())
+
+    def _backbone_tensors(self) -> LazyTensors:
+        return LazyTensors(find_weights(self.backbone, self.weight_names))
+
+
+@final
+class SentenceTransformersFolder(ModelFolder):
+    """A text model in the layout of sentence-transformers."""
+
+    def __init__(self, root: Path, modules: SentenceModules) -> None:
+        super().__init__(root, modules.backbone)
+        self.modules: SentenceModules = modules
+
+    @override
+    def head(self) -> HeadConfig | None:
+        return self.modules.head
+
+    @override
+    def text_options(self) -> dict[str, Any]:
+        modules = self.modules
+        return {
+            "max_length": modules.max_length,
+            "prompts": dict(modules.prompts),
+            "default_prompt_name": modules.default_prompt_name,
+            "do_lower_case": modules.do_lower_case,
+            "include_prompt": modules.head.include_prompt,
+        }
+
+    @override
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All tensors: those of the backbone, and ``head.dense.N.weight|bias`` of dense modules."""
+        tensors = self._backbone_tensors()
+        for idx, folder in enumerate(self.modules.dense_folders):
             tensors.add(find_weights(folder), partial(_dense_name, idx))
         return tensors
 
-    def state_dict(self) -> dict[str, object]:
-        """Load all tensors. See :meth:`tensors`."""
-        return dict(self.tensors())
 
-    def _weight_file(self) -> Path:
-        return find_weights(self.backbone, _OPEN_CLIP_WEIGHT_FILES if self.is_open_clip else WEIGHT_FILES)
+@final
+class OpenClipFolder(ModelFolder):
+    """A model in the layout of open_clip."""
+
+    dialect = "open_clip"
+
+    config_name = OPEN_CLIP_CONFIG
+
+    weight_names = (
+        OPEN_CLIP_WEIGHTS,
+        "open_clip_pytorch_model.safetensors",
+        "open_clip_model.bin",
+        "open_clip_pytorch_model.bin",
+        # Some repositories have no weights but open_clip's.
+        "model.safetensors",
+        "pytorch_model.bin",
+    )
+
+    @cached_property
+    @override
+    def config(self) -> dict[str, Any]:
+        model_cfg, preprocess_cfg = read_open_clip_json(self.root)
+        return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+
+    @override
+    def text_options(self) -> dict[str, Any]:
+        return read_text_options(self.root)
+
+    @override
+    def image_options(self) -> dict[str, Any]:
+        try:
+            size = read_pair(self.config["model_cfg"]["vision_cfg"].get("image_size") or 224, "vision_cfg.image_size")
+        except ModelLoadError as ex:
+            raise ModelLoadError(f"{self.config_file}: {ex}") from None
+        return {"open_clip": {**self.config["preprocess_cfg"], "size": size}}
+
+
+def is_open_clip_folder(path: Path) -> bool:
+    """Whether the model of ``path`` is in open_clip's layout.
+
+    A folder that holds the model in transformers' layout as well is one of
+    transformers. timm writes a ``config.json`` of its own, without ``model_type``.
+    """
+    if not path.joinpath(OPEN_CLIP_CONFIG).is_file() or path.joinpath("modules.json").is_file():
+        return False
+    file = path / "config.json"
+    return not file.is_file() or "model_type" not in read_json(file)
+
+
+def open_sentence_transformers(path: Path) -> ModelFolder:
+    """Open a folder of sentence-transformers: of a text model, or of its CLIP module."""
+    if clip := find_clip(path):
+        return ModelFolder(path, clip)
+    return SentenceTransformersFolder(path, read_modules(path))
 
 
 def _dense_name(idx: int, key: str) -> str:

@@ -25,6 +25,9 @@ OPEN_CLIP_CONFIG: Final = "open_clip_config.json"
 
 OPEN_CLIP_WEIGHTS: Final = "open_clip_model.safetensors"
 
+CLEANINGS: Final = ("lower", "whitespace", "canonicalize")
+"""How open_clip cleans texts."""
+
 _MODEL_DEFAULTS: Final = {
     "embed_dim": 0,
     "vision_cfg": {},
@@ -161,6 +164,32 @@ def _read_pad_id(folder: Path) -> int | None:
         if token.get("content") == name:
             return int(index)
     return None
+
+
+def read_text_options(folder: Path) -> dict[str, Any]:
+    """Return how the texts of an open_clip folder are tokenized, as fields of ``ProcessorSettings``.
+
+    :raises ModelLoadError: an option is not supported; the message names it.
+    """
+    model_cfg, _ = read_open_clip_json(folder)
+    text_cfg = model_cfg["text_cfg"]
+    where = f"{folder / OPEN_CLIP_CONFIG}: `text_cfg."
+    if text_cfg.get("tokenizer_mode"):
+        raise ModelLoadError(f"{where}tokenizer_mode` is '{text_cfg['tokenizer_mode']}', which is not supported.")
+    has_own_tokenizer = bool(text_cfg.get("hf_tokenizer_name"))
+    options = dict(text_cfg.get("tokenizer_kwargs") or {})
+    cleaning = options.pop("clean", "whitespace" if has_own_tokenizer else "lower")
+    strip_sep_token = bool(options.pop("strip_sep_token", False)) if has_own_tokenizer else False
+    if options:
+        raise ModelLoadError(f"{where}tokenizer_kwargs.{min(options)}` is not supported.")
+    if cleaning not in CLEANINGS:
+        raise ModelLoadError(f"{where}tokenizer_kwargs.clean` is '{cleaning}', which is not supported.")
+    return {
+        "max_length": text_cfg.get("context_length", 77),
+        "text_cleaning": cleaning,
+        "strip_sep_token": strip_sep_token,
+        "open_clip_bpe": not has_own_tokenizer,
+    }
 
 
 def read_model_options(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
