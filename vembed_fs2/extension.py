@@ -5,6 +5,7 @@ from __future__ import annotations
 from fairseq2.composition import register_package_assets
 from fairseq2.runtime.dependency import DependencyContainer
 
+from vembed_fs2.interop.layouts import register_layouts
 from vembed_fs2.models.auto import register_auto
 from vembed_fs2.models.bert import register_bert
 from vembed_fs2.models.clip import register_clip
@@ -17,9 +18,11 @@ from vembed_fs2.recipes.metrics import register_metrics
 
 
 def setup_vembed(container: DependencyContainer) -> None:
-    """Register the model families, the asset cards and the recipe components."""
+    """Register the layouts, the model families, the asset cards and the recipe components."""
     register_metrics(container)
     register_package_assets(container, "vembed_fs2.assets.cards")
+
+    register_layouts(container)
 
     register_clip(container)
     register_vit(container)

@@ -16,7 +16,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from vembed_fs2.models.eva import EvaConfig, EvaModel, EvaVisionConfig, create_eva_model
-from vembed_fs2.models.eva.open_clip import TIMM_MODELS, config_from_open_clip, state_dict_from_open_clip
+from vembed_fs2.models.eva.open_clip import OPEN_CLIP, TIMM_MODELS, config_from_open_clip
 
 Example: TypeAlias = tuple[dict[str, Any], dict[str, Any]]
 """Arguments of timm's ``Eva``, and ``model_cfg`` of open_clip."""
@@ -168,7 +168,7 @@ def create_pair(
             if isinstance(module, nn.LayerNorm):
                 module.weight.add_(1.0)
     model = create_eva_model(config).eval()
-    model.load_state_dict(state_dict_from_open_clip(dict(reference.state_dict()), config))
+    model.load_state_dict(OPEN_CLIP.state_dict_from_open_clip(dict(reference.state_dict()), config))
     return reference, model, config
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from fairseq2.models import ModelFamily
+from fairseq2.nn.utils.module import reset_non_persistent_buffers, to_empty
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
@@ -381,3 +382,26 @@ def test_missing_and_misshapen_tensors_are_errors() -> None:
     other = {f"other.{key}": value for key, value in state.items()}
     with pytest.raises(ModelLoadError, match=r"electra|ElectraModel"):
         FORMAT.from_hf_state_dict(other, config)
+
+
+@settings(max_examples=36)
+@given(hf_configs({**TEXT, **IMAGE, **BOTH}))
+def test_a_model_on_the_meta_device_is_wrapped_as_one_with_weights(hf_config: dict[str, Any]) -> None:
+    """Checkpoints are loaded into the former."""
+    config = FORMAT.from_hf_config(hf_config)
+    model = create_auto_model(config)
+    with torch.device("meta"):
+        empty = create_auto_model(config)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = dict(empty.named_parameters(remove_duplicate=False))[name]
+        assert (other.is_meta, other.shape, other.requires_grad) == (True, parameter.shape, parameter.requires_grad)
+    # What is shared is shared there, too.
+    assert dict(empty.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    assert (empty.embedding_dim, empty.similarity) == (model.embedding_dim, model.similarity)
+    assert len(empty.layer_stacks()) == len(model.layer_stacks())
+
+    to_empty(empty, torch.device("cpu"))
+    empty.load_state_dict(model.state_dict())
+    reset_non_persistent_buffers(empty)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(dict(empty.named_buffers())[name], buffer), name

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vembed_fs2.embedding.model import EncoderBatch
 from vembed_fs2.models.eva import EvaConfig, EvaVisionConfig, create_eva_model
-from vembed_fs2.models.eva.open_clip import config_from_open_clip, state_dict_to_open_clip
+from vembed_fs2.models.eva.open_clip import OPEN_CLIP, config_from_open_clip
 
 from .eva_models import (
     PLAIN,
@@ -81,7 +81,7 @@ def test_gradients_equal_open_clip(changes: dict[str, Any]) -> None:
     expected = {k: p.grad for k, p in reference.named_parameters() if p.grad is not None}
     grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == {k for k, _ in model.named_parameters() if k != "logit_scale"}
-    ours = state_dict_to_open_clip(dict(grads), config)
+    ours = OPEN_CLIP.state_dict_to_open_clip(dict(grads), config)
     assert ours.keys() == expected.keys()
     for key, grad in expected.items():
         value = ours[key]
@@ -163,7 +163,7 @@ def test_meta_model_initialises_like_timm(changes: dict[str, Any], proj: str | N
         model = create_eva_model(config)
     to_empty(model, torch.device("cpu"))
     reset_parameters(model)
-    state = state_dict_to_open_clip(dict(model.state_dict()), config)
+    state = OPEN_CLIP.state_dict_to_open_clip(dict(model.state_dict()), config)
     for key, tensor in reference.visual.state_dict().items():
         value = state[f"visual.{key}"]
         assert isinstance(value, Tensor)

@@ -25,11 +25,10 @@ from vembed_fs2.errors import ModelLoadError, VembedError
 from vembed_fs2.hub.load import load_model
 from vembed_fs2.models.eva import EVA_FAMILY, EVA_FORMAT, EvaConfig, EvaModel
 from vembed_fs2.models.eva.open_clip import (
+    OPEN_CLIP,
     TIMM_MODELS,
     config_from_open_clip,
     config_to_open_clip,
-    state_dict_from_open_clip,
-    state_dict_to_open_clip,
 )
 from vembed_fs2.resolver import get_resolver
 
@@ -54,9 +53,9 @@ def test_round_trip_is_exact(example: Example, dtype: torch.dtype) -> None:
     options, model_cfg = example
     reference, model, config = create_pair(options, model_cfg)
     state = dict(reference.to(dtype).state_dict())
-    ours = state_dict_from_open_clip(dict(state), config)
+    ours = OPEN_CLIP.state_dict_from_open_clip(dict(state), config)
     assert ours.keys() == model.state_dict().keys()
-    back = state_dict_to_open_clip(dict(ours), config)
+    back = OPEN_CLIP.state_dict_to_open_clip(dict(ours), config)
     assert back.keys() == state.keys()
     for key, tensor in state.items():
         value = back[key]
@@ -159,13 +158,13 @@ def test_unknown_tensors_are_not_dropped() -> None:
     state = dict(reference.state_dict())
     state["visual.trunk.blocks.0.attn.extra"] = torch.zeros(1)
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"visual.trunk.blocks.0.attn.extra\""):
-        model.load_state_dict(state_dict_from_open_clip(state, config))
+        model.load_state_dict(OPEN_CLIP.state_dict_from_open_clip(state, config))
 
 
 def test_models_without_custom_text_are_read() -> None:
     reference, model, config = create_pair(small_options(), small_cfg())
     state = {key.removeprefix("text."): value for key, value in reference.state_dict().items()}
-    ours = state_dict_from_open_clip(state, config)
+    ours = OPEN_CLIP.state_dict_from_open_clip(state, config)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in ours.items())
     assert ours.keys() == model.state_dict().keys()
 
@@ -178,9 +177,9 @@ def test_bias_of_the_logits_is_kept() -> None:
     assert (config.logit_scale_init, config.logit_bias_init) == (1.5, -10.0)
     assert (written["init_logit_scale"], written["init_logit_bias"]) == (1.5, -10.0)
     state: dict[str, object] = {"logit_bias": torch.tensor(-3.0), "logit_scale": torch.tensor(2.0)}
-    ours = state_dict_from_open_clip(dict(state), config)
+    ours = OPEN_CLIP.state_dict_from_open_clip(dict(state), config)
     assert ours == {"logit_bias": torch.tensor([-3.0]), "logit_scale": torch.tensor([2.0])}
-    assert state_dict_to_open_clip(ours, config) == state
+    assert OPEN_CLIP.state_dict_to_open_clip(ours, config) == state
 
 
 def test_folder_of_our_own_layout(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from transformers import CLIPConfig, CLIPModel
 
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.formats.open_clip import find_mlp_ratio, find_open_clip_family, get_open_clip_format
+from vembed_fs2.formats.open_clip import find_mlp_ratio
 from vembed_fs2.models.clip import ClipCheckpointFormat, ClipConfig, ClipModel, create_clip_model
 from vembed_fs2.models.clip import open_clip as clip_format
+from vembed_fs2.models.family import find_open_clip_family, get_open_clip_format
 from vembed_fs2.models.siglip import create_siglip_model
 
 from .open_clip_models import (
@@ -42,7 +43,7 @@ def create_clip(model_cfg: dict[str, Any], seed: int = 0) -> tuple[Module, ClipM
     model = create_clip_model(config).eval()
     if config.logit_bias_init is not None:
         model.add_logit_bias(config.logit_bias_init)
-    model.load_state_dict(clip_format.state_dict_from_open_clip(dict(reference.state_dict()), config))
+    model.load_state_dict(clip_format.OPEN_CLIP.state_dict_from_open_clip(dict(reference.state_dict()), config))
     return reference, model, config
 
 
@@ -64,9 +65,9 @@ def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_round_trip_is_exact(model_cfg: dict[str, Any], dtype: torch.dtype) -> None:
     reference, model, config = create_clip(model_cfg)
     state = dict(reference.to(dtype).state_dict())
-    ours = clip_format.state_dict_from_open_clip(dict(state), config)
+    ours = clip_format.OPEN_CLIP.state_dict_from_open_clip(dict(state), config)
     assert ours.keys() == model.state_dict().keys()
-    assert_equal_tensors(clip_format.state_dict_to_open_clip(ours, config), plain_names(state))
+    assert_equal_tensors(clip_format.OPEN_CLIP.state_dict_to_open_clip(ours, config), plain_names(state))
     exported = clip_format.config_to_open_clip(config)
     assert clip_format.config_from_open_clip(exported) == config
     # As a run writes it.
@@ -98,7 +99,7 @@ def test_transformers_loads_what_came_from_open_clip(
     for name, value in hf_format.to_hg_config(config).data.items():
         setattr(hf_config, name, value)
     model = CLIPModel(hf_config).eval()
-    ours = clip_format.state_dict_from_open_clip(dict(reference.state_dict()), config)
+    ours = clip_format.OPEN_CLIP.state_dict_from_open_clip(dict(reference.state_dict()), config)
     model.load_state_dict(hf_format.to_hg_state_dict(ours, config))
     ids, mask = create_texts(model_cfg["text_cfg"])
     pixels = torch.randn(2, 3, 8, 8)
@@ -283,7 +284,7 @@ def test_unknown_tensors_are_not_dropped() -> None:
     reference, model, config = create_clip(small_cfg())
     state = dict(reference.state_dict()) | {"visual.extra": torch.zeros(1)}
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"visual.extra\""):
-        model.load_state_dict(clip_format.state_dict_from_open_clip(state, config))
+        model.load_state_dict(clip_format.OPEN_CLIP.state_dict_from_open_clip(state, config))
 
 
 def test_gradients_equal_open_clip() -> None:
@@ -299,7 +300,7 @@ def test_gradients_equal_open_clip() -> None:
     model.encode_image(EncoderBatch.of_images(pixels)).square().sum().backward()
     expected = {k: p.grad for k, p in reference.named_parameters() if p.grad is not None}
     grads: dict[str, object] = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-    ours = clip_format.state_dict_to_open_clip(grads, config)
+    ours = clip_format.OPEN_CLIP.state_dict_to_open_clip(grads, config)
     assert ours.keys() == expected.keys()
     for key, grad in expected.items():
         value = ours[key]

@@ -154,7 +154,7 @@ def test_a_tokenizers_own_padding_is_used_where_the_model_sees_it(tmp_path: Path
     tokenizer.pad_token = "[MASK]"
     folder = tmp_path / "model"
     write_folder(folder, clip_cfg(hf_tokenizer_name="x", pool_type="last"), tokenizer=tokenizer)
-    assert ModelFolder.open(folder).is_open_clip
+    assert ModelFolder.open(folder).dialect == "open_clip"
     embedder = Embedder.load(folder, device="cpu")
     assert embedder.source.config.text.pad_idx == 4
     assert_same_ids(embedder, folder, pad_id=4)

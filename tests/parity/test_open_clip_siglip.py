@@ -34,7 +34,7 @@ def create_siglip(
     reference = create_reference(model_cfg)
     config = siglip_format.config_from_open_clip(model_cfg)
     model = create_siglip_model(config).eval()
-    model.load_state_dict(siglip_format.state_dict_from_open_clip(dict(reference.state_dict()), config))
+    model.load_state_dict(siglip_format.OPEN_CLIP.state_dict_from_open_clip(dict(reference.state_dict()), config))
     return reference, model, config
 
 
@@ -52,9 +52,11 @@ def test_embeddings_of_siglip_equal_open_clip(example: tuple[dict[str, Any], dic
 def test_round_trip_of_siglip_is_exact(example: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         reference, model, config = create_siglip(example, monkeypatch)
-        ours = siglip_format.state_dict_from_open_clip(dict(reference.state_dict()), config)
+        ours = siglip_format.OPEN_CLIP.state_dict_from_open_clip(dict(reference.state_dict()), config)
         assert ours.keys() == model.state_dict().keys()
-        assert_equal_tensors(siglip_format.state_dict_to_open_clip(ours, config), dict(reference.state_dict()))
+        assert_equal_tensors(
+            siglip_format.OPEN_CLIP.state_dict_to_open_clip(ours, config), dict(reference.state_dict())
+        )
         exported = siglip_format.config_to_open_clip(config)
         assert siglip_format.config_from_open_clip(exported) == config
         again = create_reference(exported)

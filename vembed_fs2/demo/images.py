@@ -146,7 +146,6 @@ def write_composed_folder(out: Path, *, seed: int = 0) -> None:
     import torch
     from fairseq2.gang import create_fake_gangs
     from fairseq2.models import ModelFamily
-    from fairseq2.models.hg import save_hugging_face_model
 
     from vembed_fs2.models.composed import COMPOSED_FAMILY, ComposedCheckpointFormat
     from vembed_fs2.resolver import get_resolver
@@ -159,9 +158,7 @@ def write_composed_folder(out: Path, *, seed: int = 0) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family.create_new_model(config, gangs, torch.float32, meta=False, init_rank0_only=False)
-    checkpoint_format = ComposedCheckpointFormat()
-    state = checkpoint_format.to_hg_state_dict(dict(model.state_dict()), config)
-    save_hugging_face_model(out, state, checkpoint_format.to_hg_config(config))
+    ComposedCheckpointFormat().save(out, dict(model.state_dict()), config)
     tokenizer.save_pretrained(out)
     write_json(out / "preprocessor_config.json", _image_processor_config())
 

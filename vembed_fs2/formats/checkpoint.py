@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar, cast, final
 
@@ -15,6 +16,7 @@ from typing_extensions import override
 
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.files import write_json
 from vembed_fs2.formats.folder import ModelFolder
 from vembed_fs2.formats.key_map import Drop, KeyMap
 
@@ -44,6 +46,12 @@ class CheckpointFormat(HuggingFaceConverter):
 
     model_types: Sequence[str] = ()
     """The ``model_type`` values of ``config.json`` that the family reads."""
+
+    sentence_module: str | None = None
+    """
+    The module of sentence-transformers that holds a whole model in transformers'
+    layout, if it has one: it is written where there is no head to say what follows.
+    """
 
     @abstractmethod
     def from_hf_config(
@@ -100,6 +108,29 @@ class CheckpointFormat(HuggingFaceConverter):
         """
         return self.from_hf_config(folder.config, head=folder.head(), keys=folder.keys())
 
+    @final
+    def save(self, folder: Path, state_dict: dict[str, object], config: object) -> None:
+        """Write a folder: configuration, weights, and what else belongs to it.
+
+        :param state_dict: the tensors by the family's names.
+        """
+        from huggingface_hub import save_torch_state_dict
+
+        self.write_config(folder, config)
+        save_torch_state_dict(cast(dict[str, Tensor], self.to_hg_state_dict(state_dict, config)), folder)
+        self.write_files(folder, config)
+
+    def write_config(self, folder: Path, config: object) -> None:
+        """Write ``config.json``: by default as transformers' class of :meth:`to_hg_config` does."""
+        import transformers
+
+        hf_config = self.to_hg_config(config)
+        native = getattr(transformers, hf_config.kls_name)()
+        for name, value in hf_config.data.items():
+            setattr(native, name, value)
+        native.architectures = [hf_config.arch]
+        native.save_pretrained(folder)
+
     def write_files(self, folder: Path, config: object) -> None:
         """Write what else belongs to an exported folder, after configuration and weights. Nothing, by default."""
 
@@ -155,23 +186,49 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
+        data = self._values_of(config)
+        name = declare_hf_config(f"Vembed_{self._model_type}_Config", self._model_type, data)
+        return HuggingFaceConfig(data, kls_name=name, arch=self._model_type)
+
+    @override
+    def write_config(self, folder: Path, config: object) -> None:
+        import transformers
+
+        values = {
+            "architectures": [self._model_type],
+            "model_type": self._model_type,
+            "transformers_version": transformers.__version__,
+            **self._values_of(config),
+        }
+        # In transformers' order.
+        write_json(folder / "config.json", json.loads(json.dumps(values, sort_keys=True)))
+
+    def _values_of(self, config: object) -> dict[str, object]:
         values: Any = StandardValueConverter().unstructure(config)
         # Of no use without the teacher.
         data: dict[str, object] = {"model_config": {k: v for k, v in values.items() if k != "teacher_dim"}}
         if head_of(config) is not None:
             # Where sentence-transformers' pooling looks for the size of its inputs.
             data["hidden_size"] = getattr(config, "model_dim")  # noqa: B009  (mypy does not know the field)
-        return HuggingFaceConfig(data, kls_name=self._declare_hf_config(), arch=self._model_type)
+        return data
 
-    def _declare_hf_config(self) -> str:
-        """Make the class of ``config.json``; fairseq2 writes only what it finds by name in transformers."""
-        import transformers
 
-        name = f"Vembed_{self._model_type}_Config"
-        if not hasattr(transformers, name):
-            fields = {"model_type": self._model_type, "model_config": None, "hidden_size": None}
-            setattr(transformers, name, type(name, (transformers.PretrainedConfig,), fields))
-        return name
+def declare_hf_config(name: str, model_type: str, fields: Iterable[str], base: type | None = None) -> str:
+    """Make a class of ``config.json`` known to fairseq2's own export, which finds it in transformers, by its name.
+
+    What is written by :meth:`CheckpointFormat.save` does not need it.
+
+    :param fields: the names of the fields that ``base`` may not have.
+    :param base: a subclass of ``transformers.PretrainedConfig``, or that class itself if ``None``.
+    :returns: ``name``.
+    """
+    import transformers
+
+    base = base or transformers.PretrainedConfig
+    known = base()
+    missing = {field: None for field in fields if not hasattr(known, field)}
+    setattr(transformers, name, type(name, (base,), {"model_type": model_type, **missing}))
+    return name
 
 
 def _reason_of(error: StructureError) -> str:

@@ -12,8 +12,7 @@ from fairseq2.assets import AssetDownloadError, AssetDownloadManager
 from fairseq2.utils.uri import Uri
 from typing_extensions import override
 
-from vembed_fs2.formats.folder import is_open_clip_folder
-from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG
+from vembed_fs2.formats.registry import list_layouts
 
 _FILES: Final = ["*.json", "*.txt", "*.model", "*.py", "*/config.json"]
 """
@@ -101,8 +100,9 @@ def download_repository(uri: Uri, *, weights: bool = True, force: bool = False, 
         with suppress(Exception):
             names = list_repo_files(repository, revision=revision or None)
             # Some repositories hold other weights as well.
-            is_open_clip = OPEN_CLIP_CONFIG in names and is_open_clip_folder(fetch(_FILES))
-            patterns = [*_FILES, *_choose_weights(names, is_open_clip)]
+            own = [layout for layout in list_layouts() if layout.weight_patterns and layout.config_name in names]
+            layout = next((layout for layout in own if layout.detects(fetch(_FILES))), None)
+            patterns = [*_FILES, *_choose_weights(names, layout.weight_patterns if layout is not None else ())]
     try:
         return fetch(patterns)
     except Exception as ex:
@@ -110,9 +110,7 @@ def download_repository(uri: Uri, *, weights: bool = True, force: bool = False, 
         raise AssetDownloadError(uri, f"{type(ex).__name__}: {ex}") from ex
 
 
-def _choose_weights(names: Sequence[str], is_open_clip: bool) -> list[str]:
-    """The patterns of one of the formats that there are, safe ones first."""
-    candidates = [_SAFETENSORS, _PICKLED]
-    if is_open_clip:
-        candidates = [["open_clip*model.safetensors"], ["open_clip*model.bin"], *candidates]
+def _choose_weights(names: Sequence[str], own: Sequence[str]) -> list[str]:
+    """The patterns of one of the formats that there are: the layout's own first, then safe ones."""
+    candidates = [*([pattern] for pattern in own), _SAFETENSORS, _PICKLED]
     return next((patterns for patterns in candidates if find_names(names, patterns[0])), _PICKLED)

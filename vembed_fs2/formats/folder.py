@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path, PurePath
-from pickle import UnpicklingError
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Final, final
 
-import torch
 from fairseq2.model_checkpoint import ModelCheckpointLoader, ModelCheckpointLoadOptions
 from fairseq2.model_checkpoint.common import reshard_tensor
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import override
 
@@ -21,8 +18,16 @@ from vembed_fs2.embedding.image_head import ImageHeadConfig
 from vembed_fs2.embedding.model import DenseConfig, HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json
-from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
+from vembed_fs2.formats.open_clip import (
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
+    read_open_clip_json,
+    read_pair,
+    read_text_options,
+)
+from vembed_fs2.formats.registry import find_layout
 from vembed_fs2.formats.sentence_transformers import SentenceModules, find_clip, read_modules
+from vembed_fs2.formats.weights import WEIGHT_FILES, LazyTensors, find_weights
 
 HEAD_FILE: Final = "vembed_head.json"
 """What follows the backbone, in a folder of transformers' layout that we wrote."""
@@ -30,55 +35,33 @@ HEAD_FILE: Final = "vembed_head.json"
 IMAGE_HEAD_FILE: Final = "vembed_image_head.json"
 """What follows an image backbone, in such a folder."""
 
-_WEIGHT_FILES: Final = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
-
-
-_OPEN_CLIP_WEIGHT_FILES: Final = (
-    OPEN_CLIP_WEIGHTS,
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_model.bin",
-    "open_clip_pytorch_model.bin",
-    # Some repositories have no weights but open_clip's.
-    "model.safetensors",
-    "pytorch_model.bin",
-)
-
 
 def is_model_folder(path: Path) -> bool:
-    """Whether ``path`` is a Hugging Face, sentence-transformers or open_clip folder."""
-    return any(path.joinpath(name).is_file() for name in ("config.json", "modules.json", OPEN_CLIP_CONFIG))
+    """Whether ``path`` is a folder with a model in a layout that is known."""
+    return find_layout(path) is not None
 
 
-def is_open_clip_folder(path: Path) -> bool:
-    """Whether the model of ``path`` is in open_clip's layout.
-
-    A folder that holds the model in transformers' layout as well is one of
-    transformers. timm writes a ``config.json`` of its own, without ``model_type``.
-    """
-    if not path.joinpath(OPEN_CLIP_CONFIG).is_file() or path.joinpath("modules.json").is_file():
-        return False
-    file = path / "config.json"
-    return not file.is_file() or "model_type" not in read_json(file)
-
-
-@dataclass(frozen=True)
 class ModelFolder:
-    """A folder with a model in the layout of transformers, sentence-transformers or open_clip."""
+    """A folder with a model in the layout of transformers. Other layouts subclass it."""
 
-    root: Path
-    backbone: Path
-    """The folder of the Transformer itself."""
+    dialect: str | None = None
+    """The library whose format configuration and tensors have; ``None`` if that is transformers."""
+
+    config_name: str = "config.json"
+    """The file with the model's configuration."""
 
     modules: SentenceModules | None = None
-    """What ``modules.json`` says about a text model, in a sentence-transformers folder."""
+    """What ``modules.json`` says about a text model."""
 
-    is_open_clip: bool = False
-    """Whether configuration and weights are those of open_clip."""
+    weight_names: Sequence[str] = WEIGHT_FILES
+    """The files that may hold the weights, the preferred one first."""
+
+    def __init__(self, root: Path, backbone: Path | None = None) -> None:
+        """
+        :param backbone: the folder of the model itself; ``root``, if ``None``.
+        """
+        self.root = root
+        self.backbone = backbone or root
 
     @staticmethod
     def open(path: Path) -> ModelFolder:
@@ -88,26 +71,39 @@ class ModelFolder:
         """
         if not path.is_dir():
             raise ModelLoadError(f"{path} is not a folder.")
-        if not is_model_folder(path):
+        folder = ModelFolder.maybe_open(path)
+        if folder is None:
             raise ModelLoadError(f"{path} has no config.json: it is not a Hugging Face model folder.")
-        if is_open_clip_folder(path):
-            return ModelFolder(path, path, is_open_clip=True)
-        if not path.joinpath("modules.json").is_file():
-            return ModelFolder(path, path)
-        if clip := find_clip(path):
-            return ModelFolder(path, clip)
-        modules = read_modules(path)
-        return ModelFolder(path, modules.backbone, modules)
+        return folder
+
+    @staticmethod
+    def maybe_open(path: Path) -> ModelFolder | None:
+        """Open a folder; return ``None`` if no model is there."""
+        layout = find_layout(path)
+        folder: ModelFolder | None = None if layout is None else layout.open(path)
+        return folder
+
+    @property
+    def config_file(self) -> Path:
+        return self.backbone / self.config_name
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of ``config.json``, or of ``open_clip_config.json``."""
-        return read_json(self.backbone / (OPEN_CLIP_CONFIG if self.is_open_clip else "config.json"))
+        """The content of the configuration file.
+
+        :raises ModelLoadError: it cannot be read.
+        """
+        return read_json(self.config_file)
+
+    @property
+    def model_type(self) -> str:
+        model_type = self.config.get("model_type")
+        if not isinstance(model_type, str):
+            raise ModelLoadError(f"{self.config_file} does not say its `model_type`.")
+        return model_type
 
     def head(self) -> HeadConfig | None:
         """What follows the backbone, where the folder says it."""
-        if self.modules is not None:
-            return self.modules.head
         file = self.root / HEAD_FILE
         if not file.is_file():
             return None
@@ -127,100 +123,135 @@ class ModelFolder:
         except TypeError as ex:
             raise ModelLoadError(f"{file} is not valid: {ex}.") from None
 
-    @property
-    def model_type(self) -> str:
-        model_type = self.config.get("model_type")
-        if not isinstance(model_type, str):
-            raise ModelLoadError(f"{self.backbone / 'config.json'} does not say its `model_type`.")
-        return model_type
+    def text_options(self) -> dict[str, Any]:
+        """How texts are prepared, prompts included, as fields of ``ProcessorSettings``."""
+        return {}
+
+    def image_options(self) -> dict[str, Any] | None:
+        """How images are prepared, as ``preprocessor_config.json`` says it; ``None`` if that is a file."""
+        return None
 
     def keys(self) -> frozenset[str]:
-        """The names of the tensors, where they can be told without loading them; else all of them."""
-        file = self._weight_file()
-        if file.name.endswith(".index.json"):
-            return frozenset(_read_index(file))
-        if file.suffix == ".safetensors":
-            with _open_errors(file), safe_open(file, framework="pt") as f:
-                return frozenset(f.keys())
-        return frozenset(_load_weights(file))
+        """The names of the backbone's tensors."""
+        return frozenset(self._backbone_tensors())
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All tensors, each loaded when it is asked for."""
+        return self._backbone_tensors()
 
     def state_dict(self) -> dict[str, object]:
-        """Load all tensors: those of the backbone, and ``head.dense.N.weight|bias`` of dense modules."""
-        file = self._weight_file()
-        state: dict[str, object] = {}
-        shards = [file]
-        if file.name.endswith(".index.json"):
-            shards = [file.with_name(name) for name in sorted(set(_read_index(file).values()))]
-        for shard in shards:
-            state.update(_load_weights(shard))
-        for idx, folder in enumerate(self.modules.dense_folders if self.modules else ()):
-            for key, value in _load_weights(_find_weights(folder)).items():
-                state[f"head.dense.{idx}.{key.removeprefix('linear.')}"] = value
-        return state
+        """Load all tensors."""
+        return dict(self.tensors())
 
-    def _weight_file(self) -> Path:
-        return _find_weights(self.backbone, _OPEN_CLIP_WEIGHT_FILES if self.is_open_clip else _WEIGHT_FILES)
+    def _backbone_tensors(self) -> LazyTensors:
+        return LazyTensors(find_weights(self.backbone, self.weight_names))
 
 
-def _find_weights(folder: Path, names: Sequence[str] = _WEIGHT_FILES) -> Path:
-    for name in names:
-        if folder.joinpath(name).is_file():
-            return folder / name
-    raise ModelLoadError(f"{folder} has no weights: none of {', '.join(names)} is there.")
+@final
+class SentenceTransformersFolder(ModelFolder):
+    """A text model in the layout of sentence-transformers."""
+
+    def __init__(self, root: Path, modules: SentenceModules) -> None:
+        super().__init__(root, modules.backbone)
+        self.modules: SentenceModules = modules
+
+    @override
+    def head(self) -> HeadConfig | None:
+        return self.modules.head
+
+    @override
+    def text_options(self) -> dict[str, Any]:
+        modules = self.modules
+        return {
+            "max_length": modules.max_length,
+            "prompts": dict(modules.prompts),
+            "default_prompt_name": modules.default_prompt_name,
+            "do_lower_case": modules.do_lower_case,
+            "include_prompt": modules.head.include_prompt,
+        }
+
+    @override
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All tensors: those of the backbone, and ``head.dense.N.weight|bias`` of dense modules."""
+        tensors = self._backbone_tensors()
+        for idx, folder in enumerate(self.modules.dense_folders):
+            tensors.add(find_weights(folder), partial(_dense_name, idx))
+        return tensors
 
 
-def _read_index(file: Path) -> dict[str, str]:
-    """The file of each tensor."""
-    weight_map = read_json(file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelLoadError(f"{file} has no `weight_map`.")
-    for name in weight_map.values():
-        if not isinstance(name, str) or PurePath(name).name != name:
-            raise ModelLoadError(f"{file} must name files in its own folder, but names {name!r}.")
-    return weight_map
+@final
+class OpenClipFolder(ModelFolder):
+    """A model in the layout of open_clip."""
+
+    dialect = "open_clip"
+
+    config_name = OPEN_CLIP_CONFIG
+
+    weight_names = (
+        OPEN_CLIP_WEIGHTS,
+        "open_clip_pytorch_model.safetensors",
+        "open_clip_model.bin",
+        "open_clip_pytorch_model.bin",
+        # Some repositories have no weights but open_clip's.
+        "model.safetensors",
+        "pytorch_model.bin",
+    )
+
+    @cached_property
+    @override
+    def config(self) -> dict[str, Any]:
+        model_cfg, preprocess_cfg = read_open_clip_json(self.root)
+        return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+
+    @override
+    def text_options(self) -> dict[str, Any]:
+        return read_text_options(self.root)
+
+    @override
+    def image_options(self) -> dict[str, Any]:
+        try:
+            size = read_pair(self.config["model_cfg"]["vision_cfg"].get("image_size") or 224, "vision_cfg.image_size")
+        except ModelLoadError as ex:
+            raise ModelLoadError(f"{self.config_file}: {ex}") from None
+        return {"open_clip": {**self.config["preprocess_cfg"], "size": size}}
 
 
-class _open_errors:
-    """Turns the errors of a broken weight file into one that names the file."""
+def is_open_clip_folder(path: Path) -> bool:
+    """Whether the model of ``path`` is in open_clip's layout.
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError):
-            # safetensors says of every file that it cannot open that it is not there.
-            error = _why_not_opened(self._file) or error
-        if isinstance(error, FileNotFoundError):
-            raise ModelLoadError(f"{self._file} does not exist.") from None
-        if isinstance(error, PermissionError):
-            raise ModelLoadError(f"{self._file} cannot be read: permission denied.") from None
-        if isinstance(error, (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError)):
-            raise ModelLoadError(f"{self._file} is broken or truncated: {error}.") from None
+    A folder that holds the model in transformers' layout as well is one of
+    transformers. timm writes a ``config.json`` of its own, without ``model_type``.
+    """
+    if not path.joinpath(OPEN_CLIP_CONFIG).is_file() or path.joinpath("modules.json").is_file():
+        return False
+    file = path / "config.json"
+    return not file.is_file() or "model_type" not in read_json(file)
 
 
-def _why_not_opened(file: Path) -> OSError | None:
-    try:
-        with file.open("rb"):
-            return None
-    except OSError as ex:
-        return ex
+def open_sentence_transformers(path: Path) -> ModelFolder:
+    """Open a folder of sentence-transformers: of a text model, or of its CLIP module."""
+    if clip := find_clip(path):
+        return ModelFolder(path, clip)
+    return SentenceTransformersFolder(path, read_modules(path))
 
 
-def _load_weights(file: Path) -> dict[str, Tensor]:
-    with _open_errors(file):
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        # Pickled tensors only: arbitrary objects in a checkpoint are refused.
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    # open_clip's training saves the state of its optimizer with the model, and the name of DDP's module.
-    if isinstance(state, dict) and isinstance(inner := state.get("state_dict"), dict):
-        state = {str(key).removeprefix("module."): tensor for key, tensor in inner.items()}
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ModelLoadError(f"{file} must hold tensors by name.")
-    return state
+def _dense_name(idx: int, key: str) -> str:
+    return f"head.dense.{idx}.{key.removeprefix('linear.')}"
+
+
+class StateConverter(ABC):
+    """Converts the tensors of checkpoints to the names and shapes of a family's."""
+
+    @abstractmethod
+    def __call__(self, state_dict: dict[str, object], config: Any) -> dict[str, object]:
+        """Convert all tensors at once, as fairseq2's own loaders ask for it."""
+
+    @abstractmethod
+    def stream(self, tensors: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, object]]:
+        """Convert the tensors of a folder one at a time.
+
+        :param tensors: by their names; each is loaded when it is asked for.
+        """
 
 
 @final
@@ -244,11 +275,9 @@ class FolderCheckpointLoader(ModelCheckpointLoader):
             return
         assert options.gangs is not None
         gangs = options.gangs
-        state = ModelFolder.open(path).state_dict()
-        if options.state_dict_converter is not None:
-            state = options.state_dict_converter(state)
+        tensors = _convert(ModelFolder.open(path).tensors(), options.state_dict_converter)
         sizes, ranks = (gangs.tp.size, gangs.sdp.size), (gangs.tp.rank, gangs.sdp.rank)
-        for key, tensor in state.items():
+        for key, tensor in tensors:
             assert isinstance(tensor, Tensor)
             yield key, reshard_tensor(key, [[tensor]], (1, 1), sizes, ranks, shard_dims)
 
@@ -268,3 +297,15 @@ class FolderCheckpointLoader(ModelCheckpointLoader):
     @override
     def supports_path(self, path: Path) -> bool:
         return is_model_folder(path) or self._fallback.supports_path(path)
+
+
+def _convert(
+    tensors: Mapping[str, Tensor], convert: Callable[[dict[str, object]], dict[str, object]] | None
+) -> Iterator[tuple[str, object]]:
+    if convert is None:
+        yield from tensors.items()
+    # fairseq2 binds the configuration to the family's converter.
+    elif isinstance(convert, partial) and isinstance(convert.func, StateConverter):
+        yield from convert.func.stream(tensors, **convert.keywords)
+    else:
+        yield from convert(dict(tensors)).items()

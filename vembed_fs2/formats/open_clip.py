@@ -1,4 +1,4 @@
-"""Checkpoints of open_clip: which family reads one, and what families share in reading them.
+"""Checkpoints of open_clip: what a family says of its own, and what families share in reading them.
 
 A folder of open_clip (https://github.com/mlfoundations/open_clip) holds
 ``open_clip_config.json`` with ``model_cfg`` and ``preprocess_cfg``, and
@@ -7,27 +7,26 @@ A folder of open_clip (https://github.com/mlfoundations/open_clip) holds
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib import import_module
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from math import log
 from pathlib import Path
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, final
 
-import torch
 from torch import Tensor
+from typing_extensions import override
 
-from vembed_fs2.errors import ModelLoadError, VembedError
+from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json
+from vembed_fs2.formats.dialect import Dialect
+from vembed_fs2.formats.key_map import KeyMap
 
 OPEN_CLIP_CONFIG: Final = "open_clip_config.json"
 
 OPEN_CLIP_WEIGHTS: Final = "open_clip_model.safetensors"
 
-_MODULES: Final = {
-    "vembed_clip": "vembed_fs2.models.clip.open_clip",
-    "vembed_eva": "vembed_fs2.models.eva.open_clip",
-    "vembed_siglip": "vembed_fs2.models.siglip.open_clip",
-}
+CLEANINGS: Final = ("lower", "whitespace", "canonicalize")
+"""How open_clip cleans texts."""
 
 _MODEL_DEFAULTS: Final = {
     "embed_dim": 0,
@@ -51,83 +50,89 @@ BLOCK_OPTIONS: Final = {
     "scale_attn": False,
     "scale_fc": False,
 }
-"""Options of both Transformers that only their default is supported of."""
+"""Options of either Transformer for which only the default is supported."""
 
 
-class OpenClipFormat(Protocol):
-    """How the checkpoints of a family look in open_clip: a module ``open_clip`` with these functions."""
+@final
+@dataclass(frozen=True, kw_only=True)
+class OpenClipFormat(Dialect):
+    """How the checkpoints of a family look in open_clip. ``model_cfg`` is what its files call a configuration."""
 
-    def config_from_open_clip(self, model_cfg: Mapping[str, Any]) -> Any:
-        """Convert ``model_cfg`` to the family's configuration.
+    reads: Callable[[Mapping[str, Any]], bool]
+    """Whether the family reads models of ``model_cfg``."""
 
-        :raises ModelLoadError: an option is not supported; the message names it.
-        """
-
-    def state_dict_from_open_clip(self, state: dict[str, object], config: Any) -> dict[str, object]:
-        """Convert tensors to the family's names."""
-
-    def config_to_open_clip(self, config: Any) -> dict[str, Any]:
-        """Convert the family's configuration to ``model_cfg``.
-
-        :raises VembedError: open_clip cannot express an option; the message names it.
-        """
-
-    def state_dict_to_open_clip(self, state: dict[str, object], config: Any) -> dict[str, object]:
-        """Convert the family's tensors to open_clip's names."""
-
-
-def get_open_clip_format(family: str) -> OpenClipFormat:
-    """Return how the checkpoints of ``family`` look in open_clip.
-
-    :raises VembedError: open_clip has no such models.
+    config_from_open_clip: Callable[[Mapping[str, Any]], Any]
     """
-    module = _MODULES.get(family)
-    if module is None:
-        raise VembedError(f"{family} models have no open_clip format. These have: {', '.join(_MODULES)}.")
-    return cast(OpenClipFormat, import_module(module))
+    Converts ``model_cfg`` to the family's configuration.
+
+    :raises ModelLoadError: an option is not supported; the message names it.
+    """
+
+    config_to_open_clip: Callable[[Any], dict[str, Any]]
+    """
+    Converts the family's configuration to ``model_cfg``.
+
+    :raises VembedError: open_clip cannot express an option; the message names it.
+    """
+
+    create_key_map: Callable[[Any], KeyMap]
+    """Returns how the tensors of open_clip become those of a model of this configuration."""
+
+    @override
+    def reads_config(self, content: Mapping[str, Any]) -> bool:
+        refuse_model(content["model_cfg"])
+        return self.reads(content["model_cfg"])
+
+    @override
+    def describe(self, content: Mapping[str, Any]) -> str:
+        return f"`vision_cfg.timm_model_name` is '{timm_name(content['model_cfg'])}', which is not supported."
+
+    @override
+    def from_config(self, folder: Path, content: Mapping[str, Any]) -> Any:
+        text_cfg = dict(content["model_cfg"]["text_cfg"])
+        if text_cfg.get("hf_tokenizer_name") and (pad_id := _read_pad_id(folder)) is not None:
+            # What texts are padded with is the tokenizer's, whatever `pad_id` says.
+            text_cfg["pad_id"] = pad_id
+        return self.config_from_open_clip({**content["model_cfg"], "text_cfg": text_cfg})
+
+    @override
+    def has_names(self, keys: Iterable[str]) -> bool:
+        return any(key.startswith("visual.") for key in keys)
+
+    @override
+    def key_map(self, config: Any) -> KeyMap:
+        return self.create_key_map(config)
+
+    def state_dict_from_open_clip(self, state: Mapping[str, Tensor], config: Any) -> dict[str, object]:
+        """Convert tensors to the family's names."""
+        return dict(self.create_key_map(config).read(state))
+
+    def state_dict_to_open_clip(self, state: Mapping[str, Tensor], config: Any) -> dict[str, object]:
+        """Convert the family's tensors to open_clip's names."""
+        return dict(self.create_key_map(config).write(state))
 
 
-def find_open_clip_family(model_cfg: Mapping[str, Any]) -> str:
-    """Return the family that reads models of ``model_cfg``.
+def refuse_model(model_cfg: Mapping[str, Any]) -> None:
+    """Refuse what no family reads.
 
-    :raises ModelLoadError: there is none; the message names the option.
+    :raises ModelLoadError: the message names the option.
     """
     if "multimodal_cfg" in model_cfg:
         raise ModelLoadError("`multimodal_cfg`: CoCa models are not supported.")
     options = read_model_options(model_cfg)
-    text, vision = options["text_cfg"], options["vision_cfg"]
-    if name := text.get("hf_model_name"):
+    if name := options["text_cfg"].get("hf_model_name"):
         raise ModelLoadError(
             f"`text_cfg.hf_model_name` is '{name}': text towers of transformers in an open_clip checkpoint are not "
             "supported."
         )
-    name = vision.get("timm_model_name")
-    if not name:
-        if isinstance(vision.get("layers"), (list, tuple)):
-            raise ModelLoadError("`vision_cfg.layers` is a list: ResNet image towers are not supported.")
-        return "vembed_clip"
-    if str(name).startswith(("eva_", "eva02_")):
-        return "vembed_eva"
-    if "_siglip_" in str(name):
-        return "vembed_siglip"
-    raise ModelLoadError(f"`vision_cfg.timm_model_name` is '{name}', which is not supported.")
+    vision = options["vision_cfg"]
+    if not vision.get("timm_model_name") and isinstance(vision.get("layers"), (list, tuple)):
+        raise ModelLoadError("`vision_cfg.layers` is a list: ResNet image towers are not supported.")
 
 
-def read_open_clip_config(folder: Path) -> tuple[str, Any]:
-    """Return the family and the configuration of a model in a folder of open_clip.
-
-    :raises ModelLoadError: ``open_clip_config.json`` is not valid, or not supported.
-    """
-    model_cfg, _ = read_open_clip_json(folder)
-    try:
-        family = find_open_clip_family(model_cfg)
-        text_cfg = dict(model_cfg["text_cfg"])
-        if text_cfg.get("hf_tokenizer_name") and (pad_id := _read_pad_id(folder)) is not None:
-            # What texts are padded with is the tokenizer's, whatever `pad_id` says.
-            text_cfg["pad_id"] = pad_id
-        return family, get_open_clip_format(family).config_from_open_clip({**model_cfg, "text_cfg": text_cfg})
-    except ModelLoadError as ex:
-        raise ModelLoadError(f"{folder / OPEN_CLIP_CONFIG}: {ex}") from None
+def timm_name(model_cfg: Mapping[str, Any]) -> str:
+    """Return timm's name of the image tower; empty, if it is open_clip's own."""
+    return str(model_cfg["vision_cfg"].get("timm_model_name") or "")
 
 
 def read_open_clip_json(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -161,9 +166,30 @@ def _read_pad_id(folder: Path) -> int | None:
     return None
 
 
-def is_open_clip_state(family: str, state: Mapping[str, object]) -> bool:
-    """Whether the tensors of a model of ``family`` have the names of open_clip."""
-    return family in _MODULES and any(key.startswith("visual.") for key in state)
+def read_text_options(folder: Path) -> dict[str, Any]:
+    """Return how the texts of an open_clip folder are tokenized, as fields of ``ProcessorSettings``.
+
+    :raises ModelLoadError: an option is not supported; the message names it.
+    """
+    model_cfg, _ = read_open_clip_json(folder)
+    text_cfg = model_cfg["text_cfg"]
+    where = f"{folder / OPEN_CLIP_CONFIG}: `text_cfg."
+    if text_cfg.get("tokenizer_mode"):
+        raise ModelLoadError(f"{where}tokenizer_mode` is '{text_cfg['tokenizer_mode']}', which is not supported.")
+    has_own_tokenizer = bool(text_cfg.get("hf_tokenizer_name"))
+    options = dict(text_cfg.get("tokenizer_kwargs") or {})
+    cleaning = options.pop("clean", "whitespace" if has_own_tokenizer else "lower")
+    strip_sep_token = bool(options.pop("strip_sep_token", False)) if has_own_tokenizer else False
+    if options:
+        raise ModelLoadError(f"{where}tokenizer_kwargs.{min(options)}` is not supported.")
+    if cleaning not in CLEANINGS:
+        raise ModelLoadError(f"{where}tokenizer_kwargs.clean` is '{cleaning}', which is not supported.")
+    return {
+        "max_length": text_cfg.get("context_length", 77),
+        "text_cleaning": cleaning,
+        "strip_sep_token": strip_sep_token,
+        "open_clip_bpe": not has_own_tokenizer,
+    }
 
 
 def read_model_options(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,40 +301,3 @@ def find_mlp_ratio(model_dim: int, inner_dim: int) -> float:
     """Return the factor of ``model_dim`` that makes ``inner_dim``, rounded down as open_clip does."""
     ratio = inner_dim / model_dim
     return ratio if int(model_dim * ratio) == inner_dim else (inner_dim + 0.5) / model_dim
-
-
-def split_in_proj(state: Mapping[str, object]) -> dict[str, object]:
-    """Split the tensors that queries, keys and values share: ``in_proj_weight`` becomes ``q_proj.weight`` etc."""
-    result: dict[str, object] = {}
-    for key, value in state.items():
-        stem, found, name = key.rpartition("in_proj_")
-        if not found:
-            result[key] = value
-            continue
-        assert isinstance(value, Tensor)
-        for kind, part in zip("qkv", value.chunk(3)):
-            result[f"{stem}{kind}_proj.{name}"] = part
-    return result
-
-
-def join_in_proj(state: Mapping[str, object]) -> dict[str, object]:
-    """The reverse of :func:`split_in_proj`."""
-    result: dict[str, object] = {}
-    for key, value in state.items():
-        stem, found, name = key.rpartition("q_proj.")
-        if found:
-            parts = [state[f"{stem}{kind}_proj.{name}"] for kind in "qkv"]
-            result[f"{stem}in_proj_{name}"] = torch.cat([part for part in parts if isinstance(part, Tensor)])
-        elif not key.rpartition(".")[0].endswith((".k_proj", ".v_proj")):
-            result[key] = value
-    return result
-
-
-def reshape_scalars(state: Mapping[str, object], shape: tuple[int, ...]) -> dict[str, object]:
-    """Give the temperature and the bias of the logits ``shape``: a scalar in open_clip, and ``[1]`` here."""
-    result = dict(state)
-    for key in ("logit_scale", "logit_bias"):
-        value = result.get(key)
-        if isinstance(value, Tensor):
-            result[key] = value.reshape(shape)
-    return result

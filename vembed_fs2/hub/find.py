@@ -18,8 +18,13 @@ from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.checkpoint import HOW_TO_TRUST, NeedsCodeError, wants_code
 from vembed_fs2.formats.download import download_repository
 from vembed_fs2.formats.folder import ModelFolder, is_model_folder
-from vembed_fs2.formats.open_clip import read_open_clip_config
-from vembed_fs2.models.family import FALLBACK_FAMILY, find_family, get_checkpoint_format, read_folder_config
+from vembed_fs2.models.family import (
+    FALLBACK_FAMILY,
+    find_family,
+    get_checkpoint_format,
+    read_dialect_config,
+    read_folder_config,
+)
 from vembed_fs2.resolver import get_resolver
 
 
@@ -110,8 +115,8 @@ def local_folder(card: AssetCard) -> Path | None:
 
 def _open_folder(name: str, path: Path, resolver: DependencyResolver, trust_remote_code: bool) -> ModelSource:
     folder = ModelFolder.open(path)
-    if folder.is_open_clip:
-        return ModelSource(name, *read_open_clip_config(path), path, path)
+    if folder.dialect is not None:
+        return ModelSource(name, *read_dialect_config(folder, resolver), path, path)
     model_type, code = folder.model_type, folder.config.get("auto_map") or {}
     try:
         # Without that, the code is left where it is, and the family that reads the type reads the model.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fairseq2.models.hg import save_hugging_face_model
 from torch import Tensor
 
 from vembed_fs2.errors import VembedError
@@ -24,9 +23,7 @@ def write_backbone(exported: Exportable, folder: Path, *, with_dense: bool = Fal
         raise VembedError(f"{source.family} models have no Hugging Face format.")
     state: dict[str, object] = {k: _plain(v) for k, v in exported.model.state_dict().items()}
     state = {k: v for k, v in state.items() if with_dense or not k.startswith("head.dense.")}
-    hf_state = checkpoint_format.to_hg_state_dict(state, source.config)
-    save_hugging_face_model(folder, hf_state, checkpoint_format.to_hg_config(source.config))
-    checkpoint_format.write_files(folder, source.config)
+    checkpoint_format.save(folder, state, source.config)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from vembed_fs2.errors import VembedError
 from vembed_fs2.files import new_folder, write_json
-from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, get_open_clip_format, read_pair
+from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, read_pair
 from vembed_fs2.interop import Exportable
+from vembed_fs2.models.family import get_open_clip_format
 from vembed_fs2.processing.open_clip import OpenClipPreprocessing, OpenClipTransform
 from vembed_fs2.processing.processor import Processor
 
@@ -36,8 +37,8 @@ def save_open_clip(exported: Exportable, folder: Path) -> None:
     model_cfg = checkpoint_format.config_to_open_clip(source.config)
     model_cfg["text_cfg"].update(_describe_tokenizer(exported.processor, folder.name))
     preprocess_cfg = _describe_images(exported.processor, model_cfg["vision_cfg"]["image_size"])
-    state: dict[str, object] = {k: v.detach().cpu() for k, v in exported.model.state_dict().items()}
-    state = checkpoint_format.state_dict_to_open_clip(state, source.config)
+    tensors = {k: v.detach().cpu() for k, v in exported.model.state_dict().items()}
+    state = checkpoint_format.state_dict_to_open_clip(tensors, source.config)
     with new_folder(folder) as out:
         tensors = {k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)}
         save_file(tensors, out / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})

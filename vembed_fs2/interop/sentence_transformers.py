@@ -20,8 +20,7 @@ from vembed_fs2.formats.sentence_transformers import (
 )
 from vembed_fs2.interop import Exportable
 from vembed_fs2.interop.backbone import write_backbone
-from vembed_fs2.models.clip import CLIP_FAMILY
-from vembed_fs2.models.family import head_of
+from vembed_fs2.models.family import get_checkpoint_format, head_of
 
 
 def write_modules(
@@ -98,10 +97,8 @@ def save_sentence_transformers(exported: Exportable, folder: Path) -> None:
         write_backbone(exported, out)
         if head_of(exported.source.config) is not None:
             write_head(exported, out)
-        elif exported.source.family == CLIP_FAMILY:
-            _write_clip_modules(out)
         else:
-            raise VembedError(f"{exported.source.family} models cannot be written for sentence-transformers.")
+            _write_whole_model(exported.source.family, out)
         exported.processor.save(out)
 
 
@@ -121,9 +118,12 @@ def write_head(exported: Exportable, folder: Path) -> None:
     )
 
 
-def _write_clip_modules(folder: Path) -> None:
-    """Name sentence-transformers' own module for CLIP; it reads transformers' layout."""
-    kinds = ("sentence_transformers.models.CLIPModel", "sentence_transformers.models.Normalize")
+def _write_whole_model(family: str, folder: Path) -> None:
+    """Name sentence-transformers' own module for such models; it reads transformers' layout."""
+    checkpoint_format = get_checkpoint_format(family)
+    if checkpoint_format is None or checkpoint_format.sentence_module is None:
+        raise VembedError(f"{family} models cannot be written for sentence-transformers.")
+    kinds = [f"sentence_transformers.models.{name}" for name in (checkpoint_format.sentence_module, "Normalize")]
     paths = ("", "1_Normalize")
     folder.joinpath(paths[1]).mkdir()
     modules = [{"idx": i, "name": str(i), "path": p, "type": k} for i, (k, p) in enumerate(zip(kinds, paths))]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, TypeVar, final
+from typing import Any, Final, TypeVar, cast, final
 
 import torch
 from fairseq2.assets import AssetCard, AssetConfigLoader, AssetDownloadManager
@@ -31,16 +32,18 @@ from typing_extensions import override
 
 from vembed_fs2.embedding.image_head import set_image_head
 from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig, initial_projection
-from vembed_fs2.errors import ConfigError, ModelLoadError
+from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
 from vembed_fs2.formats.checkpoint import LEARNED_PARTS as LEARNED_PARTS
 from vembed_fs2.formats.checkpoint import CheckpointFormat as CheckpointFormat
 from vembed_fs2.formats.checkpoint import PlainCheckpointFormat as PlainCheckpointFormat
 from vembed_fs2.formats.checkpoint import config_errors as config_errors
 from vembed_fs2.formats.checkpoint import head_of as head_of
+from vembed_fs2.formats.dialect import Dialect
 from vembed_fs2.formats.download import FolderDownloadManager, download_repository
-from vembed_fs2.formats.folder import FolderCheckpointLoader, ModelFolder, is_model_folder
-from vembed_fs2.formats.open_clip import get_open_clip_format, is_open_clip_state, read_open_clip_config
+from vembed_fs2.formats.folder import FolderCheckpointLoader, ModelFolder, StateConverter, is_model_folder
+from vembed_fs2.formats.open_clip import OpenClipFormat
 from vembed_fs2.models.support import FamilySupport
+from vembed_fs2.resolver import get_resolver
 
 ConfigT = TypeVar("ConfigT")
 
@@ -70,6 +73,7 @@ def register_family(
     config_kls: type[ConfigT],
     factory: Callable[[ConfigT], EmbeddingModel],
     checkpoint_format: CheckpointFormat | None = None,
+    dialects: Mapping[str, Dialect] | None = None,
     supports_meta: bool = True,
     supports_reset: bool = True,
     supports_compile: bool = True,
@@ -87,6 +91,7 @@ def register_family(
     :param checkpoint_format: reads and writes Hugging Face folders, for example
         :class:`PlainCheckpointFormat`; without it the family loads fairseq2
         checkpoints only.
+    :param dialects: the family's checkpoints in other libraries, by the library's name: ``open_clip``.
     :param supports_meta: whether the factory works on the meta device.
     :param supports_reset: whether all modules have ``reset_parameters``, so that they draw their initial weights when
         they leave the meta device.
@@ -97,16 +102,8 @@ def register_family(
     """
     facts = FamilySupport(supports_tensor_parallel, supports_packed)
 
-    def convert(state_dict: dict[str, object], config: ConfigT) -> dict[str, object]:
-        if is_open_clip_state(name, state_dict):
-            state_dict = get_open_clip_format(name).state_dict_from_open_clip(state_dict, config)
-        elif checkpoint_format is not None:
-            state_dict = checkpoint_format.from_hf_state_dict(state_dict, config)
-        blank = _create_blank(factory, config) if supports_meta else None
-        if blank is not None:
-            _drop_repetitions(state_dict, blank)
-        _add_learned_parts(state_dict, config, lambda: (factory(config) if blank is None else blank).embedding_dim)
-        return state_dict
+    dialects = dialects or {}
+    convert = _FamilyConverter(factory, supports_meta, checkpoint_format, dialects.values())
 
     def create(config: ConfigT) -> EmbeddingModel:
         if errors := config_errors(config):
@@ -148,6 +145,52 @@ def register_family(
     container.register_instance(FamilyFactory, FamilyFactory(create, supports_meta and supports_reset), key=name)
     if checkpoint_format is not None:
         container.register_instance(HuggingFaceConverter, checkpoint_format, key=name)
+    for library, dialect in dialects.items():
+        container.register_instance(Dialect, dialect, key=(library, name))
+
+
+@final
+class _FamilyConverter(StateConverter):
+    """Converts checkpoints in any of a family's formats."""
+
+    def __init__(
+        self,
+        factory: Callable[[Any], EmbeddingModel],
+        supports_meta: bool,
+        checkpoint_format: CheckpointFormat | None,
+        dialects: Iterable[Dialect],
+    ) -> None:
+        self._factory = factory
+        self._supports_meta = supports_meta
+        self._format = checkpoint_format
+        self._dialects = list(dialects)
+
+    @override
+    def __call__(self, state_dict: dict[str, object], config: Any) -> dict[str, object]:
+        state_dict = dict(self._read(cast(dict[str, Tensor], state_dict), config))
+        if self._supports_meta:
+            _drop_repetitions(state_dict, self._create_blank(config))
+        return dict(_add_learned_parts(state_dict.items(), config, lambda: self._create_blank(config).embedding_dim))
+
+    @override
+    def stream(self, tensors: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, object]]:
+        read = self._read(tensors, config)
+        yield from _add_learned_parts(read, config, lambda: self._create_blank(config).embedding_dim)
+
+    def _read(self, tensors: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, object]]:
+        for dialect in self._dialects:
+            if dialect.has_names(tensors):
+                yield from dialect.key_map(config).read(tensors)
+                return
+        if self._format is None:
+            yield from tensors.items()
+        else:
+            yield from self._format.read_tensors(tensors, config)
+
+    def _create_blank(self, config: Any) -> EmbeddingModel:
+        """Create a model, without memory for its weights if that is possible."""
+        with torch.device("meta") if self._supports_meta else nullcontext():
+            return self._factory(config)
 
 
 @final
@@ -185,8 +228,8 @@ def read_folder_config(path: Path, checkpoint_format: CheckpointFormat, *, trust
     :raises ModelLoadError: the folder is broken, or an option is not supported.
     """
     folder = ModelFolder.open(path)
-    if folder.is_open_clip:
-        return read_open_clip_config(path)[1]
+    if folder.dialect is not None:
+        return read_dialect_config(folder)[1]
     config = checkpoint_format.from_folder(folder, trust_remote_code=trust_remote_code)
     image_head = folder.image_head()
     if image_head is not None:
@@ -194,10 +237,68 @@ def read_folder_config(path: Path, checkpoint_format: CheckpointFormat, *, trust
     return config
 
 
-def _create_blank(factory: Callable[[ConfigT], EmbeddingModel], config: ConfigT) -> EmbeddingModel:
-    """Create a model without memory for its weights."""
-    with torch.device("meta"):
-        return factory(config)
+def read_dialect_config(folder: ModelFolder, resolver: DependencyResolver | None = None) -> tuple[str, Any]:
+    """Return the family and the configuration of a model in another library's format.
+
+    :raises ModelLoadError: the configuration is not valid, or not supported.
+    """
+    assert folder.dialect is not None
+    try:
+        family, dialect = find_dialect(folder.dialect, folder.config, resolver)
+        return family, dialect.from_config(folder.root, folder.config)
+    except ModelLoadError as ex:
+        raise ModelLoadError(f"{folder.config_file}: {ex}") from None
+
+
+def find_dialect(
+    library: str, content: Mapping[str, Any], resolver: DependencyResolver | None = None
+) -> tuple[str, Dialect]:
+    """Return the family that reads a configuration of ``library``, and how its checkpoints look there.
+
+    :raises ModelLoadError: there is none, or there are several.
+    """
+    resolver = resolver or get_resolver()
+    dialects = _list_dialects(library, resolver)
+    found = {name: dialect for name, dialect in dialects.items() if dialect.reads_config(content)}
+    match list(found.items()):
+        case [(name, dialect)]:
+            return name, dialect
+        case []:
+            reasons = dict.fromkeys(dialect.describe(content) for dialect in dialects.values())
+            raise ModelLoadError(" ".join(reasons) or f"No family reads models of {library}.")
+        case _:
+            raise ModelLoadError(f"This model of {library} is read by several families: {', '.join(sorted(found))}.")
+
+
+def get_dialect(library: str, family: str, resolver: DependencyResolver | None = None) -> Dialect:
+    """Return how the checkpoints of ``family`` look in ``library``.
+
+    :raises VembedError: it has no such models.
+    """
+    dialects = _list_dialects(library, resolver or get_resolver())
+    if family not in dialects:
+        raise VembedError(f"{family} models have no {library} format. These have: {', '.join(sorted(dialects))}.")
+    return dialects[family]
+
+
+def find_open_clip_family(model_cfg: Mapping[str, Any], resolver: DependencyResolver | None = None) -> str:
+    """Return the family that reads models of open_clip's ``model_cfg``.
+
+    :raises ModelLoadError: there is none; the message names the option.
+    """
+    return find_dialect("open_clip", {"model_cfg": model_cfg}, resolver)[0]
+
+
+def get_open_clip_format(family: str, resolver: DependencyResolver | None = None) -> OpenClipFormat:
+    """Return how the checkpoints of ``family`` look in open_clip. See :func:`get_dialect`."""
+    dialect = get_dialect("open_clip", family, resolver)
+    assert isinstance(dialect, OpenClipFormat)
+    return dialect
+
+
+def _list_dialects(library: str, resolver: DependencyResolver) -> dict[str, Dialect]:
+    keys = [key for key in DependencyLookup(resolver, Dialect).iter_keys() if isinstance(key, tuple)]
+    return {name: resolver.resolve(Dialect, key=(lib, name)) for lib, name in keys if lib == library}
 
 
 def _drop_repetitions(state_dict: dict[str, object], model: EmbeddingModel) -> None:
@@ -208,20 +309,25 @@ def _drop_repetitions(state_dict: dict[str, object], model: EmbeddingModel) -> N
             state_dict[name] = tensor[: buffer.size(0)]
 
 
-def _add_learned_parts(state_dict: dict[str, object], config: object, embedding_dim: Callable[[], int]) -> None:
+def _add_learned_parts(
+    tensors: Iterable[tuple[str, object]], config: object, embedding_dim: Callable[[], int]
+) -> Iterator[tuple[str, object]]:
     """Add what is to be learned besides the encoder, and what the checkpoint does not have yet."""
     if not isinstance(config, EmbeddingModelConfig):
+        yield from tensors
         return
-    if config.logit_scale_init is not None:
-        state_dict.setdefault("logit_scale", torch.tensor([config.logit_scale_init]))
-    if config.logit_bias_init is not None:
-        state_dict.setdefault("logit_bias", torch.tensor([config.logit_bias_init]))
-    projection = state_dict.pop("teacher_projection", None)
-    if config.teacher_dim is not None:
-        # Another teacher's is of no use.
-        if not isinstance(projection, Tensor) or projection.size(0) != config.teacher_dim:
-            projection = initial_projection(config.teacher_dim, embedding_dim())
-        state_dict["teacher_projection"] = projection
+    found = set()
+    for name, tensor in tensors:
+        is_projection = name == "teacher_projection"
+        if is_projection and (not isinstance(tensor, Tensor) or tensor.size(0) != config.teacher_dim):
+            continue  # Another teacher's is of no use.
+        found.add(name)
+        yield name, tensor
+    for name, init in (("logit_scale", config.logit_scale_init), ("logit_bias", config.logit_bias_init)):
+        if init is not None and name not in found:
+            yield name, torch.tensor([init])
+    if config.teacher_dim is not None and "teacher_projection" not in found:
+        yield "teacher_projection", initial_projection(config.teacher_dim, embedding_dim())
 
 
 def _apply_fsdp(model: EmbeddingModel, granularity: str, wrapper: FSDPWrapper) -> Module:

@@ -15,9 +15,9 @@ from torch import Tensor
 from vembed_fs2.data.decode import MAX_PIXELS
 from vembed_fs2.errors import DataError, ModelLoadError
 from vembed_fs2.files import read_json, write_json
-from vembed_fs2.formats.folder import is_open_clip_folder
+from vembed_fs2.formats.folder import ModelFolder
 from vembed_fs2.processing.float_image import FAST_ONLY, FloatImageProcessor
-from vembed_fs2.processing.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipPreprocessing, OpenClipTransform
+from vembed_fs2.processing.open_clip import OPENAI_MEAN, OPENAI_STD, OpenClipTransform
 from vembed_fs2.processing.patches import join_patches
 
 _CONFIG_FILE: Final = "preprocessor_config.json"
@@ -125,11 +125,17 @@ class ImageProcessor:
 
         :raises ModelLoadError: there is none, or it is not supported.
         """
-        if is_open_clip_folder(folder):
-            return ImageProcessor(OpenClipTransform(OpenClipPreprocessing.load(folder)))
-        file, config = _read_config(folder)
+        opened = ModelFolder.maybe_open(folder)
+        options = None if opened is None else opened.image_options()
+        if opened is not None and options is not None:
+            file, config = opened.config_file, options
+        else:
+            file, config = _read_config(folder)
         if "open_clip" in config:
-            return ImageProcessor(OpenClipTransform.of_saved(config["open_clip"]))
+            try:
+                return ImageProcessor(OpenClipTransform.of_saved(config["open_clip"]))
+            except ModelLoadError as ex:
+                raise ModelLoadError(f"{file}: {ex}") from None
         name = _class_name(folder, config)
         kls = _find_class(name) if name is not None else None
         if kls is None:

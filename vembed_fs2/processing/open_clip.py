@@ -13,7 +13,6 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
@@ -22,13 +21,10 @@ from PIL import Image, ImageOps
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from vembed_fs2.errors import DataError, ModelLoadError, VembedError
-from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG, read_open_clip_json, read_options, read_pair
+from vembed_fs2.formats.open_clip import read_options, read_pair
 
 OPENAI_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD: Final = (0.26862954, 0.26130258, 0.27577711)
-
-CLEANINGS: Final = ("lower", "whitespace", "canonicalize")
-"""How open_clip cleans texts."""
 
 _RESAMPLING: Final = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -102,19 +98,6 @@ class OpenClipPreprocessing:
             resize_mode=options["resize_mode"],
             fill_color=options["fill_color"],
         )
-
-    @staticmethod
-    def load(folder: Path) -> OpenClipPreprocessing:
-        """Read that of a folder of open_clip.
-
-        :raises ModelLoadError: ``open_clip_config.json`` is not valid.
-        """
-        model_cfg, preprocess_cfg = read_open_clip_json(folder)
-        try:
-            size = read_pair(model_cfg["vision_cfg"].get("image_size") or 224, "vision_cfg.image_size")
-            return OpenClipPreprocessing.read(preprocess_cfg, size)
-        except ModelLoadError as ex:
-            raise ModelLoadError(f"{folder / OPEN_CLIP_CONFIG}: {ex}") from None
 
 
 def _read_channels(value: object, default: tuple[float, float, float], name: str) -> tuple[float, float, float]:
@@ -236,32 +219,6 @@ def _pad(image: Image.Image, size: tuple[int, int], color: int) -> Image.Image:
     if palette is not None:
         image.putpalette(palette)
     return image
-
-
-def read_text_options(folder: Path) -> dict[str, Any]:
-    """Return how the texts of an open_clip folder are tokenized, as fields of ``ProcessorSettings``.
-
-    :raises ModelLoadError: an option is not supported; the message names it.
-    """
-    model_cfg, _ = read_open_clip_json(folder)
-    text_cfg = model_cfg["text_cfg"]
-    where = f"{folder / OPEN_CLIP_CONFIG}: `text_cfg."
-    if text_cfg.get("tokenizer_mode"):
-        raise ModelLoadError(f"{where}tokenizer_mode` is '{text_cfg['tokenizer_mode']}', which is not supported.")
-    has_own_tokenizer = bool(text_cfg.get("hf_tokenizer_name"))
-    options = dict(text_cfg.get("tokenizer_kwargs") or {})
-    cleaning = options.pop("clean", "whitespace" if has_own_tokenizer else "lower")
-    strip_sep_token = bool(options.pop("strip_sep_token", False)) if has_own_tokenizer else False
-    if options:
-        raise ModelLoadError(f"{where}tokenizer_kwargs.{min(options)}` is not supported.")
-    if cleaning not in CLEANINGS:
-        raise ModelLoadError(f"{where}tokenizer_kwargs.clean` is '{cleaning}', which is not supported.")
-    return {
-        "max_length": text_cfg.get("context_length", 77),
-        "text_cleaning": cleaning,
-        "strip_sep_token": strip_sep_token,
-        "open_clip_bpe": not has_own_tokenizer,
-    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from vembed_fs2.embedding.batch import EncoderBatch
 from vembed_fs2.embedding.model import TextPadding
 from vembed_fs2.errors import DataError, ModelLoadError
 from vembed_fs2.files import read_json, write_json
-from vembed_fs2.formats.folder import ModelFolder, is_open_clip_folder
+from vembed_fs2.formats.folder import ModelFolder
 from vembed_fs2.processing.image import ImageProcessor
-from vembed_fs2.processing.open_clip import OpenClipTexts, read_text_options
+from vembed_fs2.processing.open_clip import OpenClipTexts
 from vembed_fs2.processing.patches import cut_patches
 from vembed_fs2.processing.text import TextProcessor
 
@@ -220,22 +220,12 @@ def _read_settings(folder: Path) -> tuple[ProcessorSettings, Path]:
         if unknown := sorted(set(values) - known):
             raise ModelLoadError(f"{file} has unknown keys: {', '.join(unknown)}.")
         return _check_types(ProcessorSettings(**values), file), folder
-    if is_open_clip_folder(folder):
-        return ProcessorSettings(**read_text_options(folder)), folder
-    if not folder.joinpath("modules.json").is_file():
-        return ProcessorSettings(), folder
-    opened = ModelFolder.open(folder)
-    modules = opened.modules
-    if modules is None:
-        return ProcessorSettings(), opened.backbone
-    settings = ProcessorSettings(
-        max_length=modules.max_length,
-        prompts=dict(modules.prompts),
-        default_prompt_name=modules.default_prompt_name,
-        do_lower_case=modules.do_lower_case,
-        include_prompt=modules.head.include_prompt,
+    opened = ModelFolder.maybe_open(folder)
+    return (
+        (ProcessorSettings(), folder)
+        if opened is None
+        else (ProcessorSettings(**opened.text_options()), opened.backbone)
     )
-    return settings, opened.backbone
 
 
 def _check_types(settings: ProcessorSettings, file: Path) -> ProcessorSettings:

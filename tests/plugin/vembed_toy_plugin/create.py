@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from fairseq2.models.hg import save_hugging_face_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -21,11 +20,7 @@ def create_model_folder(folder: Path) -> None:
     torch.manual_seed(0)
     config = ToyBagConfig(vocab_size=len(SPECIAL + WORDS))
     model = ToyBagModel(config)
-    save_hugging_face_model(
-        folder,
-        TOY_BAG_FORMAT.to_hg_state_dict(model.state_dict(), config),
-        TOY_BAG_FORMAT.to_hg_config(config),
-    )
+    TOY_BAG_FORMAT.save(folder, dict(model.state_dict()), config)
     create_tokenizer().save_pretrained(folder)
 
 

@@ -184,7 +184,7 @@ def test_weights_that_may_not_be_read_are_not_said_to_be_missing(
 
     monkeypatch.setattr(Path, "open", refuse)
     monkeypatch.setattr(torch, "load", refuse)
-    monkeypatch.setattr("vembed_fs2.formats.folder.load_file", miss)
+    monkeypatch.setattr("vembed_fs2.formats.weights.safe_open", miss)
     with pytest.raises(ModelLoadError, match=rf"{re.escape(name)} cannot be read: permission denied\.$"):
         ModelFolder.open(folder).state_dict()
 

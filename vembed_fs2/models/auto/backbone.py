@@ -27,8 +27,8 @@ _SOUNDS: Final = frozenset({"input_features", "input_values"})
 """What models of sound call their inputs; some read texts as well (CLAP)."""
 
 
-_PROBE_ROWS: Final = 2048
-"""The rows of a table that have values in a probe; the inputs of probes are among the first 1000."""
+_PROBE_VALUES: Final = 2**22
+"""The values of a matrix that are not zero in a probe: over 1000 rows of a table, where probes have their inputs."""
 
 
 @dataclass(frozen=True)
@@ -142,22 +142,20 @@ class Backbone:
     def create_probe(self) -> Module:
         """Create the model with simple weights, for a look at what it does: on the CPU, in float32.
 
-        Parameters of one shape share their memory, and tables have values in
-        their first rows only; so it takes little more memory than one layer.
+        All matrices share their memory, of which only the beginning is touched;
+        so it takes a few megabytes, whatever the model.
         """
         model = self._create_without_parameters()
-        generator = torch.Generator().manual_seed(0)
-        weights: dict[tuple[object, ...], Tensor] = {}
+        size = max((p.numel() for p in model.parameters()), default=0)
+        pool = torch.zeros(size)
+        pool[:_PROBE_VALUES].normal_(std=0.02, generator=torch.Generator().manual_seed(0))
         parameters: dict[int, Parameter] = {}
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is None:
                     continue
                 if id(parameter) not in parameters:
-                    key = (parameter.shape, name == "bias")
-                    if key not in weights:
-                        weights[key] = _simple_weight(parameter.shape, name == "bias", generator)
-                    parameters[id(parameter)] = Parameter(weights[key])
+                    parameters[id(parameter)] = Parameter(_simple_weight(parameter.shape, name == "bias", pool))
                 module._parameters[name] = parameters[id(parameter)]
         return model
 
@@ -190,14 +188,11 @@ class Backbone:
         return model, info
 
 
-def _simple_weight(shape: torch.Size, is_bias: bool, generator: torch.Generator) -> Tensor:
+def _simple_weight(shape: torch.Size, is_bias: bool, pool: Tensor) -> Tensor:
     """Make weights of about the size that new models have: norms that scale by 1, no biases, small matrices."""
     if len(shape) < 2:
         return torch.zeros(shape) if is_bias else torch.ones(shape)
-    weight = torch.zeros(shape)
-    # What is never touched takes no memory.
-    weight[:_PROBE_ROWS].normal_(std=0.02, generator=generator)
-    return weight
+    return pool[: shape.numel()].view(shape)
 
 
 @contextmanager

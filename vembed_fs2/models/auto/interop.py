@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -22,6 +21,7 @@ from typing_extensions import override
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import write_json
+from vembed_fs2.formats.checkpoint import declare_hf_config
 from vembed_fs2.formats.folder import ModelFolder
 from vembed_fs2.models.auto.backbone import Backbone, find_backbone
 from vembed_fs2.models.auto.config import AUTO_FAMILY, AutoModelConfig
@@ -91,7 +91,7 @@ class AutoCheckpointFormat(CheckpointFormat):
     def from_hf_state_dict(self, state_dict: dict[str, object], config: AutoModelConfig) -> dict[str, object]:
         backbone = config.backbone()
         if any(key.startswith(_PREFIX) for key in state_dict):
-            return _drop_repetitions(state_dict, backbone)
+            return state_dict
         own = {k: v for k, v in state_dict.items() if _HEAD_KEY.fullmatch(k) and config.head is not None}
         tensors = {k: v for k, v in state_dict.items() if k not in own}
         try:
@@ -109,7 +109,8 @@ class AutoCheckpointFormat(CheckpointFormat):
         backbone = cast_config_type(config, AutoModelConfig).backbone()
         values = vars(backbone.config).items()
         data = {k: v for k, v in values if not k.startswith("_") or k in _PRIVATE_FIELDS}
-        name = _declare_hf_config(type(backbone.config), data)
+        kls = type(backbone.config)
+        name = declare_hf_config(f"Vembed_{kls.__name__}", kls.model_type, data, kls)
         return HuggingFaceConfig(data, kls_name=name, arch=backbone.kls.__name__)
 
     @override
@@ -126,22 +127,19 @@ class AutoCheckpointFormat(CheckpointFormat):
         return tensors
 
     @override
-    def write_files(self, folder: Path, config: object) -> None:
-        """Write ``config.json`` as it was, and the model's own code."""
+    def write_config(self, folder: Path, config: object) -> None:
+        """Write ``config.json`` as it was."""
         config = cast_config_type(config, AutoModelConfig)
         values = {k: v for k, v in config.hf_config.items() if k not in _LOADING_FIELDS}
-        file = folder / "config.json"
-        written = json.loads(file.read_text(encoding="utf-8"))
-        write_json(file, {**values, **{k: written[k] for k in ("architectures", "transformers_version")}})
+        values |= {"architectures": [config.backbone().kls.__name__], "transformers_version": transformers.__version__}
+        write_json(folder / "config.json", values)
+
+    @override
+    def write_files(self, folder: Path, config: object) -> None:
+        """Write the model's own code."""
+        config = cast_config_type(config, AutoModelConfig)
         for source in Path(config.code_path).glob("*.py") if config.code_path is not None else ():
             shutil.copy(source, folder / source.name)
-
-
-def _declare_hf_config(kls: Any, data: Mapping[str, object]) -> str:
-    """Make a class of `config.json` that has all fields; fairseq2 writes only what a class of transformers has."""
-    name = f"Vembed_{kls.__name__}"
-    setattr(transformers, name, type(name, (kls,), {k: None for k in data if not hasattr(kls(), k)}))
-    return name
 
 
 def _has_pooler(config: AutoModelConfig, keys: frozenset[str]) -> bool | None:
@@ -151,15 +149,6 @@ def _has_pooler(config: AutoModelConfig, keys: frozenset[str]) -> bool | None:
         return None
     names = [name for name in backbone.create_empty().state_dict() if name.startswith("pooler.")]
     return all(any(key.endswith(name) for key in keys) for name in names) if names else None
-
-
-def _drop_repetitions(state_dict: dict[str, object], backbone: Backbone) -> dict[str, object]:
-    """Keep the buffers of one rank. FSDP2 leaves them whole on each, and fairseq2 appends what the ranks hold."""
-    for name, buffer in backbone.create_empty().named_buffers():
-        tensor, size = state_dict.get(_PREFIX + name), max(buffer.shape[:1], default=1)
-        if isinstance(tensor, Tensor) and tensor.ndim > 0 and tensor.size(0) > size:
-            state_dict[_PREFIX + name] = tensor[:size]
-    return state_dict
 
 
 def _common_dtype(tensors: Iterable[object]) -> torch.dtype:

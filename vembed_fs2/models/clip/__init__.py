@@ -9,6 +9,7 @@ from vembed_fs2.models.clip.config import CLIP_FAMILY, ClipConfig, ClipTextConfi
 from vembed_fs2.models.clip.factory import create_clip_model
 from vembed_fs2.models.clip.interop import ClipCheckpointFormat
 from vembed_fs2.models.clip.model import ClipModel
+from vembed_fs2.models.clip.open_clip import OPEN_CLIP
 from vembed_fs2.models.family import register_family
 
 __all__ = [
@@ -32,6 +33,7 @@ def register_clip(container: DependencyContainer) -> None:
         config_kls=ClipConfig,
         factory=create_clip_model,
         checkpoint_format=ClipCheckpointFormat(),
+        dialects={"open_clip": OPEN_CLIP},
         supports_tensor_parallel=True,
     )
     register_clip_archs(container)

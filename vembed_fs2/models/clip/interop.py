@@ -82,6 +82,8 @@ class ClipCheckpointFormat(CheckpointFormat):
 
     model_types = ("clip",)
 
+    sentence_module = "CLIPModel"
+
     @override
     def from_hf_config(
         self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()

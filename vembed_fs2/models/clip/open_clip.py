@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_key_map
-from torch import Tensor
-
 from vembed_fs2.errors import ModelLoadError, VembedError
+from vembed_fs2.formats.key_map import SCALAR, TRANSPOSED, Drop, KeyMap, Rename, Reshape, Rule, Split
 from vembed_fs2.formats.open_clip import (
     BLOCK_OPTIONS,
+    OpenClipFormat,
     find_mlp_ratio,
-    join_in_proj,
     read_activation,
     read_layer_norm_eps,
     read_model_options,
     read_number,
     read_options,
     read_pair,
-    reshape_scalars,
-    split_in_proj,
+    timm_name,
 )
 from vembed_fs2.models.clip.config import ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig
 from vembed_fs2.models.clip.model import LEGACY_EOS_ID
@@ -90,9 +87,6 @@ _VISION_IGNORED: Final = (
 
 _LAYER_KEYS: Final = {
     "ln_1": "self_attn_layer_norm",
-    "attn.q_proj": "self_attn.q_proj",
-    "attn.k_proj": "self_attn.k_proj",
-    "attn.v_proj": "self_attn.v_proj",
     "attn.out_proj": "self_attn.output_proj",
     "ls_1": "self_attn_residual.scale",
     "ln_2": "ffn_layer_norm",
@@ -101,34 +95,19 @@ _LAYER_KEYS: Final = {
     "ls_2": "ffn_residual.scale",
 }
 
-_KEYS: Final = {
-    "token_embedding.": "text.frontend.embed.",
-    "positional_embedding": "text.frontend.pos_embed.weight",
-    "ln_final.": "text.encoder.layer_norm.",
-    "text_projection.": "text.proj.",
+_VISION_KEYS: Final = {
     "visual.class_embedding": "vision.frontend.class_embed",
     "visual.conv1.": "vision.frontend.patch_proj.",
     "visual.positional_embedding": "vision.frontend.pos_embed.weight",
     "visual.ln_pre.": "vision.frontend.layer_norm.",
     "visual.ln_post.": "vision.layer_norm.",
-    "visual.proj.": "vision.proj.",
 }
 
-
-def _create_key_map() -> dict[str, str]:
-    key_map = {"^" + key.replace(".", r"\."): name for key, name in _KEYS.items()}
-    for key_prefix, prefix in (("", "text"), (r"visual\.", "vision")):
-        for key, name in _LAYER_KEYS.items():
-            escaped = key.replace(".", r"\.")
-            pattern = rf"^{key_prefix}transformer\.resblocks\.([0-9]+)\.{escaped}\."
-            key_map[pattern] = rf"{prefix}.encoder.layers.\1.{name}."
-    return key_map
-
-
-_KEY_MAP: Final = _create_key_map()
-
-_PROJECTIONS: Final = ("text_projection", "visual.proj")
-"""Matrices that open_clip multiplies states with from the right; ours are linear layers."""
+_TEXT_KEYS: Final = {
+    "token_embedding.": "text.frontend.embed.",
+    "positional_embedding": "text.frontend.pos_embed.weight",
+    "ln_final.": "text.encoder.layer_norm.",
+}
 
 
 def config_from_open_clip(model_cfg: Mapping[str, Any]) -> ClipConfig:
@@ -268,35 +247,62 @@ def _write_tower(config: ClipTowerConfig) -> dict[str, Any]:
     return values
 
 
-def state_dict_from_open_clip(state: dict[str, object], config: ClipConfig) -> dict[str, object]:
-    """Convert tensors to our names. Those that are not known stay as they are."""
-    return text_state_dict_from_open_clip(state)
+def key_map_of_open_clip(config: ClipConfig) -> KeyMap:
+    """Return how the tensors of open_clip become ours. Those that are not known stay as they are."""
+    return KeyMap(
+        *LEARNED_RULES,
+        *list_text_rules("", has_bias=config.text.proj_bias),
+        *(Rename(theirs, ours) for theirs, ours in _VISION_KEYS.items()),
+        *_list_layer_rules("visual.", "vision"),
+        *_list_projection_rules("visual.proj", "vision.proj", has_bias=False),
+        # Models with `custom_text` have the text tower in a module of its own.
+        prefixes=["text."],
+    )
 
 
-def text_state_dict_from_open_clip(state: Mapping[str, object]) -> dict[str, object]:
-    """Convert all tensors but those of an image tower that is not CLIP's."""
-    # Models with `custom_text` have the text tower in a module of its own.
-    state = {key.removeprefix("text."): value for key, value in state.items()}
-    for name in _PROJECTIONS:
-        matrix = state.pop(name, None)
-        if isinstance(matrix, Tensor):
-            state[f"{name}.weight"] = matrix.T
-    return reshape_scalars(convert_state_dict(split_in_proj(state), _KEY_MAP), (1,))
-
-
-def state_dict_to_open_clip(state: dict[str, object], config: ClipConfig) -> dict[str, object]:
-    """Convert our tensors to open_clip's names."""
-    return text_state_dict_to_open_clip(state)
-
-
-def text_state_dict_to_open_clip(state: Mapping[str, object]) -> dict[str, object]:
-    """The reverse of :func:`text_state_dict_from_open_clip`, for models without `custom_text`."""
+LEARNED_RULES: Final[Sequence[Rule]] = (
+    Reshape("logit_scale", "logit_scale", SCALAR),
+    Reshape("logit_bias", "logit_bias", SCALAR),
     # Of no use without the teacher.
-    state = {key: value for key, value in state.items() if key != "teacher_projection"}
-    state = join_in_proj(convert_state_dict(state, create_reverse_key_map(_KEY_MAP)))
-    for name in _PROJECTIONS:
-        weight = state.get(f"{name}.weight")
-        if isinstance(weight, Tensor) and f"{name}.bias" not in state:
-            state[name] = weight.T.contiguous()
-            del state[f"{name}.weight"]
-    return reshape_scalars(state, ())
+    Drop(ours="teacher_projection"),
+)
+"""The rules of what objectives learn."""
+
+
+def list_text_rules(prefix: str, *, has_bias: bool) -> list[Rule]:
+    """Return the rules of the text tower.
+
+    :param prefix: what the names begin with: ``text.`` in models with ``custom_text``.
+    :param has_bias: whether the projection is a linear layer with a bias.
+    """
+    return [
+        *(Rename(prefix + theirs, ours) for theirs, ours in _TEXT_KEYS.items()),
+        *_list_layer_rules(prefix, "text"),
+        *_list_projection_rules(f"{prefix}text_projection", "text.proj", has_bias=has_bias),
+    ]
+
+
+def _list_layer_rules(prefix: str, tower: str) -> list[Rule]:
+    theirs, ours = f"{prefix}transformer.resblocks.*", f"{tower}.encoder.layers.*"
+    return [
+        *(
+            # torch's own attention holds the three projections in one tensor.
+            Split(f"{theirs}.attn.in_proj_{kind}", [f"{ours}.self_attn.{name}_proj.{kind}" for name in "qkv"])
+            for kind in ("weight", "bias")
+        ),
+        *(Rename(f"{theirs}.{name}.", f"{ours}.{own}.") for name, own in _LAYER_KEYS.items()),
+    ]
+
+
+def _list_projection_rules(theirs: str, ours: str, *, has_bias: bool) -> list[Rule]:
+    """Both forms are read. Without a bias it is a matrix that open_clip multiplies states with from the right."""
+    matrix, layer = Reshape(theirs, f"{ours}.weight", TRANSPOSED), Rename(f"{theirs}.", f"{ours}.")
+    return [layer, matrix] if has_bias else [matrix, layer]
+
+
+OPEN_CLIP: Final = OpenClipFormat(
+    reads=lambda model_cfg: not timm_name(model_cfg),
+    config_from_open_clip=config_from_open_clip,
+    config_to_open_clip=config_to_open_clip,
+    create_key_map=key_map_of_open_clip,
+)

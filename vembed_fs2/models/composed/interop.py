@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, final
 
 from fairseq2.models.hg import HuggingFaceConfig
@@ -43,6 +44,10 @@ class ComposedCheckpointFormat(CheckpointFormat):
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
         # Where the encoders came from says nothing elsewhere, and may be private.
         return self._plain.to_hg_config(forget_sources(cast_config_type(config, ComposedConfig)))
+
+    @override
+    def write_config(self, folder: Path, config: object) -> None:
+        self._plain.write_config(folder, forget_sources(cast_config_type(config, ComposedConfig)))
 
 
 def forget_sources(config: ComposedConfig) -> ComposedConfig:

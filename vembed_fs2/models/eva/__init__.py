@@ -9,6 +9,7 @@ from vembed_fs2.models.eva.config import EVA_FAMILY, EvaConfig, EvaVisionConfig
 from vembed_fs2.models.eva.factory import create_eva_model
 from vembed_fs2.models.eva.interop import EVA_FORMAT, get_eva_model_hub
 from vembed_fs2.models.eva.model import EvaModel
+from vembed_fs2.models.eva.open_clip import OPEN_CLIP
 from vembed_fs2.models.family import register_family
 
 __all__ = [
@@ -32,6 +33,7 @@ def register_eva(container: DependencyContainer) -> None:
         config_kls=EvaConfig,
         factory=create_eva_model,
         checkpoint_format=EVA_FORMAT,
+        dialects={"open_clip": OPEN_CLIP},
         supports_tensor_parallel=True,
     )
     register_eva_archs(container)

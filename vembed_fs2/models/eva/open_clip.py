@@ -7,17 +7,21 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, Final
 
-import torch
-from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_key_map
-from torch import Tensor
-
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.formats.open_clip import BLOCK_OPTIONS, read_model_options, read_options, read_pair
+from vembed_fs2.formats.key_map import KeyMap, Rename, Reshape, Rule, Split, leading_dims
+from vembed_fs2.formats.open_clip import (
+    BLOCK_OPTIONS,
+    OpenClipFormat,
+    read_model_options,
+    read_options,
+    read_pair,
+    timm_name,
+)
 from vembed_fs2.models.clip.open_clip import (
+    LEARNED_RULES,
+    list_text_rules,
     text_config_from_open_clip,
     text_config_to_open_clip,
-    text_state_dict_from_open_clip,
-    text_state_dict_to_open_clip,
 )
 from vembed_fs2.models.eva.config import EvaConfig, EvaVisionConfig
 from vembed_fs2.models.eva.model import EvaPooling
@@ -117,8 +121,6 @@ _VISION_IGNORED: Final = (
 )
 
 _KEYS: Final = {
-    "cls_token": "frontend.class_embed",
-    "pos_embed": "frontend.pos_embed.weight",
     "patch_embed.proj.": "frontend.patch_proj.",
     "norm_pre.": "frontend.layer_norm.",
 }
@@ -143,11 +145,11 @@ _PROJECTION_KEYS: Final = {
     "none": {},
 }
 
-_BLOCKS: Final = "visual.trunk.blocks."
+_TRUNK: Final = "visual.trunk."
 
-_CLASS_EMBED: Final = "vision.frontend.class_embed"
+_BLOCK: Final = f"{_TRUNK}blocks.*."
 
-_POS_EMBED: Final = "vision.frontend.pos_embed.weight"
+_LAYER: Final = "vision.encoder.layers.*."
 
 
 def config_from_open_clip(model_cfg: Mapping[str, Any]) -> EvaConfig:
@@ -258,39 +260,27 @@ def _list_differences(a: EvaVisionConfig, b: EvaVisionConfig) -> list[str]:
     return [name for name, value in vars(a).items() if value != getattr(b, name)]
 
 
-def state_dict_from_open_clip(state: dict[str, object], config: EvaConfig) -> dict[str, object]:
-    """Convert tensors to our names. Those that are not known stay as they are."""
-    state = text_state_dict_from_open_clip(_split_fused(state, config.vision))
-    state = convert_state_dict(state, _create_key_map(config.vision))
-    # timm's have the dimensions of a batch of one.
-    for key in (_CLASS_EMBED, _POS_EMBED):
-        value = state.get(key)
-        if isinstance(value, Tensor):
-            state[key] = value.flatten() if key == _CLASS_EMBED else value.flatten(0, 1)
-    return state
+def key_map_of_open_clip(config: EvaConfig) -> KeyMap:
+    """Return how the tensors of open_clip become ours. Those that are not known stay as they are.
 
-
-def state_dict_to_open_clip(state: dict[str, object], config: EvaConfig) -> dict[str, object]:
-    """Convert our tensors to open_clip's names, with the text tower in a module of its own (``custom_text``)."""
-    vision = {key: value for key, value in state.items() if key.startswith("vision.")}
-    others = text_state_dict_to_open_clip({key: value for key, value in state.items() if key not in vision})
-    result = {key if key.startswith("logit_") else f"text.{key}": value for key, value in others.items()}
-    for key in (_CLASS_EMBED, _POS_EMBED):
-        value = vision.get(key)
-        if isinstance(value, Tensor):
-            vision[key] = value.reshape(1, -1, value.size(-1))
-    vision = convert_state_dict(vision, create_reverse_key_map(_create_key_map(config.vision)))
-    return result | _join_fused(vision, config.vision)
-
-
-def _create_key_map(config: EvaVisionConfig) -> dict[str, str]:
-    key_map = {f"visual.trunk.{key}": f"vision.{name}" for key, name in _KEYS.items()}
-    norm = "fc_norm" if config.norm_after_pooling else "norm"
-    key_map[f"visual.trunk.{norm}."] = "vision.head.layer_norm."
-    key_map |= _PROJECTION_KEYS[config.projection]
-    for key, name in _list_layer_keys(config).items():
-        key_map[f"visual.trunk.blocks.([0-9]+).{key}"] = rf"vision.encoder.layers.\1.{name}"
-    return {"^" + key.replace(".", r"\."): name for key, name in key_map.items()}
+    They are written with the text tower in a module of its own (``custom_text``).
+    """
+    vision = config.vision
+    norm = "fc_norm" if vision.norm_after_pooling else "norm"
+    return KeyMap(
+        *LEARNED_RULES,
+        # timm's have the dimensions of a batch of one.
+        Reshape(f"{_TRUNK}cls_token", "vision.frontend.class_embed", leading_dims(2)),
+        Reshape(f"{_TRUNK}pos_embed", "vision.frontend.pos_embed.weight", leading_dims(1)),
+        Rename(f"{_TRUNK}{norm}.", "vision.head.layer_norm."),
+        *(Rename(_TRUNK + theirs, f"vision.{ours}") for theirs, ours in _KEYS.items()),
+        *(Rename(theirs, ours) for theirs, ours in _PROJECTION_KEYS[vision.projection].items()),
+        *_list_fused(vision),
+        *(Rename(_BLOCK + theirs, _LAYER + ours) for theirs, ours in _list_layer_keys(vision).items()),
+        *list_text_rules("text.", has_bias=config.text.proj_bias),
+        # Read only, from models without `custom_text`.
+        *list_text_rules("", has_bias=config.text.proj_bias),
+    )
 
 
 def _list_layer_keys(config: EvaVisionConfig) -> dict[str, str]:
@@ -307,35 +297,23 @@ def _list_layer_keys(config: EvaVisionConfig) -> dict[str, str]:
     return keys | {"mlp.fc1.": "ffn.inner_proj."}
 
 
-def _list_fused(config: EvaVisionConfig) -> dict[str, tuple[str, ...]]:
-    """The names of tensors that timm makes of several, and of those."""
-    fused: dict[str, tuple[str, ...]] = {}
+def _list_fused(config: EvaVisionConfig) -> list[Rule]:
+    """The rules of tensors that timm makes of several."""
+    rules: list[Rule] = []
     if config.fused_qkv:
-        fused["attn.qkv.weight"] = ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")
-        fused["attn.q_bias"] = ("attn.q_proj.bias",)
-        fused["attn.v_bias"] = ("attn.v_proj.bias",)
+        rules += [
+            Split(f"{_BLOCK}attn.qkv.weight", [f"{_LAYER}self_attn.{name}_proj.weight" for name in "qkv"]),
+            Rename(f"{_BLOCK}attn.q_bias", f"{_LAYER}self_attn.q_proj.bias"),
+            Rename(f"{_BLOCK}attn.v_bias", f"{_LAYER}self_attn.v_proj.bias"),
+        ]
     if config.gated_ffn and not config.ffn_norm:
-        fused["mlp.fc1.weight"] = ("mlp.fc1_g.weight", "mlp.fc1_x.weight")
-        fused["mlp.fc1.bias"] = ("mlp.fc1_g.bias", "mlp.fc1_x.bias")
-    return fused
+        rules.append(Split(f"{_BLOCK}mlp.fc1.", [f"{_LAYER}ffn.gate_proj.", f"{_LAYER}ffn.inner_proj."]))
+    return rules
 
 
-def _split_fused(state: Mapping[str, object], config: EvaVisionConfig) -> dict[str, object]:
-    result = dict(state)
-    for name, parts in _list_fused(config).items():
-        for key in [key for key in state if key.startswith(_BLOCKS) and key.endswith(name)]:
-            value = result.pop(key)
-            assert isinstance(value, Tensor)
-            for part, tensor in zip(parts, value.chunk(len(parts))):
-                result[key.removesuffix(name) + part] = tensor
-    return result
-
-
-def _join_fused(state: Mapping[str, object], config: EvaVisionConfig) -> dict[str, object]:
-    result = dict(state)
-    for name, parts in _list_fused(config).items():
-        for key in [key for key in state if key.startswith(_BLOCKS) and key.endswith(parts[0])]:
-            stem = key.removesuffix(parts[0])
-            tensors = [result.pop(stem + part) for part in parts]
-            result[stem + name] = torch.cat([tensor for tensor in tensors if isinstance(tensor, Tensor)])
-    return result
+OPEN_CLIP: Final = OpenClipFormat(
+    reads=lambda model_cfg: timm_name(model_cfg).startswith(("eva_", "eva02_")),
+    config_from_open_clip=config_from_open_clip,
+    config_to_open_clip=config_to_open_clip,
+    create_key_map=key_map_of_open_clip,
+)

@@ -10,6 +10,7 @@ from vembed_fs2.models.siglip.config import SIGLIP_FAMILY, SiglipConfig, SiglipT
 from vembed_fs2.models.siglip.factory import create_siglip_model
 from vembed_fs2.models.siglip.interop import SiglipCheckpointFormat
 from vembed_fs2.models.siglip.model import SiglipModel
+from vembed_fs2.models.siglip.open_clip import OPEN_CLIP
 
 __all__ = [
     "SIGLIP_FAMILY",
@@ -32,6 +33,7 @@ def register_siglip(container: DependencyContainer) -> None:
         config_kls=SiglipConfig,
         factory=create_siglip_model,
         checkpoint_format=SiglipCheckpointFormat(),
+        dialects={"open_clip": OPEN_CLIP},
         supports_tensor_parallel=True,
     )
     register_siglip_archs(container)

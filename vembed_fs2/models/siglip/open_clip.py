@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-import torch
-from fairseq2.models.utils.checkpoint import convert_state_dict, create_reverse_key_map
-from torch import Tensor
-
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.formats.open_clip import read_model_options, read_number, read_options, read_pair
+from vembed_fs2.formats.key_map import KeyMap, Rename, Reshape, Split, leading_dims
+from vembed_fs2.formats.open_clip import (
+    OpenClipFormat,
+    read_model_options,
+    read_number,
+    read_options,
+    read_pair,
+    timm_name,
+)
 from vembed_fs2.models.clip.config import ClipTextConfig
 from vembed_fs2.models.clip.open_clip import (
+    LEARNED_RULES,
+    list_text_rules,
     text_config_from_open_clip,
     text_config_to_open_clip,
-    text_state_dict_from_open_clip,
-    text_state_dict_to_open_clip,
 )
 from vembed_fs2.models.family import config_errors
 from vembed_fs2.models.siglip.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
@@ -74,9 +78,6 @@ _VISION_IGNORED: Final = (
 
 _LAYER_KEYS: Final = {
     "norm1": "self_attn_layer_norm",
-    "attn.q_proj": "self_attn.q_proj",
-    "attn.k_proj": "self_attn.k_proj",
-    "attn.v_proj": "self_attn.v_proj",
     "attn.proj": "self_attn.output_proj",
     "norm2": "ffn_layer_norm",
     "mlp.fc1": "ffn.inner_proj",
@@ -85,12 +86,9 @@ _LAYER_KEYS: Final = {
 
 _KEYS: Final = {
     "patch_embed.proj.": "vision.frontend.patch_proj.",
-    "pos_embed": "vision.frontend.pos_embed.weight",
     "norm.": "vision.encoder.layer_norm.",
     "attn_pool.latent": "vision.head.probe",
     "attn_pool.q.": "vision.head.attention.q_proj.",
-    "attn_pool.k.": "vision.head.attention.k_proj.",
-    "attn_pool.v.": "vision.head.attention.v_proj.",
     "attn_pool.proj.": "vision.head.attention.output_proj.",
     "attn_pool.norm.": "vision.head.layer_norm.",
     "attn_pool.mlp.fc1.": "vision.head.ffn.inner_proj.",
@@ -99,25 +97,21 @@ _KEYS: Final = {
 
 _TRUNK: Final = "visual.trunk."
 
-_POSITIONS: Final = f"{_TRUNK}pos_embed"
+_LAYER: Final = "vision.encoder.layers.*"
 
-_JOINED: Final = {
-    ".attn.qkv.": (".attn.q_proj.", ".attn.k_proj.", ".attn.v_proj."),
-    ".attn_pool.kv.": (".attn_pool.k.", ".attn_pool.v."),
-}
-"""Tensors that timm holds together; apart they can be sharded."""
-
-
-def _create_key_map() -> dict[str, str]:
-    trunk = "^" + _TRUNK.replace(".", r"\.")
-    key_map = {trunk + key.replace(".", r"\."): name for key, name in _KEYS.items()}
-    for key, name in _LAYER_KEYS.items():
-        escaped = key.replace(".", r"\.")
-        key_map[rf"{trunk}blocks\.([0-9]+)\.{escaped}\."] = rf"vision.encoder.layers.\1.{name}."
-    return key_map
-
-
-_KEY_MAP: Final = _create_key_map()
+_KEY_MAP: Final = KeyMap(
+    *LEARNED_RULES,
+    # timm's positions have the dimension of a batch of one.
+    Reshape(f"{_TRUNK}pos_embed", "vision.frontend.pos_embed.weight", leading_dims(1)),
+    # timm holds these together; apart they can be sharded.
+    Split(f"{_TRUNK}blocks.*.attn.qkv.", [f"{_LAYER}.self_attn.{name}_proj." for name in "qkv"]),
+    Split(f"{_TRUNK}attn_pool.kv.", [f"vision.head.attention.{name}_proj." for name in "kv"]),
+    *(Rename(_TRUNK + theirs, ours) for theirs, ours in _KEYS.items()),
+    *(Rename(f"{_TRUNK}blocks.*.{theirs}.", f"{_LAYER}.{ours}.") for theirs, ours in _LAYER_KEYS.items()),
+    *list_text_rules("text.", has_bias=True),
+    # Read only, from models without `custom_text`.
+    *list_text_rules("", has_bias=True),
+)
 
 
 def config_from_open_clip(model_cfg: Mapping[str, Any]) -> SiglipConfig:
@@ -230,43 +224,14 @@ def _find_timm_name(vision: SiglipVisionConfig) -> str:
     )
 
 
-def state_dict_from_open_clip(state: dict[str, object], config: SiglipConfig) -> dict[str, object]:
-    """Convert tensors to our names. Those that are not known stay as they are."""
-    result: dict[str, object] = {}
-    for key, value in text_state_dict_from_open_clip(state).items():
-        assert isinstance(value, Tensor)
-        joined = next((name for name in _JOINED if key.startswith(_TRUNK) and name in key), None)
-        if joined is not None:
-            parts = _JOINED[joined]
-            result |= {key.replace(joined, part): t for part, t in zip(parts, value.chunk(len(parts)))}
-        else:
-            result[key] = value.flatten(0, 1) if key == _POSITIONS else value
-    return convert_state_dict(result, _KEY_MAP)
+def key_map_of_open_clip(config: SiglipConfig) -> KeyMap:
+    """Return how the tensors of open_clip become ours. Those that are not known stay as they are."""
+    return _KEY_MAP
 
 
-def state_dict_to_open_clip(state: dict[str, object], config: SiglipConfig) -> dict[str, object]:
-    """Convert our tensors to open_clip's names."""
-    images = {key: value for key, value in state.items() if key.startswith("vision.")}
-    result = _join_parts(convert_state_dict(images, create_reverse_key_map(_KEY_MAP)))
-    positions = result[_POSITIONS]
-    assert isinstance(positions, Tensor)
-    result[_POSITIONS] = positions.unsqueeze(0)
-    others = {key: value for key, value in state.items() if key not in images}
-    for key, value in text_state_dict_to_open_clip(others).items():
-        result[key if key.startswith("logit_") else f"text.{key}"] = value
-    return result
-
-
-def _join_parts(state: Mapping[str, object]) -> dict[str, object]:
-    result: dict[str, object] = {}
-    for key, value in state.items():
-        for joined, parts in _JOINED.items():
-            if parts[0] in key:
-                tensors = [state[key.replace(parts[0], part)] for part in parts]
-                result[key.replace(parts[0], joined)] = torch.cat([t for t in tensors if isinstance(t, Tensor)])
-                break
-            if any(part in key for part in parts):
-                break
-        else:
-            result[key] = value
-    return result
+OPEN_CLIP: Final = OpenClipFormat(
+    reads=lambda model_cfg: "_siglip_" in timm_name(model_cfg),
+    config_from_open_clip=config_from_open_clip,
+    config_to_open_clip=config_to_open_clip,
+    create_key_map=key_map_of_open_clip,
+)
