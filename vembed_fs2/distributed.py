@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import fields, is_dataclass
 from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, Final
 
 import torch
@@ -175,7 +176,8 @@ class FsdpSync(GradSync):
 def grad_sync_of(encoder: Callable[..., Any]) -> GradSync:
     """Return how the gradients of ``encoder`` are reduced.
 
-    The encoder is a DDP or FSDP2 module, or a module, function or method that uses one.
+    The encoder is a DDP or FSDP2 module, or a module, function or method that
+    uses one, also one that is held in a dict, a list, a tuple or a dataclass.
 
     :raises ValueError: it uses several.
     :raises TypeError: it uses FSDP1, which cannot accumulate gradients over chunks.
@@ -190,7 +192,10 @@ def grad_sync_of(encoder: Callable[..., Any]) -> GradSync:
 def _data_parallel_sync(encoder: Callable[..., Any]) -> GradSync:
     found = list({id(m): m for m in _modules_of_kind(encoder, _is_data_parallel, set())}.values())
     if len(found) > 1:
-        raise ValueError(f"The encoder uses {len(found)} DDP or FSDP2 modules. Give each an encoder of its own.")
+        raise ValueError(
+            f"The encoder uses {len(found)} DDP or FSDP2 modules. Give each an encoder of its own, which holds no dict"
+            " or list with the others."
+        )
     if not found:
         return LocalSync()
     if isinstance(found[0], FullyShardedDataParallel):
@@ -214,37 +219,82 @@ def _modules_of_kind(source: Any, is_wanted: Callable[[Any], bool], seen: set[in
     seen.add(id(source))
     if is_wanted(source):
         yield source
-    elif isinstance(source, Module):
-        for child in source.children():
-            yield from _modules_of_kind(child, is_wanted, seen)
-    elif isinstance(source, MethodType):
-        yield from _modules_of_kind(source.__func__, is_wanted, seen)
-        for value in (source.__self__, *_modules_of(source.__self__)):
-            yield from _modules_of_kind(value, is_wanted, seen)
-    elif isinstance(source, FunctionType):
-        for value in _used_by(source):
-            yield from _modules_of_kind(value, is_wanted, seen)
-    elif isinstance(source, partial):
-        for value in (source.func, *source.args, *source.keywords.values()):
-            yield from _modules_of_kind(value, is_wanted, seen)
-    elif callable(source):
-        for value in _modules_of(source):
-            yield from _modules_of_kind(value, is_wanted, seen)
+        return
+    for value in _parts_of(source):
+        yield from _modules_of_kind(value, is_wanted, seen)
 
 
-def _modules_of(source: Any) -> list[Any]:
-    return [v for v in getattr(source, "__dict__", {}).values() if isinstance(v, Module)]
+def _parts_of(source: Any) -> Iterable[Any]:
+    """What a callable, a container or a dataclass holds that may be, or may hold, a module."""
+    if isinstance(source, Module):
+        return (*source.children(), *_holders_of(source))
+    if isinstance(source, MethodType):
+        return (source.__func__, source.__self__, *_attributes_of(source.__self__))
+    if isinstance(source, FunctionType):
+        return _used_by(source)
+    if isinstance(source, partial):
+        return (source.func, *source.args, *source.keywords.values())
+    if isinstance(source, _CONTAINERS):
+        return _elements_of(source)
+    if callable(source) or _is_record(source):
+        return _attributes_of(source)
+    return ()
+
+
+_CONTAINERS: Final = (dict, list, tuple, set, frozenset)
+
+_PLAIN: Final = frozenset([bool, int, float, str, bytes, type(None), Tensor, Parameter])
+"""What most attributes are; told apart from containers at once."""
+
+_MANY: Final = 1000
+"""Containers with more elements hold data: nothing is sought in containers within them. This is asked in each step."""
+
+_OWN_ATTRIBUTES: Final = frozenset(vars(Module()))
+"""Where a module keeps its parameters, children and hooks."""
+
+
+def _elements_of(container: Any) -> list[Any]:
+    values = container.values() if isinstance(container, dict) else container
+    is_data = len(container) > _MANY
+    return [v for v in values if callable(v) or (not is_data and _is_holder(v))]
+
+
+def _attributes_of(source: Any) -> list[Any]:
+    return [*(v for v in _attributes(source).values() if isinstance(v, Module)), *_holders_of(source)]
+
+
+def _holders_of(source: Any) -> list[Any]:
+    return [v for name, v in _attributes(source).items() if _is_holder(v) and name not in _OWN_ATTRIBUTES]
+
+
+def _attributes(source: Any) -> dict[str, Any]:
+    if _is_record(source) and not hasattr(source, "__dict__"):  # A dataclass with slots.
+        return {f.name: getattr(source, f.name, None) for f in fields(source)}
+    return getattr(source, "__dict__", {})
+
+
+def _is_holder(value: Any) -> bool:
+    return type(value) not in _PLAIN and (isinstance(value, _CONTAINERS) or _is_record(value))
+
+
+def _is_record(source: Any) -> bool:
+    return is_dataclass(type(source)) or isinstance(source, SimpleNamespace)
 
 
 def _used_by(function: FunctionType) -> Iterator[Any]:
-    """What a function closes over, and the modules and neighbouring functions that it names."""
+    """What a function closes over, and the modules, containers of them and neighbouring functions that it names."""
     yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # Not assigned yet.
             yield cell.cell_contents
     for name in function.__code__.co_names:
         value = function.__globals__.get(name)
-        if isinstance(value, Module) or getattr(value, "__globals__", None) is function.__globals__:
+        if (
+            isinstance(value, Module)
+            or _is_holder(value)
+            or getattr(value, "__globals__", None) is function.__globals__
+        ):
             yield value
 
 

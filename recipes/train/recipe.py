@@ -167,6 +167,7 @@ class TrainRecipe(Recipe):
         # fairseq2 says that units of training and of validation take the same batches, and does not need it.
         trainer = context.create_trainer(unit, reader, valid_units or None, valid_readers or None)  # type: ignore[misc]
         unit.lapse = trainer._lapse_watch.get_elapsed_time
+        unit.finite.install(trainer)
         for valid_unit in valid_units:
             # An error in a validation, of a broken image say, must not cost the checkpoint that is being written.
             valid_unit.on_start = trainer._maybe_complete_checkpoint_save_operation
@@ -223,6 +224,7 @@ def create_reader(
         prefetch=section.prefetch,
         on_error=section.on_error,
         load=collator.load,
+        files=dataset.fingerprints(),
     )
 
 

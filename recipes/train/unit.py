@@ -22,6 +22,7 @@ from vembed_fs2.recipes.metrics import SumsByName
 from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.train.config import GradCacheSection
 from vembed_fs2.recipes.train.dataset import ContrastiveBatch
+from vembed_fs2.recipes.train.finite import FiniteGuard
 from vembed_fs2.recipes.train.teacher import Teacher
 
 # Sums over batches; divided when they are published.
@@ -40,6 +41,7 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         stop: StopRequest,
         teacher: Teacher | None = None,
     ) -> None:
+        self.finite = FiniteGuard(dp_model)
         self._model = dp_model
         self._loss = loss
         self._teacher = teacher
@@ -80,6 +82,7 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
             batch.rows.teacher_query = self._teacher.encode(batch.teacher_query)
             batch.rows.teacher_document = self._teacher.encode(batch.teacher_document)
         loss = self._step(batch.query, batch.document, rows=batch.rows)
+        self.finite.see(loss.detach())
         self._update_metrics(batch, loss.detach(), metric_bag)
         return loss, batch.num_queries
 

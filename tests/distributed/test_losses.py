@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -295,6 +298,78 @@ def test_parameters_of_a_loss_under_ddp_are_reduced() -> None:
             torch.testing.assert_close(got, reference)
 
 
+@dataclass
+class Pair:
+    module: Any
+    name: str = ""
+
+
+@dataclass(slots=True)
+class Slots:
+    parts: tuple[Any, ...]
+
+
+class HiddenHolder(nn.Module):
+    """Holds a module where torch does not look for one."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Plain:
+    """No module itself."""
+
+    def __init__(self, module: Any) -> None:
+        self._towers = {"text": [module]}
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
+TOWERS: dict[str, Any] = {}
+
+
+def encode_with_global(x: Tensor) -> Tensor:
+    output: Tensor = TOWERS["text"](x)
+    return output
+
+
+def held(module: Any) -> list[Any]:
+    """Encoders that use a module that something else holds."""
+    named, listed, paired, nested = {"text": module}, [None, module], (module, 1), {"a": [{"b": (module,)}]}
+    pair, slots, space, loop = Pair(module), Slots((1, module)), SimpleNamespace(inner=Pair(module)), [module]
+    loop.append(loop)
+    rows = [{"text": str(i)} for i in range(2000)]
+    TOWERS["text"] = module
+    return [
+        lambda x: named["text"](x),
+        lambda x: listed[1](x),
+        lambda x: paired[0](x),
+        lambda x: nested["a"][0]["b"][0](x),
+        lambda x: pair.module(x),
+        lambda x: slots.parts[1](x),
+        lambda x: space.inner.module(x),
+        lambda x: loop[0](x),
+        lambda x, towers=named: towers["text"](x),
+        lambda x, *, towers=named: towers["text"](x),
+        lambda x: (rows, frozenset([module])),
+        partial(lambda towers, x: towers["text"](x), named),
+        lambda x: [f(x) for f in {"f": lambda y: module(y)}.values()],
+        HiddenHolder(listed),
+        HiddenHolder(pair),
+        Plain(module),
+        Plain(module).encode,
+        encode_with_global,
+    ]
+
+
 def find_syncs(rank: int) -> list[str]:
     ddp, other = DistributedDataParallel(nn.Linear(2, 2)), DistributedDataParallel(nn.Linear(2, 2))
     sharded = fully_shard(nn.Sequential(nn.Linear(2, 2)))
@@ -304,6 +379,15 @@ def find_syncs(rank: int) -> list[str]:
     assert isinstance(grad_sync_of(lambda x: sharded(x)), FsdpSync)
     assert isinstance(grad_sync_of(torch.nn.Linear(2, 2)), LocalSync)
     assert isinstance(grad_sync_of(lambda x: x), LocalSync)
+    for encoder in held(ddp):
+        assert isinstance(grad_sync_of(encoder), DdpSync)
+    for encoder in held(sharded):
+        assert isinstance(grad_sync_of(encoder), FsdpSync)
+    for encoder in held(nn.Linear(2, 2)):
+        assert isinstance(grad_sync_of(encoder), LocalSync)
+    both = {"student": ddp, "teacher": other}
+    with pytest.raises(ValueError, match="2 DDP or FSDP2 modules"):
+        grad_sync_of(lambda x: both["student"](x))
     messages = []
     for encoder in (lambda x: ddp(other(x)), FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"))):
         with pytest.raises((TypeError, ValueError)) as caught:

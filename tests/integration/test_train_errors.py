@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -225,6 +226,55 @@ def test_a_training_that_diverges_is_an_error_and_no_checkpoint(tmp_path: Path, 
     assert "error: The loss is nan: the training has diverged." in result.output
     assert "Traceback" not in result.output
     assert steps(tmp_path / "out") == []
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, bert_folder: Path, texts: Path) -> None:
+    """Four steps an epoch with a checkpoint, and the first report after ten."""
+
+    def command(name: str, *config: str) -> list[str]:
+        data = [f"model.path={bert_folder}", f"dataset.paths=[{texts}]", "dataset.batch_size=8", "dataset.max_rows=32"]
+        regime = ["regime.num_data_epochs=3", "regime.keep_last_n_checkpoints=1", "trainer.max_grad_norm=null"]
+        return ["train", str(tmp_path / name), "--no-rich", "--config", *data, *regime, *config]
+
+    hot = ["optimizer.config.lr=1e30", "lr_scheduler.config.decay=constant"]
+    bf16 = ["trainer.mixed_precision.mode=auto", "trainer.mixed_precision.dtype=bfloat16"]
+    cold = [
+        "trainer.mixed_precision.mode=off",
+        "lr_scheduler.config.decay=constant",
+        "lr_scheduler.config.warmup_steps=0",
+    ]
+    results = run_all(
+        [
+            command("fp32", *hot, "trainer.mixed_precision.mode=off"),
+            command("bf16", *hot, *bf16),
+            command("clipped", *hot, "trainer.max_grad_norm=1", "trainer.mixed_precision.mode=off"),
+            command("good", *cold, "regime.num_data_epochs=1"),
+        ]
+    )
+
+    for name, result in zip(("fp32", "bf16", "clipped"), results):
+        assert result.status == 2, result.output[-3000:]
+        assert "error: The loss is nan: the training has diverged." in result.output
+        assert "is the first parameter that is not finite." in result.output
+        assert steps(tmp_path / name) == []
+        assert list(tmp_path.joinpath(name, "checkpoints").glob("step_*")) == []
+    assert results[-1].status == 0, results[-1].output[-3000:]
+    assert steps(tmp_path / "good") == [4]
+
+    # The run diverges in its second epoch, is started again, and diverges again: its checkpoint stays.
+    file = tmp_path / "good" / "config.yaml"
+    file.write_text(re.sub(r"(?<!_)temperature: .*", "temperature: 1.0e-38", file.read_text()))
+    again = command("good", *cold, "loss.config.temperature=1e-38")
+    for result in run_all([again, again]):
+        assert result.status == 2, result.output[-3000:]
+        assert "Resuming from step 4" in result.output
+        assert ": the training has diverged." in result.output
+        assert steps(tmp_path / "good") == [4]
+
+    file.write_text(re.sub(r"(?<!_)temperature: .*", "temperature: 0.05", file.read_text()))
+    (result,) = run_all([command("good", *cold, "loss.config.temperature=0.05")])
+    assert result.status == 0, result.output[-3000:]
+    assert steps(tmp_path / "good") == [12]
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, bert_folder: Path, texts: Path) -> None:

@@ -86,6 +86,10 @@ class ExampleDataset:
             raise IndexError(f"example {index} of {len(self)}")
         return self._read(int(self._rows[index]))
 
+    def fingerprints(self) -> list[tuple[str, str]]:
+        """The path of each file, and a short text that is another one if the file had changed."""
+        return self._source.fingerprints()
+
     def _read(self, row: int) -> Example:
         source = self._source
         where = source.where(row)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -53,6 +53,9 @@ class EmbeddingDataReader(DataReader[BatchT]):
         :class:`DataError` is logged and left out: its batch is one row smaller,
         and no row changes its place.
     :param load: prepares one row (decodes its images, say); runs in a thread.
+    :param files: the path of each data file and its fingerprint
+        (:meth:`.dataset.ExampleDataset.fingerprints`). They are part of the state, and a file that
+        has changed since then is an error.
     :raises ConfigError: an invalid argument.
     :raises DataError: the dataset has fewer rows than one step takes.
     """
@@ -73,11 +76,13 @@ class EmbeddingDataReader(DataReader[BatchT]):
         prefetch: int = 2,
         on_error: str = "raise",
         load: Callable[[Example], Any] | None = None,
+        files: Sequence[tuple[str, str]] = (),
     ) -> None:
         _check_arguments(batch_size, rank, world_size, seed, num_accumulate, num_workers, prefetch)
         check_on_error(on_error)
         self._plan = _Plan(len(dataset), batch_size, world_size, drop_last, num_accumulate)
         self._plan.check()
+        self._files = [list(file) for file in files]
         self._rank = rank
         self._seed = seed
         self._shuffle = shuffle
@@ -156,17 +161,21 @@ class EmbeddingDataReader(DataReader[BatchT]):
             "shuffle": self._shuffle,
             "num_rows": self._plan.num_rows,
             "global_batch_size": self._plan.global_batch_size,
+            "files": self._files,
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Go on where the state was taken: with its seed, whatever ours was.
 
-        :raises DataError: the state is of another dataset, global batch size or ``shuffle``.
+        :raises DataError: the state is of another dataset, global batch size or ``shuffle``, or a file has changed.
         """
         current = self.state_dict()
-        if missing := current.keys() - state_dict.keys():
+        if missing := current.keys() - state_dict.keys() - {"files"}:
             raise DataError(f"The state of the data reader is not complete: {', '.join(sorted(missing))} missing.")
+        # States of older versions name no files.
+        self._check_files(state_dict.get("files", []))
+
         for key, what in _FIXED.items():
             if state_dict[key] != current[key]:
                 raise DataError(
@@ -175,6 +184,21 @@ class EmbeddingDataReader(DataReader[BatchT]):
         epoch, position, seed = (_as_int(state_dict[key], key) for key in ("epoch", "position", "seed"))
         self._seed = seed
         self._move(epoch, position)
+
+    def _check_files(self, files: Any) -> None:
+        """Check that the data files are those that the state was taken with, wherever they are now."""
+        if not files or not self._files:
+            return
+        if len(files) != len(self._files):
+            raise DataError(
+                f"The run cannot be resumed: it had {len(files)} data files, but now there are {len(self._files)}."
+            )
+        for (_, before), (path, now) in zip(files, self._files):
+            if before != now:
+                raise DataError(
+                    f"The run cannot be resumed: {path} has changed since it began. Restore the file, or begin a new "
+                    "run with `model.path` set to this one."
+                )
 
     @property
     @override

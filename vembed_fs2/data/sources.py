@@ -11,6 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -78,6 +79,10 @@ class RowSource:
         """The file that holds a row."""
         return self._locate(index)[0].file
 
+    def fingerprints(self) -> list[tuple[str, str]]:
+        """The path of each file, and a short text that is another one if the file had changed."""
+        return [(str(shard.file), shard.fingerprint()) for shard in self._shards]
+
     def _locate(self, index: int) -> tuple[Shard, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -134,6 +139,10 @@ class _TextShard(Shard):
     @override
     def __len__(self) -> int:
         return len(self._starts) - 1
+
+    @override
+    def _layout(self) -> bytes:
+        return self._starts.tobytes()
 
     @override
     def where(self, row: int) -> str:
@@ -232,7 +241,8 @@ class _JsonList(Shard):
     def __init__(self, file: Path, _: _Opener) -> None:
         super().__init__(file)
         try:
-            rows = json.loads(_decode(file.read_bytes().removeprefix(_BOM), str(file)))
+            content = file.read_bytes()
+            rows = json.loads(_decode(content.removeprefix(_BOM), str(file)))
         except OSError as ex:
             raise DataError(f"{file} cannot be read: {ex.strerror or ex}.") from None
         except ValueError as ex:
@@ -240,10 +250,15 @@ class _JsonList(Shard):
         if not isinstance(rows, list):
             raise DataError(f"{file} must hold a list of objects, but holds {_kind(rows)}.")
         self._rows = rows
+        self._digest = blake2b(content, digest_size=8).digest()
 
     @override
     def __len__(self) -> int:
         return len(self._rows)
+
+    @override
+    def _layout(self) -> bytes:
+        return self._digest
 
     @override
     def read(self, row: int) -> RawRow:

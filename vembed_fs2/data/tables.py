@@ -40,6 +40,10 @@ class TableShard(Shard):
         return self._ends[-1] if self._ends else 0
 
     @override
+    def _layout(self) -> bytes:
+        return repr(self._ends).encode()
+
+    @override
     def read(self, row: int) -> RawRow:
         index = bisect_right(self._ends, row)
         start = self._ends[index - 1] if index else 0

@@ -27,7 +27,10 @@ class EncoderBatch:
     """Token ids, padded on the right. *Shape:* ``[T, L]``, int64."""
 
     attention_mask: Tensor | None = None
-    """True for tokens, False for padding; ``None`` if nothing is masked. *Shape:* ``[T, L]``, bool."""
+    """
+    True for tokens, False for padding; ``None`` if nothing is masked. A mask of
+    numbers becomes one: every value but 0 marks a token. *Shape:* ``[T, L]``, bool.
+    """
 
     token_type_ids: Tensor | None = None
     """Segment ids. *Shape:* ``[T, L]``, int64."""
@@ -59,6 +62,12 @@ class EncoderBatch:
     fixed_width: bool = False
     """If ``True``, texts keep their padding: the model reads it, though it may be masked."""
 
+    def __post_init__(self) -> None:
+        for name in ("attention_mask", "pooling_mask", "patch_mask"):
+            mask = getattr(self, name)
+            if mask is not None:
+                setattr(self, name, as_mask(mask, name))
+
     @staticmethod
     def of_text(
         input_ids: Tensor,
@@ -66,7 +75,17 @@ class EncoderBatch:
         token_type_ids: Tensor | None = None,
         pooling_mask: Tensor | None = None,
     ) -> EncoderBatch:
-        """Make a batch of one text per row. Padding on the left is moved to the right."""
+        """Make a batch of one text per row. Padding on the left is moved to the right.
+
+        :raises ValueError: a mask is not of the shape of ``input_ids``, or has
+            values that are negative or NaN, as masks have that are added to
+            attention scores. Every other value but 0 marks a token.
+        """
+        for name, mask in (("attention_mask", attention_mask), ("pooling_mask", pooling_mask)):
+            if mask is not None and mask.shape != input_ids.shape:
+                found, expected = list(mask.shape), list(input_ids.shape)
+                raise ValueError(f"`{name}` must be of the shape of `input_ids`, {expected}, but is {found}.")
+        attention_mask = None if attention_mask is None else as_mask(attention_mask, "attention_mask")
         masks = (attention_mask, token_type_ids, pooling_mask)
         input_ids, mask, types, pooling = _pad_right(input_ids, *masks)
         rows = torch.arange(input_ids.size(0), device=input_ids.device)
@@ -84,7 +103,7 @@ class EncoderBatch:
     def of_patches(pixel_values: Tensor, patch_mask: Tensor, spatial_shapes: Tensor) -> EncoderBatch:
         """Make a batch of one image per row, cut into patches; see the fields for the shapes."""
         batch = EncoderBatch.of_images(pixel_values)
-        batch.patch_mask, batch.spatial_shapes = patch_mask.bool(), spatial_shapes.cpu()
+        batch.patch_mask, batch.spatial_shapes = as_mask(patch_mask, "patch_mask"), spatial_shapes.cpu()
         return batch
 
     @property
@@ -203,6 +222,22 @@ class EncoderBatch:
         return replace(self)
 
 
+def as_mask(mask: Tensor, name: str) -> Tensor:
+    """Return a mask as bool: every value but 0 counts.
+
+    :raises ValueError: there are values that are negative or NaN: a mask that is
+        added to attention scores means the opposite.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    if not (mask >= 0).all():
+        raise ValueError(
+            f"`{name}` has values that are negative or NaN. It must hold 0 for what is left out and other values for"
+            " what counts; convert a mask that is added to attention scores with `mask == 0`."
+        )
+    return mask != 0
+
+
 _TEXT_FIELDS = ("input_ids", "attention_mask", "token_type_ids", "pooling_mask")
 
 
@@ -210,7 +245,6 @@ def _pad_right(ids: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor | No
     mask = others[0]
     if mask is None:
         return ids, None, others[1], others[2]
-    mask = mask.bool()
     if not (mask[:, 1:] & ~mask[:, :-1]).any():
         return ids, mask, others[1], others[2]
     order = torch.argsort(~mask, dim=1, stable=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vembed_fs2.distributed import GradSync
+from vembed_fs2.gradcache.lookups import add_lookups_in_place
 from vembed_fs2.gradcache.planner import Chunk
 from vembed_fs2.gradcache.replay import Autocast, RngState
 from vembed_fs2.gradcache.rows import Rows, append_rows
@@ -44,6 +45,9 @@ class Group:
     chunks: list[EncodedChunk] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
     trained_kinds: set[int] = field(default_factory=set)
+    _kinds_without_lookups: set[int] = field(default_factory=set)
+    """Those of which no lookup can be added in place, so that none is sought again in this step."""
+
     _rows: Rows | None = None
     _output_type: type[Any] | None = None
     _extras: tuple[Tensor | None, ...] = ()
@@ -175,9 +179,12 @@ class Group:
         firsts = self.firsts()
         order = sorted(range(len(self.chunks)), key=lambda idx: (idx not in firsts, idx))
         tasks = [self.chunks[idx] for idx in order if self._is_trained(self.chunks[idx])]
+        first_chunks = [self.chunks[idx] for idx in firsts]
         for idx, encoded in enumerate(tasks):
             with self.sync.backward(last=idx == len(tasks) - 1):
-                self._backward_chunk(encoded, grad)
+                # The first of each kind are measured in some steps, which hides their lookups; a run that was
+                # resumed measures anew, and must add up in the same order.
+                self._backward_chunk(encoded, grad, in_place=encoded not in first_chunks)
         self.sync.finish()
 
     def _is_trained(self, encoded: EncodedChunk) -> bool:
@@ -185,7 +192,7 @@ class Group:
         has_extras = encoded is self.chunks[0] and any(x is not None and x.grad is not None for x in self._extra_leaves)
         return has_extras or encoded.chunk.kind in self.trained_kinds
 
-    def _backward_chunk(self, encoded: EncodedChunk, grad: Tensor) -> None:
+    def _backward_chunk(self, encoded: EncodedChunk, grad: Tensor, *, in_place: bool) -> None:
         if not encoded.kept:
             self._replay(encoded)
         values = encoded.values
@@ -204,6 +211,9 @@ class Group:
                     grads.append(leaf.grad)
             self._extras = ()
         encoded.values = None
+        can_add = in_place and self.device.type == "cpu" and encoded.chunk.kind not in self._kinds_without_lookups
+        if can_add and add_lookups_in_place(values) == 0:
+            self._kinds_without_lookups.add(encoded.chunk.kind)
         torch.autograd.backward(tensors, grads)
 
     def _replay(self, encoded: EncodedChunk) -> None:

@@ -32,8 +32,10 @@ class Rows(Protocol):
 class DictRows:
     """Rows of a dict of tensors with a leading row dimension, as transformers' models take them.
 
-    The lengths are those of ``attention_mask``. Padding is cut where it trails;
-    padding on the left stays, because positions may count it.
+    The lengths are those of ``attention_mask``, of shape ``[N, L]``, in which
+    every value but 0 marks a token. Padding is cut where it trails; padding on the
+    left stays, because positions may count it. Nothing is cut by a mask that is
+    added to attention scores (0 for tokens, negative for padding).
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -49,8 +51,9 @@ class DictRows:
         self._lengths: list[int] | None = None
         if mask is not None and mask.ndim == 2:
             self._shape = mask.shape
-            if not (mask[:, 1:] > mask[:, :-1]).any():
-                self._lengths = [int(n) for n in mask.sum(1).tolist()]
+            is_token = _tokens_of(mask)
+            if is_token is not None and not (is_token[:, 1:] & ~is_token[:, :-1]).any():
+                self._lengths = [int(n) for n in is_token.sum(1).tolist()]
 
     def __len__(self) -> int:
         return next(iter(self._tensors.values())).size(0)
@@ -58,8 +61,10 @@ class DictRows:
     def costs(self) -> list[int]:
         if self._lengths is not None:
             return [max(n, 1) for n in self._lengths]
-        ids = self._tensors.get("attention_mask", self._tensors.get("input_ids"))
-        return [ids.size(1) if ids is not None and ids.ndim == 2 else 1] * len(self)
+        # A mask of pairs of tokens ([N, L, L], say) does not tell the width.
+        found = (self._tensors.get(name) for name in ("attention_mask", "input_ids"))
+        width = next((t.size(1) for t in found if t is not None and t.ndim == 2), 1)
+        return [width] * len(self)
 
     def kinds(self) -> list[int]:
         return [0] * len(self)
@@ -102,6 +107,16 @@ class DictRows:
         if self._is_sequence(tensor) and tensor.size(1) < width:
             return torch.nn.functional.pad(tensor, [0, 0] * (tensor.ndim - 2) + [0, width - tensor.size(1)])
         return tensor
+
+
+def _tokens_of(mask: Tensor) -> Tensor | None:
+    """Return True for the tokens of an attention mask, or ``None`` if it is one that is added to attention scores."""
+    if mask.dtype == torch.bool:
+        return mask
+
+    # Where nothing is masked, such a mask holds zeros alone.
+    is_added = not (mask >= 0).all() or (mask.is_floating_point() and not mask.any())
+    return None if is_added else mask != 0
 
 
 class SeparateRows:

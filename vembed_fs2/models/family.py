@@ -59,7 +59,7 @@ class FamilyFactory:
     """
 
     supports_meta: bool
-    """Whether it works on the meta device."""
+    """Whether it works on the meta device, and its modules draw their initial weights when they leave it."""
 
 
 def register_family(
@@ -71,6 +71,7 @@ def register_family(
     factory: Callable[[ConfigT], EmbeddingModel],
     checkpoint_format: CheckpointFormat | None = None,
     supports_meta: bool = True,
+    supports_reset: bool = True,
     supports_compile: bool = True,
     supports_packed: bool = False,
     supports_tensor_parallel: bool | Callable[[ConfigT], bool] = False,
@@ -87,6 +88,8 @@ def register_family(
         :class:`PlainCheckpointFormat`; without it the family loads fairseq2
         checkpoints only.
     :param supports_meta: whether the factory works on the meta device.
+    :param supports_reset: whether all modules have ``reset_parameters``, so that they draw their initial weights when
+        they leave the meta device.
     :param supports_compile: whether the layers can be compiled, one at a time.
     :param supports_packed: whether texts are encoded one after the other, without padding.
     :param supports_tensor_parallel: whether the model is built of fairseq2's sharded layers; or which
@@ -142,7 +145,7 @@ def register_family(
 
     container.register(ModelFamily, create_family, key=name)
     container.register_instance(FamilySupport, facts, key=name)
-    container.register_instance(FamilyFactory, FamilyFactory(create, supports_meta), key=name)
+    container.register_instance(FamilyFactory, FamilyFactory(create, supports_meta and supports_reset), key=name)
     if checkpoint_format is not None:
         container.register_instance(HuggingFaceConverter, checkpoint_format, key=name)
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
+import shutil
 import subprocess
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vembed_fs2.data.dataset import ExampleDataset
 from vembed_fs2.data.example import Example, Item
 from vembed_fs2.data.reader import EmbeddingDataReader
 from vembed_fs2.errors import ConfigError, DataError
@@ -203,6 +209,56 @@ def test_resume_with_another_number_of_batches_per_step() -> None:
 def test_states_of_other_data_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=f"cannot be resumed: {message}"):
         reader(**options).load_state_dict(reader().state_dict())
+
+
+def write_rows(file: Path, names: Sequence[str]) -> None:
+    rows = [{"query": name, "positive": name} for name in names]
+    match file.suffix:
+        case ".jsonl":
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        case ".json":
+            file.write_text(json.dumps(rows))
+        case ".csv":
+            file.write_text("query,positive\n" + "".join(f"{name},{name}\n" for name in names))
+        case ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), file)
+
+
+def state_of(path: Path) -> EmbeddingDataReader[list[str]]:
+    dataset = ExampleDataset(path)
+    return EmbeddingDataReader(dataset, lambda rows: [], batch_size=2, files=dataset.fingerprints())
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_a_file_that_changed_since_the_state_was_taken_is_named(tmp_path: Path, suffix: str) -> None:
+    names = ["one", "two", "three", "four"]
+    for part in ("a", "b"):
+        write_rows(tmp_path / f"{part}.{suffix}", names)
+    state = state_of(tmp_path).state_dict()
+    state_of(tmp_path).load_state_dict(state)
+
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path, moved)
+    state_of(moved).load_state_dict(state)
+
+    write_rows(tmp_path / f"b.{suffix}", ["one", "two", "three", "fourteen" * 9])
+    with pytest.raises(DataError, match=rf"b\.{suffix} has changed since it began"):
+        state_of(tmp_path).load_state_dict(state)
+
+    write_rows(tmp_path / f"b.{suffix}", names[:3])
+    with pytest.raises(DataError, match=rf"b\.{suffix} has changed since it began"):
+        state_of(tmp_path).load_state_dict(state)
+
+    (tmp_path / f"b.{suffix}").unlink()
+    with pytest.raises(DataError, match="had 2 data files, but now there are 1"):
+        state_of(tmp_path).load_state_dict(state)
+
+
+def test_a_state_without_files_is_resumed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", ["one", "two"])
+    state = state_of(tmp_path).state_dict()
+    del state["files"]
+    state_of(tmp_path).load_state_dict(state)
 
 
 def test_broken_states_are_refused() -> None:

@@ -228,3 +228,34 @@ def test_texts_of_a_fixed_width_keep_it() -> None:
     assert both.fixed_width
     assert both.input_ids is not None
     assert both.input_ids.tolist() == [[1, 2, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_any_value_of_a_mask_but_zero_marks_a_token(side: str, dtype: torch.dtype) -> None:
+    right = torch.tensor([[5, 6, 7, 0, 0], [8, 0, 0, 0, 0]])
+    ids = right if side == "right" else torch.tensor([[0, 0, 5, 6, 7], [0, 0, 0, 0, 8]])
+    mask, pooling = (ids % 3 + 1).where(ids > 0, 0).to(dtype) * 2, (ids > 5).to(dtype) * 3
+    by_hand = EncoderBatch(2, right, (right > 0).to(dtype) * 2, None, (right > 5).to(dtype) * 3, torch.arange(2))
+    for batch in (EncoderBatch.of_text(ids, mask, pooling_mask=pooling), by_hand):
+        assert batch.input_ids is not None
+        assert batch.attention_mask is not None
+        assert batch.pooling_mask is not None
+        assert batch.input_ids.tolist() == right.tolist()
+        assert batch.attention_mask.tolist() == (right > 0).tolist()
+        assert batch.pooling_mask.tolist() == (right > 5).tolist()
+        assert batch.costs() == [3, 1]
+        chosen = batch.select([1])
+        assert chosen.input_ids is not None
+        assert chosen.input_ids.tolist() == [[8]]
+
+
+@pytest.mark.parametrize("masked", [-1.0, -torch.inf, torch.nan])
+def test_masks_that_are_added_to_attention_scores_are_refused(masked: float) -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 0, 0]])
+    mask = torch.zeros(2, 3).masked_fill(ids == 0, masked)
+    for name in ("attention_mask", "pooling_mask"):
+        with pytest.raises(ValueError, match=f"`{name}` has values that are negative or NaN"):
+            EncoderBatch.of_text(ids, **{name: mask})
+        with pytest.raises(ValueError, match=r"must be of the shape of `input_ids`, \[2, 3\], but is \[2, 1, 1, 3\]"):
+            EncoderBatch.of_text(ids, **{name: mask[:, None, None]})

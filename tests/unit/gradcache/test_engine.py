@@ -125,6 +125,57 @@ def test_padding_on_the_right_is_cut_in_each_chunk() -> None:
     assert step.stats.num_tokens == int(queries["attention_mask"].sum() + documents["attention_mask"].sum())
 
 
+def numbered(mask: Tensor, kind: str) -> Tensor:
+    """The same mask with other values."""
+    values = {
+        "twos": mask * 2,
+        "documents": mask * (1 + torch.arange(mask.size(1)) // 3),  # Packed texts: 1 1 1 2 2 2 0 0.
+        "floats": mask * 0.25,
+        "added": torch.zeros(mask.shape).masked_fill(mask == 0, -1e4),
+        "infinite": torch.zeros(mask.shape).masked_fill(mask == 0, -torch.inf),
+    }
+    return values[kind]
+
+
+@pytest.mark.parametrize("kind", ["twos", "documents", "floats", "added", "infinite"])
+def test_masks_of_other_values_than_0_and_1_cut_no_token_and_plan_by_tokens(kind: str) -> None:
+    encoder = Encoder()
+
+    def encode(batch: Batch) -> Tensor:
+        mask = batch["attention_mask"]
+        tokens = mask == 0 if kind in ("added", "infinite") else mask != 0
+        return encoder({"input_ids": batch["input_ids"], "attention_mask": tokens.long()})
+
+    plain(encoder, contrast, texts(7, 1), texts(9, 2))
+    reference = gradients(encoder)
+    roles = texts(7, 1), texts(9, 2)
+    lengths = torch.cat([role["attention_mask"].sum(1) for role in roles])
+    for role in roles:
+        role["attention_mask"] = numbered(role["attention_mask"], kind)
+    step = GradCache(encode, contrast, chunk_tokens=30)
+    step(*roles).backward()
+    assert_close(gradients(encoder), reference)
+    # A mask that is added does not say where padding begins.
+    assert step.stats.num_tokens == (int(lengths.sum()) if kind in ("twos", "documents", "floats") else 16 * 12)
+
+
+def test_a_mask_of_pairs_of_tokens_counts_the_tokens() -> None:
+    encoder = Encoder()
+
+    def encode(batch: Batch) -> Tensor:
+        return encoder({**batch, "attention_mask": batch["attention_mask"][:, 0]})
+
+    roles = texts(7, 1), texts(7, 2)
+    plain(encoder, contrast, *roles)
+    reference = gradients(encoder)
+    for role in roles:
+        role["attention_mask"] = role["attention_mask"][:, None].expand(-1, 12, -1)
+    step = GradCache(encode, contrast, chunk_tokens=30)
+    step(*roles).backward()
+    assert_close(gradients(encoder), reference)
+    assert (step.stats.num_tokens, step.stats.num_chunks) == (14 * 12, 7)
+
+
 def test_roles_of_different_keys_share_an_encoder() -> None:
     encoder, tower = Encoder(), nn.Linear(5, 8)
 

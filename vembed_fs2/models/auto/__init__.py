@@ -23,6 +23,6 @@ def register_auto(container: DependencyContainer) -> None:
         config_kls=AutoModelConfig,
         factory=create_auto_model,
         checkpoint_format=AutoCheckpointFormat(),
-        supports_meta=False,
+        supports_reset=False,
     )
     register_auto_archs(container)

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 import transformers
-from torch.nn import Module
+from torch import Tensor
+from torch.nn import Module, Parameter
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from vembed_fs2.embedding.model import Modality
@@ -23,6 +25,10 @@ _IMAGE: Final[frozenset[Modality]] = frozenset({"image"})
 
 _SOUNDS: Final = frozenset({"input_features", "input_values"})
 """What models of sound call their inputs; some read texts as well (CLAP)."""
+
+
+_PROBE_ROWS: Final = 2048
+"""The rows of a table that have values in a probe; the inputs of probes are among the first 1000."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +127,51 @@ class Backbone:
 
     def create_empty(self) -> Module:
         """Create the model without memory for its tensors."""
+        return self.create_without_weights()[0]
+
+    def create_without_weights(self) -> tuple[Module, dict[str, Tensor]]:
+        """Create the model without memory for its tensors.
+
+        :returns: the model; and the values of the buffers that no checkpoint has, by name.
+        """
+        model = self._create_without_parameters()
+        persistent = model.state_dict().keys()
+        constants = {name: buffer for name, buffer in model.named_buffers() if name not in persistent}
+        return model.to("meta"), constants
+
+    def create_probe(self) -> Module:
+        """Create the model with simple weights, for a look at what it does: on the CPU, in float32.
+
+        Parameters of one shape share their memory, and tables have values in
+        their first rows only; so it takes little more memory than one layer.
+        """
+        model = self._create_without_parameters()
+        generator = torch.Generator().manual_seed(0)
+        weights: dict[tuple[object, ...], Tensor] = {}
+        parameters: dict[int, Parameter] = {}
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in parameters:
+                    key = (parameter.shape, name == "bias")
+                    if key not in weights:
+                        weights[key] = _simple_weight(parameter.shape, name == "bias", generator)
+                    parameters[id(parameter)] = Parameter(weights[key])
+                module._parameters[name] = parameters[id(parameter)]
+        return model
+
+    def _create_without_parameters(self) -> Module:
+        """Create the model; its buffers have their values, and its parameters no memory."""
         from transformers.integrations.accelerate import init_empty_weights
         from transformers.modeling_utils import no_init_weights
 
         # As `from_pretrained` does; fairseq2's own modes must not see it.
         with no_init_weights(), init_empty_weights():
-            return self.create().to("meta")
+            model: Any = self.create()
+        # Parameters that modules share were registered once for each.
+        model.tie_weights()
+        return model  # type: ignore[no-any-return]
 
     def load(self, state_dict: Mapping[str, object], dtype: Any) -> tuple[Module, dict[str, list[str]]]:
         """Create the model with the tensors of a checkpoint, whatever version or head they come from.
@@ -143,6 +188,16 @@ class Backbone:
                 **self.options,
             )
         return model, info
+
+
+def _simple_weight(shape: torch.Size, is_bias: bool, generator: torch.Generator) -> Tensor:
+    """Make weights of about the size that new models have: norms that scale by 1, no biases, small matrices."""
+    if len(shape) < 2:
+        return torch.zeros(shape) if is_bias else torch.ones(shape)
+    weight = torch.zeros(shape)
+    # What is never touched takes no memory.
+    weight[:_PROBE_ROWS].normal_(std=0.02, generator=generator)
+    return weight
 
 
 @contextmanager

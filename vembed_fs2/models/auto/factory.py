@@ -25,6 +25,8 @@ log = logging.getLogger("vembed_fs2")
 def create_auto_model(config: AutoModelConfig) -> AutoEmbeddingModel:
     """Create a model of transformers with random weights, wrapped as an embedding model.
 
+    On the meta device, it has no weights.
+
     :raises ConfigError: ``config`` is not valid.
     :raises ModelLoadError: no embeddings can be made with the model.
     """
@@ -32,6 +34,8 @@ def create_auto_model(config: AutoModelConfig) -> AutoEmbeddingModel:
     like = torch.empty(0)
 
     def create() -> AutoEmbeddingModel:
+        if like.is_meta:
+            return _create_empty(config, config.backbone())
         return wrap_model(config, config.backbone(), config.backbone().create())
 
     # A thread of its own has no function modes. fairseq2's would give integer buffers that type as well, and with
@@ -44,6 +48,22 @@ def create_auto_model(config: AutoModelConfig) -> AutoEmbeddingModel:
     return model.train()
 
 
+def _create_empty(config: AutoModelConfig, backbone: Backbone) -> AutoEmbeddingModel:
+    """Wrap a model without memory for its weights."""
+
+    def wrap(probe: Module) -> AutoEmbeddingModel:
+        empty, constants = backbone.create_without_weights()
+        model = wrap_model(config, backbone, empty, probe=probe)
+        model.constants = constants
+        return model
+
+    try:
+        return wrap(backbone.create_probe())
+    except ModelLoadError:
+        # Perhaps because its own initial weights are what the model needs.
+        return wrap(backbone.create())
+
+
 def _convert(model: Module, dtype: torch.dtype) -> None:
     """Convert what a checkpoint holds; other buffers (frequencies of positions) keep their precision."""
     kept = model.state_dict(keep_vars=True)
@@ -52,23 +72,28 @@ def _convert(model: Module, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
-def wrap_model(config: AutoModelConfig, backbone: Backbone, wrapped: Module) -> AutoEmbeddingModel:
+def wrap_model(
+    config: AutoModelConfig, backbone: Backbone, wrapped: Module, *, probe: Module | None = None
+) -> AutoEmbeddingModel:
     """Wrap a model of transformers; freeze what its embeddings do not depend on.
 
-    :param wrapped: the model, on the CPU, in float32.
+    :param wrapped: the model.
+    :param probe: one of the same configuration on the CPU, in float32, that shows what it does; ``None`` if
+        ``wrapped`` itself is such a model.
     :raises ConfigError: a head does not fit.
     :raises ModelLoadError: no embeddings can be made with the model.
     """
     model = AutoEmbeddingModel(wrapped.eval(), backbone)
+    probe = wrapped if probe is None else probe.eval()
     used: set[str] = set()
     calls: Counter[str] = Counter()
     if "text" in backbone.modalities:
-        trace = trace_text(backbone, wrapped)
+        trace = trace_text(backbone, probe)
         _add_text_head(model, config, backbone, trace)
         used |= trace.used_parameters(pooled=model.head is None or model.head.pooling == "pooler")
         calls += trace.calls
     if "image" in backbone.modalities:
-        trace = trace_image(backbone, wrapped)
+        trace = trace_image(backbone, probe)
         _add_image_head(model, config, backbone, trace)
         used |= trace.used_parameters(pooled=model.image_head is None or model.image_head.pooling == "pooler")
         calls += trace.calls

@@ -25,7 +25,7 @@ from vembed_fs2.files import write_json
 from vembed_fs2.formats.folder import ModelFolder
 from vembed_fs2.models.auto.backbone import Backbone, find_backbone
 from vembed_fs2.models.auto.config import AUTO_FAMILY, AutoModelConfig
-from vembed_fs2.models.auto.factory import default_head, default_image_head, wrap_model
+from vembed_fs2.models.auto.factory import create_auto_model, default_head, default_image_head
 from vembed_fs2.models.auto.model import MOVED, AutoEmbeddingModel
 from vembed_fs2.models.auto.trace import trace_image
 from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
@@ -99,11 +99,10 @@ class AutoCheckpointFormat(CheckpointFormat):
         except (RuntimeError, ValueError) as ex:
             raise ModelLoadError(f"The checkpoint does not fit transformers' {backbone.kls.__name__}. {ex}") from ex
         _check_unexpected(info["unexpected_keys"], backbone)
-        dtypes = {name: tensor.dtype for name, tensor in wrapped.state_dict().items()}
-        model = wrap_model(config, backbone, wrapped.float())
-        _check_missing(info["missing_keys"], model)
-        state = {k: v.to(dtypes.get(k.removeprefix(_PREFIX), v.dtype)) for k, v in model.state_dict().items()}
-        return {k: v for k, v in state.items() if not _HEAD_KEY.fullmatch(k)} | own
+        # Only for the names and shapes that this gives the tensors; they stay where they are, mapped files included.
+        model = AutoEmbeddingModel(wrapped, backbone)
+        _check_missing(info["missing_keys"], config, model)
+        return {**model.state_dict(), **own}
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
@@ -186,12 +185,15 @@ def _check_unexpected(keys: Iterable[str], backbone: Backbone) -> None:
     log.info("Left out what %s does not have: %s.", backbone.kls.__name__, _list(keys))
 
 
-def _check_missing(keys: Iterable[str], model: AutoEmbeddingModel) -> None:
+def _check_missing(keys: Iterable[str], config: AutoModelConfig, model: AutoEmbeddingModel) -> None:
     """Allow only what no embedding depends on, and buffers that are the same in all models."""
-    trained = {name for name, parameter in model.wrapped.named_parameters() if parameter.requires_grad}
     counted = {name for name, buffer in model.wrapped.named_buffers() if not buffer.is_floating_point()}
-    unused = dict(model.wrapped.named_parameters()).keys() - trained
-    missing = [key for key in keys if key not in unused | counted and key not in MOVED]
+    missing = [key for key in keys if key not in counted and key not in MOVED]
+    if missing:
+        with torch.device("meta"):
+            blank = create_auto_model(config)
+        unused = {name for name, parameter in blank.wrapped.named_parameters() if not parameter.requires_grad}
+        missing = [key for key in missing if key not in unused]
     if missing:
         kls = type(model.wrapped).__name__
         raise ModelLoadError(f"The checkpoint lacks tensors of transformers' {kls}: {_list(missing)}.")

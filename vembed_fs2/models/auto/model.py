@@ -5,7 +5,7 @@ Shapes: T texts, P images, L tokens, S states, D embedding size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, final
 
 import torch
@@ -24,6 +24,9 @@ from vembed_fs2.models.auto.run import run_image, run_text
 
 MOVED: Final = ("logit_scale", "logit_bias")
 """Parameters of transformers' dual encoders that are this model's own: objectives train them."""
+
+_WRAPPER: Final = "_checkpoint_wrapped_module."
+"""What activation checkpointing puts into the names of buffers."""
 
 
 @final
@@ -48,6 +51,14 @@ class AutoEmbeddingModel(EmbeddingModel):
         self.image_head: ImageHead | None
         self.register_module("image_head", None)
         self._stacks: list[ModuleList] = []
+        self.constants: Mapping[str, Tensor] = {}
+        """The values of the buffers of the wrapped model that no checkpoint has, by name, if they are to be set."""
+
+    def reset_non_persistent_buffers(self) -> None:
+        """Set the buffers that no checkpoint has."""
+        for name, buffer in self.wrapped.named_buffers():
+            if (value := self.constants.get(name.replace(_WRAPPER, ""))) is not None:
+                buffer.copy_(value)
 
     def _take_temperature(self, wrapped: Module) -> None:
         for name in MOVED:

@@ -1,4 +1,4 @@
-"""The configuration of clip models."""
+"""The configuration of CLIP models."""
 
 from __future__ import annotations
 
@@ -8,41 +8,21 @@ from typing import Final, get_args
 from fairseq2.utils.validation import ValidationResult
 from typing_extensions import override
 
-from vembed_fs2.embedding.activations import create_activation
 from vembed_fs2.embedding.model import EmbeddingModelConfig
-from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.models.clip.model import (
-    TextPooling,
-    VisionPooling,
-)
+from vembed_fs2.models.clip.model import TextPooling, VisionPooling
+from vembed_fs2.models.common.checks import check_choice, check_positive, check_probabilities, to_result
+from vembed_fs2.models.common.dual import DualTowerConfig
+from vembed_fs2.models.common.vision import as_pair
 
 CLIP_FAMILY: Final = "vembed_clip"
 
 
 @dataclass(kw_only=True)
-class ClipTowerConfig:
+class ClipTowerConfig(DualTowerConfig):
     """What the text and the image Transformer have in common."""
-
-    model_dim: int = 512
-    """The dimensionality of the Transformer."""
-
-    num_layers: int = 12
-    """The number of Transformer layers."""
-
-    num_attn_heads: int = 8
-    """The number of attention heads in Transformer layers."""
-
-    ffn_inner_dim: int = 2048
-    """The dimensionality of inner projection layers in feed-forward networks."""
 
     activation: str = "quick_gelu"
     """The activation function of feed-forward networks, by transformers' name."""
-
-    layer_norm_eps: float = 1e-5
-    """The value added to the denominator of Layer Normalization."""
-
-    attn_dropout_p: float = 0.0
-    """The dropout probability on attention weights."""
 
     layer_scale_init: float | None = None
     """The initial factor of what each layer adds to its input (LayerScale); none if ``None``."""
@@ -59,34 +39,23 @@ class ClipTowerConfig:
     alone. CLIP itself uses ``projection_dim`` of :class:`ClipConfig`.
     """
 
-    def validate(self) -> ValidationResult:
-        result = ValidationResult()
-        for name in self._positive_fields():
-            if getattr(self, name) < 1:
-                result.add_error(f"`{name}` must be at least 1, but is {getattr(self, name)} instead.")
-        if self.num_attn_heads > 0 and self.model_dim % self.num_attn_heads:
-            result.add_error(
-                f"`model_dim` must be a multiple of `num_attn_heads` ({self.num_attn_heads}), "
-                f"but is {self.model_dim} instead."
-            )
-        if not 0.0 <= self.attn_dropout_p < 1.0:
-            result.add_error(f"`attn_dropout_p` must be in [0, 1), but is {self.attn_dropout_p} instead.")
-        for name in ("layer_norm_eps", "init_range", "init_factor"):
-            if getattr(self, name) < 0.0:
-                result.add_error(f"`{name}` must not be negative, but is {getattr(self, name)} instead.")
-        try:
-            create_activation(self.activation, field="activation")
-        except ModelLoadError as ex:
-            result.add_error(str(ex))
-        return result
-
-    def _positive_fields(self) -> tuple[str, ...]:
-        return ("model_dim", "num_layers", "num_attn_heads", "ffn_inner_dim")
+    @override
+    def _not_negative_fields(self) -> tuple[str, ...]:
+        return (*super()._not_negative_fields(), "init_range", "init_factor")
 
 
 @dataclass(kw_only=True)
 class ClipTextConfig(ClipTowerConfig):
     """The text Transformer."""
+
+    model_dim: int = 512
+    """The dimensionality of the Transformer."""
+
+    num_attn_heads: int = 8
+    """The number of attention heads in Transformer layers."""
+
+    ffn_inner_dim: int = 2048
+    """The dimensionality of inner projection layers in feed-forward networks."""
 
     vocab_size: int = 49_408
     """The size of the vocabulary."""
@@ -128,11 +97,13 @@ class ClipTextConfig(ClipTowerConfig):
     @override
     def validate(self) -> ValidationResult:
         result = super().validate()
-        if self.pooling not in get_args(TextPooling):
-            known = ", ".join(get_args(TextPooling))
-            result.add_error(f"`pooling` must be one of {known}, but is '{self.pooling}' instead.")
+
+        for error in check_choice(self, "pooling", get_args(TextPooling)):
+            result.add_error(error)
+
         if self.sees_padding and self.pad_idx is None:
             result.add_error("`pad_idx` must be set: the model sees padding.")
+
         return result
 
     @override
@@ -143,15 +114,6 @@ class ClipTextConfig(ClipTowerConfig):
 @dataclass(kw_only=True)
 class ClipVisionConfig(ClipTowerConfig):
     """The image Transformer."""
-
-    model_dim: int = 768
-    """The dimensionality of the Transformer."""
-
-    num_attn_heads: int = 12
-    """The number of attention heads in Transformer layers."""
-
-    ffn_inner_dim: int = 3072
-    """The dimensionality of inner projection layers in feed-forward networks."""
 
     num_channels: int = 3
     """The number of image channels."""
@@ -177,19 +139,22 @@ class ClipVisionConfig(ClipTowerConfig):
     @override
     def validate(self) -> ValidationResult:
         result = super().validate()
+
         for side, image, patch in zip(("height", "width"), as_pair(self.image_size), as_pair(self.patch_size)):
             if min(image, patch) < 1:
-                result.add_error(f"The {side} of `image_size` and `patch_size` must be at least 1.")
+                result.add_error(f"The {side} of `image_size` and `patch_size` must be positive.")
             elif image < patch:
                 result.add_error(
                     f"The {side} of `image_size` must be at least that of `patch_size` ({patch}), "
                     f"but is {image} instead."
                 )
-        if self.pooling not in get_args(VisionPooling):
-            known = ", ".join(get_args(VisionPooling))
-            result.add_error(f"`pooling` must be one of {known}, but is '{self.pooling}' instead.")
-        if not 0.0 <= self.patch_dropout_p < 1.0:
-            result.add_error(f"`patch_dropout_p` must be in [0, 1), but is {self.patch_dropout_p} instead.")
+
+        for error in (
+            *check_choice(self, "pooling", get_args(VisionPooling)),
+            *check_probabilities(self, "patch_dropout_p"),
+        ):
+            result.add_error(error)
+
         return result
 
     @override
@@ -200,12 +165,14 @@ class ClipVisionConfig(ClipTowerConfig):
     def grid(self) -> tuple[int, int]:
         """The rows and columns of patches in an image of ``image_size``."""
         (height, width), (patch_height, patch_width) = as_pair(self.image_size), as_pair(self.patch_size)
+
         return height // patch_height, width // patch_width
 
     @property
     def num_patches(self) -> int:
         """The number of patches of an image of ``image_size``."""
         rows, columns = self.grid
+
         return rows * columns
 
 
@@ -229,12 +196,4 @@ class ClipConfig(EmbeddingModelConfig):
     """If ``False``, the temperature keeps its value in training."""
 
     def validate(self) -> ValidationResult:
-        result = ValidationResult()
-        if self.projection_dim < 1:
-            result.add_error(f"`projection_dim` must be at least 1, but is {self.projection_dim} instead.")
-        return result
-
-
-def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return height and width."""
-    return (size, size) if isinstance(size, int) else size
+        return to_result(check_positive(self, "projection_dim"))

@@ -16,8 +16,9 @@ from typing_extensions import override
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError, VembedError
 from vembed_fs2.formats.hf_config import create_dual_key_map, read_fields, refuse_dual_options, write_fields
-from vembed_fs2.models.clip.config import ClipConfig, ClipTextConfig, ClipVisionConfig, as_pair
+from vembed_fs2.models.clip.config import ClipConfig, ClipTextConfig, ClipVisionConfig
 from vembed_fs2.models.clip.model import LEGACY_EOS_ID
+from vembed_fs2.models.common.vision import as_pair
 from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
 
 _TOWER_FIELDS: Final = {

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias, final
 
 import torch
 import torch.nn as nn
-from fairseq2.models.transformer import StandardTransformerEncoder, TransformerFrontend
-from fairseq2.nn import BatchLayout, IncrementalStateBag, LayerNorm, Projection, StandardEmbedding
+from fairseq2.models.transformer import StandardTransformerEncoder
+from fairseq2.nn import LayerNorm, Projection, StandardEmbedding
 from torch import Tensor
 from torch.nn import Conv2d, Module, ModuleList, Parameter
 from torch.nn.functional import pad
@@ -24,6 +24,7 @@ from typing_extensions import override
 from vembed_fs2.embedding.head import pool
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.models.common.attention import PaddedLayout
+from vembed_fs2.models.common.dual import TextFrontend
 from vembed_fs2.models.common.vision import resize_positions
 
 TextPooling: TypeAlias = Literal["clip", "eos", "first", "last"]
@@ -35,29 +36,12 @@ LEGACY_EOS_ID: Final = 2
 
 
 @final
-class ClipTextFrontend(TransformerFrontend):
-    """Adds learned positions to token embeddings."""
-
-    def __init__(self, embed: StandardEmbedding, pos_embed: StandardEmbedding) -> None:
-        super().__init__()
-        self.embed = embed
-        self.pos_embed = pos_embed
-
-    @override
-    def forward(
-        self, seqs: Tensor, seqs_layout: BatchLayout, *, state_bag: IncrementalStateBag | None = None
-    ) -> tuple[Tensor, BatchLayout]:
-        positions = torch.arange(seqs.size(1), device=seqs.device, dtype=torch.int64)
-        return self.embed(seqs) + self.pos_embed(positions), seqs_layout
-
-
-@final
 class ClipTextTower(Module):
     """A Transformer, causal in most models; the state of one position is the text."""
 
     def __init__(
         self,
-        frontend: ClipTextFrontend,
+        frontend: TextFrontend,
         encoder: StandardTransformerEncoder,
         proj: Projection,
         eos_id: int,
@@ -138,9 +122,9 @@ class ClipVisionFrontend(Module):
         patch_dropout_p: float = 0.0,
     ) -> None:
         """
-        :param std: The standard deviation of the initial class token.
-        :param grid: The rows and columns of patches that the positions belong to.
-        :param patch_dropout_p: The part of the patches that each image does without in training
+        :param std: the standard deviation of the initial class token.
+        :param grid: the rows and columns of patches that the positions belong to.
+        :param patch_dropout_p: the part of the patches that each image does without in training
             (Li et al., FLIP, 2022, https://arxiv.org/abs/2212.00794).
         """
         super().__init__()

@@ -6,7 +6,7 @@ patches, M model size, D embedding size, C x H x W pixels, h x w patches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, final
 
 import torch
@@ -18,6 +18,15 @@ from torch.nn.functional import interpolate
 from typing_extensions import override
 
 from vembed_fs2.models.common.attention import PaddedLayout
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return height and width of a size that may be given as one number."""
+    if isinstance(size, int):
+        return size, size
+
+    height, width = size
+    return height, width
 
 
 @final

@@ -1,37 +1,36 @@
-"""The configuration of eva models."""
+"""The configuration of EVA-CLIP models."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import log
 from typing import Final, Literal, TypeAlias, get_args
 
 from fairseq2.utils.validation import ValidationResult
+from typing_extensions import override
 
 from vembed_fs2.embedding.model import EmbeddingModelConfig
 from vembed_fs2.models.clip.config import ClipTextConfig
-from vembed_fs2.models.eva.model import (
-    EvaPooling,
+from vembed_fs2.models.common.checks import (
+    check_choice,
+    check_heads,
+    check_not_negative,
+    check_positive,
+    check_probabilities,
+    to_result,
 )
+from vembed_fs2.models.common.dual import TransformerSizes
+from vembed_fs2.models.eva.model import EvaPooling
 
 EVA_FAMILY: Final = "vembed_eva"
-
 
 EvaProjection: TypeAlias = Literal["classifier", "linear", "mlp", "none"]
 
 
 @dataclass(kw_only=True)
-class EvaVisionConfig:
+class EvaVisionConfig(TransformerSizes):
     """The image Transformer. The defaults are those of EVA02-CLIP-B/16."""
-
-    model_dim: int = 768
-    """The dimensionality of the Transformer."""
-
-    num_layers: int = 12
-    """The number of Transformer layers."""
-
-    num_attn_heads: int = 12
-    """The number of attention heads in Transformer layers."""
 
     ffn_inner_dim: int = 2048
     """The dimensionality of inner projection layers in feed-forward networks."""
@@ -117,55 +116,34 @@ class EvaVisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
     def validate(self) -> ValidationResult:
-        result = ValidationResult()
-        for error in (*self._size_errors(), *self._value_errors(), *self._layout_errors()):
-            result.add_error(error)
-        return result
+        return to_result(self._size_errors(), self._value_errors(), self._layout_errors())
 
-    def _size_errors(self) -> list[str]:
-        names = ("model_dim", "num_layers", "num_attn_heads", "ffn_inner_dim", "num_channels", "patch_size")
-        errors = [
-            f"`{name}` must be at least 1, but is {getattr(self, name)} instead."
-            for name in names
-            if getattr(self, name) < 1
-        ]
+    @override
+    def _positive_fields(self) -> tuple[str, ...]:
+        return (*super()._positive_fields(), "num_channels", "patch_size", "rope_ref_size")
+
+    def _size_errors(self) -> Iterator[str]:
+        yield from check_positive(self, *self._positive_fields())
+
         if self.image_size < self.patch_size:
-            errors.append(
-                f"`image_size` must be at least `patch_size` ({self.patch_size}), but is {self.image_size} instead."
-            )
+            yield f"`image_size` must be at least `patch_size` ({self.patch_size}), but is {self.image_size} instead."
+
         # A head is rotated in pairs of elements, half of them by rows and half by columns.
-        multiple = 4 if self.rope else 1
-        if self.num_attn_heads >= 1 and self.model_dim % (multiple * self.num_attn_heads):
-            times = f"{multiple} times " if self.rope else ""
-            errors.append(
-                f"`model_dim` must be a multiple of {times}`num_attn_heads` ({self.num_attn_heads}), "
-                f"but is {self.model_dim} instead."
-            )
-        return errors
+        yield from check_heads(self, multiple=4 if self.rope else 1)
 
-    def _value_errors(self) -> list[str]:
-        errors = [
-            f"`{name}` must be in [0, 1), but is {getattr(self, name)} instead."
-            for name in ("attn_dropout_p", "drop_path_p", "head_dropout_p")
-            if not 0.0 <= getattr(self, name) < 1.0
-        ]
-        if self.layer_norm_eps < 0.0:
-            errors.append(f"`layer_norm_eps` must not be negative, but is {self.layer_norm_eps} instead.")
-        if self.rope_ref_size is not None and self.rope_ref_size < 1:
-            errors.append(f"`rope_ref_size` must be at least 1, but is {self.rope_ref_size} instead.")
-        return errors
+    def _value_errors(self) -> Iterator[str]:
+        yield from check_probabilities(self, "attn_dropout_p", "drop_path_p", "head_dropout_p")
+        yield from check_not_negative(self, "layer_norm_eps")
 
-    def _layout_errors(self) -> list[str]:
-        errors = [
-            f"`{name}` must be one of {', '.join(get_args(kind))}, but is '{getattr(self, name)}' instead."
-            for name, kind in (("pooling", EvaPooling), ("projection", EvaProjection))
-            if getattr(self, name) not in get_args(kind)
-        ]
+    def _layout_errors(self) -> Iterator[str]:
+        yield from check_choice(self, "pooling", get_args(EvaPooling))
+        yield from check_choice(self, "projection", get_args(EvaProjection))
+
         if self.post_norm and self.layer_scale_init is not None:
-            errors.append("`layer_scale_init` must not be set with `post_norm`: the norms scale already.")
+            yield "`layer_scale_init` must not be set with `post_norm`: the norms scale already."
+
         if self.projection == "classifier" and not self.projection_bias:
-            errors.append("`projection_bias` must be set for the projection 'classifier'.")
-        return errors
+            yield "`projection_bias` must be set for the projection 'classifier'."
 
 
 def _default_text() -> ClipTextConfig:
@@ -193,12 +171,12 @@ class EvaConfig(EmbeddingModelConfig):
     """If ``False``, the temperature keeps its value in training."""
 
     def validate(self) -> ValidationResult:
-        result = ValidationResult()
-        if self.projection_dim < 1:
-            result.add_error(f"`projection_dim` must be at least 1, but is {self.projection_dim} instead.")
+        result = to_result(check_positive(self, "projection_dim"))
+
         if self.vision.projection == "none" and self.projection_dim != self.vision.model_dim:
             result.add_error(
                 f"`projection_dim` must be `vision.model_dim` ({self.vision.model_dim}) where `vision.projection` is "
                 f"'none', but is {self.projection_dim} instead."
             )
+
         return result

@@ -1,4 +1,4 @@
-"""EVA-CLIP: its configuration, and how its modules are put together."""
+"""How the modules of EVA-CLIP models are put together."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from fairseq2.nn import (
 from torch.nn import Conv2d
 
 from vembed_fs2.embedding.activations import create_activation
-from vembed_fs2.models.clip.config import ClipConfig
-from vembed_fs2.models.clip.factory import ClipFactory
+from vembed_fs2.models.clip.factory import create_text_tower
 from vembed_fs2.models.common.attention import create_sdpa
+from vembed_fs2.models.common.checks import require_valid
+from vembed_fs2.models.common.factory import ModelFactory
 from vembed_fs2.models.common.feed_forward import FusedFeedForwardNetwork
 from vembed_fs2.models.common.vision import BranchResidual, LayerScale, PatchProjection
 from vembed_fs2.models.eva.config import EvaConfig, EvaVisionConfig
@@ -46,32 +47,25 @@ from vembed_fs2.models.eva.model import (
 )
 
 
-def create_eva_model(config: EvaConfig) -> EvaModel:
-    """Create an EVA-CLIP model with initial weights as timm draws them, and CLIP's for texts."""
-    return EvaFactory(config).create_model()
-
-
-class EvaFactory:
+class EvaFactory(ModelFactory[EvaConfig]):
     """Creates the modules of an EVA-CLIP model."""
-
-    def __init__(self, config: EvaConfig) -> None:
-        self._config = config
 
     def create_model(self) -> EvaModel:
         config = self._config
-        # The text Transformer is CLIP's.
-        text = ClipFactory(ClipConfig(text=config.text, projection_dim=config.projection_dim)).create_text_tower()
+        text = create_text_tower(config.text, config.projection_dim)
         vision = EvaVisionFactory(config.vision, config.projection_dim).create_tower()
+
         model = EvaModel(text, vision, config.logit_scale_init, config.train_logit_scale)
         model.tokens_per_image = config.vision.num_patches + 1
+
         return model
 
 
-class EvaVisionFactory:
+class EvaVisionFactory(ModelFactory[EvaVisionConfig]):
     """Creates the modules of the image Transformer."""
 
     def __init__(self, config: EvaVisionConfig, projection_dim: int) -> None:
-        self._config = config
+        super().__init__(config)
         self._projection_dim = projection_dim
         self._head_dim = config.model_dim // config.num_attn_heads
 
@@ -192,6 +186,16 @@ class EvaVisionFactory:
 
     def create_layer_norm(self, dim: int) -> LayerNorm:
         return StandardLayerNorm(dim, bias=True, eps=self._config.layer_norm_eps)
+
+
+def create_eva_model(config: EvaConfig) -> EvaModel:
+    """Create an EVA-CLIP model with initial weights as timm draws them, and CLIP's for texts.
+
+    :raises ConfigError: ``config`` is not valid.
+    """
+    require_valid(config, "EVA-CLIP")
+
+    return EvaFactory(config).create_model()
 
 
 def _init_positions(embed: StandardEmbedding) -> None:

@@ -1,4 +1,4 @@
-"""The configuration of siglip models."""
+"""The configuration of SigLIP models."""
 
 from __future__ import annotations
 
@@ -7,61 +7,23 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fairseq2.utils.validation import ValidationResult
+from typing_extensions import override
 
-from vembed_fs2.embedding.activations import create_activation
 from vembed_fs2.embedding.model import EmbeddingModelConfig
-from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.models.common.dual import DualTowerConfig
 
 SIGLIP_FAMILY: Final = "vembed_siglip"
 
 
 @dataclass(kw_only=True)
-class SiglipTowerConfig:
+class SiglipTowerConfig(DualTowerConfig):
     """What the text and the image Transformer have in common."""
-
-    model_dim: int = 768
-    """The dimensionality of the Transformer."""
-
-    num_layers: int = 12
-    """The number of Transformer layers."""
-
-    num_attn_heads: int = 12
-    """The number of attention heads in Transformer layers."""
-
-    ffn_inner_dim: int = 3072
-    """The dimensionality of inner projection layers in feed-forward networks."""
 
     activation: str = "gelu_pytorch_tanh"
     """The activation function of feed-forward networks, by transformers' name."""
 
     layer_norm_eps: float = 1e-6
     """The value added to the denominator of Layer Normalization."""
-
-    attn_dropout_p: float = 0.0
-    """The dropout probability on attention weights."""
-
-    def validate(self) -> ValidationResult:
-        result = ValidationResult()
-        for name in self._positive_fields():
-            if getattr(self, name) < 1:
-                result.add_error(f"`{name}` must be at least 1, but is {getattr(self, name)} instead.")
-        if self.num_attn_heads > 0 and self.model_dim % self.num_attn_heads:
-            result.add_error(
-                f"`model_dim` must be a multiple of `num_attn_heads` ({self.num_attn_heads}), "
-                f"but is {self.model_dim} instead."
-            )
-        if not 0.0 <= self.attn_dropout_p < 1.0:
-            result.add_error(f"`attn_dropout_p` must be in [0, 1), but is {self.attn_dropout_p} instead.")
-        if self.layer_norm_eps < 0.0:
-            result.add_error(f"`layer_norm_eps` must not be negative, but is {self.layer_norm_eps} instead.")
-        try:
-            create_activation(self.activation, field="activation")
-        except ModelLoadError as ex:
-            result.add_error(str(ex))
-        return result
-
-    def _positive_fields(self) -> tuple[str, ...]:
-        return ("model_dim", "num_layers", "num_attn_heads", "ffn_inner_dim")
 
 
 @dataclass(kw_only=True)
@@ -86,6 +48,7 @@ class SiglipTextConfig(SiglipTowerConfig):
     eos_idx: int | None = 49_407
     """The same; SigLIP's end token is 1."""
 
+    @override
     def _positive_fields(self) -> tuple[str, ...]:
         return (*super()._positive_fields(), "vocab_size", "max_seq_len", "projection_dim")
 
@@ -112,16 +75,21 @@ class SiglipVisionConfig(SiglipTowerConfig):
     interpolated. Used with ``naflex`` only.
     """
 
+    @override
     def validate(self) -> ValidationResult:
         result = super().validate()
+
         if self.image_size < self.patch_size:
             result.add_error(
                 f"`image_size` must be at least `patch_size` ({self.patch_size}), but is {self.image_size} instead."
             )
+
         if self.num_patches >= 1 and math.isqrt(self.num_patches) ** 2 != self.num_patches:
             result.add_error(f"`num_patches` must be a square, but is {self.num_patches} instead.")
+
         return result
 
+    @override
     def _positive_fields(self) -> tuple[str, ...]:
         return (*super()._positive_fields(), "num_channels", "image_size", "patch_size", "num_patches")
 
@@ -151,15 +119,19 @@ class SiglipConfig(EmbeddingModelConfig):
 
     def validate(self) -> ValidationResult:
         result = ValidationResult()
+
         if self.text is None and self.vision is None:
             result.add_error("`text` and `vision` must not both be `None`.")
+
         if self.text is not None and self.vision is not None:
             if self.text.projection_dim != self.vision.model_dim:
                 result.add_error(
                     f"`text.projection_dim` must be `vision.model_dim` ({self.vision.model_dim}), "
                     f"but is {self.text.projection_dim} instead."
                 )
+
             for name in ("logit_scale_init", "logit_bias_init"):
                 if getattr(self, name) is None:
                     result.add_error(f"`{name}` must not be `None` in a model of texts and images.")
+
         return result

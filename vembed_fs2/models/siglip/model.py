@@ -21,9 +21,8 @@ from fairseq2.models.transformer import (
     FeedForwardNetwork,
     MultiheadAttention,
     StandardTransformerEncoder,
-    TransformerFrontend,
 )
-from fairseq2.nn import BatchLayout, IncrementalStateBag, LayerNorm, Linear, Projection, StandardEmbedding
+from fairseq2.nn import BatchLayout, LayerNorm, Linear, Projection, StandardEmbedding
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 from torch.nn.functional import pad
@@ -33,24 +32,8 @@ from vembed_fs2.embedding.batch import EncoderBatch
 from vembed_fs2.embedding.model import EmbeddingModel, Modality
 from vembed_fs2.errors import DataError
 from vembed_fs2.models.common.attention import PaddedLayout
+from vembed_fs2.models.common.dual import TextFrontend
 from vembed_fs2.models.common.vision import PatchProjection, resize_positions
-
-
-@final
-class SiglipTextFrontend(TransformerFrontend):
-    """Adds learned positions to token embeddings."""
-
-    def __init__(self, embed: StandardEmbedding, pos_embed: StandardEmbedding) -> None:
-        super().__init__()
-        self.embed = embed
-        self.pos_embed = pos_embed
-
-    @override
-    def forward(
-        self, seqs: Tensor, seqs_layout: BatchLayout, *, state_bag: IncrementalStateBag | None = None
-    ) -> tuple[Tensor, BatchLayout]:
-        positions = torch.arange(seqs.size(1), device=seqs.device, dtype=torch.int64)
-        return self.embed(seqs) + self.pos_embed(positions), seqs_layout
 
 
 @final
@@ -58,7 +41,7 @@ class SiglipTextTower(Module):
     """A Transformer; the state of the last position, which may be padding, is the text."""
 
     def __init__(
-        self, frontend: SiglipTextFrontend, encoder: StandardTransformerEncoder, proj: Projection, pad_id: int
+        self, frontend: TextFrontend, encoder: StandardTransformerEncoder, proj: Projection, pad_id: int
     ) -> None:
         super().__init__()
         self.frontend = frontend

@@ -12,6 +12,7 @@ from vembed_fs2.embedding.activations import create_activation
 from vembed_fs2.embedding.image_head import ImageHeadConfig, validate_image_head
 from vembed_fs2.embedding.model import EmbeddingModelConfig
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.models.common.vision import as_pair
 from vembed_fs2.models.vit.model import PatchGrid
 
 VitType: TypeAlias = Literal["vit", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit"]
@@ -55,14 +56,6 @@ _REQUIRED: Final[dict[str, tuple[str, ...]]] = {
     "dinov2_with_registers": ("mlp_ratio", "layer_scale_init"),
     "dinov3_vit": ("rope_theta", "layer_scale_init"),
 }
-
-
-def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Return height and width of a size that may be given as one number."""
-    if isinstance(size, int):
-        return size, size
-    height, width = size
-    return height, width
 
 
 @dataclass(kw_only=True)

@@ -21,8 +21,8 @@ from vembed_fs2.embedding.image_head import ImageHead, image_head_output_dim
 from vembed_fs2.models.common.attention import create_sdpa
 from vembed_fs2.models.common.dropout import Dropout
 from vembed_fs2.models.common.feed_forward import FusedFeedForwardNetwork
-from vembed_fs2.models.common.vision import BranchResidual, LayerScale, PatchProjection
-from vembed_fs2.models.vit.config import VitConfig, as_pair
+from vembed_fs2.models.common.vision import BranchResidual, LayerScale, PatchProjection, as_pair
+from vembed_fs2.models.vit.config import VitConfig
 from vembed_fs2.models.vit.model import (
     PatchRotaryEncoder,
     PatchRotation,
