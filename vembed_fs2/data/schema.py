@@ -10,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
-from vembed_fs2.data.example import Example, Item
+from vembed_fs2.data.example import Example, ImageSource, Item, Text
 from vembed_fs2.data.row import Layout, RowError, RowReader, fail
 from vembed_fs2.errors import ConfigError, DataError
 
@@ -179,18 +179,24 @@ def content_id(item: Item) -> int:
 
     An image file counts by its path; its content is not read.
     """
-    parts: list[bytes] = []
-    for tag, text in ((b"t", item.text), (b"n", item.instruction)):
-        if text is not None:
-            parts += [tag, text.encode("utf-8")]
-    for image in item.images:
-        if isinstance(image, (Path, str)):
-            parts += [b"p", os.fsencode(image)]
-        elif isinstance(image, bytes):
-            parts += [b"b", image]
+    values: list[bytes] = []
+    if item.instruction is not None:
+        values += [b"n", item.instruction.encode("utf-8")]
+
+    for part in item.parts:
+        if isinstance(part, Text):
+            values += [b"t", part.value.encode("utf-8")]
         else:
-            parts += [b"i", f"{image.mode} {image.size}".encode(), image.tobytes()]
-    return _hash63(parts)
+            values += _image_values(part.source)
+    return _hash63(values)
+
+
+def _image_values(image: ImageSource) -> list[bytes]:
+    if isinstance(image, (Path, str)):
+        return [b"p", os.fsencode(image)]
+    if isinstance(image, bytes):
+        return [b"b", image]
+    return [b"i", f"{image.mode} {image.size}".encode(), image.tobytes()]
 
 
 def label_id(label: str | int) -> int:

@@ -8,18 +8,17 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from vembed_fs2.embedding.batch import Profile
+
 
 @runtime_checkable
 class Rows(Protocol):
-    """A batch of rows. :class:`~vembed_fs2.embedding.model.EncoderBatch` is one."""
+    """A batch of rows. :class:`~vembed_fs2.embedding.batch.EncoderBatch` is one."""
 
     def __len__(self) -> int: ...
 
-    def costs(self) -> list[int]:
-        """The tokens of each row."""
-
-    def kinds(self) -> list[int]:
-        """From 0 to 3. Rows of different kinds never share a chunk."""
+    def profile(self) -> Profile:
+        """The kind of each row, from 0 to 7, and what it costs to encode."""
 
     def select(self, rows: Sequence[int]) -> Any:
         """The given rows as the encoder takes them, trimmed to their own width."""
@@ -58,16 +57,17 @@ class DictRows:
     def __len__(self) -> int:
         return next(iter(self._tensors.values())).size(0)
 
-    def costs(self) -> list[int]:
+    def profile(self) -> Profile:
+        return Profile([0] * len(self), self._tokens_per_row(), [0] * len(self))
+
+    def _tokens_per_row(self) -> list[int]:
         if self._lengths is not None:
             return [max(n, 1) for n in self._lengths]
+
         # A mask of pairs of tokens ([N, L, L], say) does not tell the width.
         found = (self._tensors.get(name) for name in ("attention_mask", "input_ids"))
         width = next((t.size(1) for t in found if t is not None and t.ndim == 2), 1)
         return [width] * len(self)
-
-    def kinds(self) -> list[int]:
-        return [0] * len(self)
 
     def select(self, rows: Sequence[int]) -> dict[str, Tensor]:
         chunk = {k: v[torch.as_tensor(rows, device=v.device)] for k, v in self._tensors.items()}
@@ -129,11 +129,9 @@ class SeparateRows:
     def __len__(self) -> int:
         return len(self._members)
 
-    def costs(self) -> list[int]:
-        return [cost for part in self._parts for cost in part.costs()]
-
-    def kinds(self) -> list[int]:
-        return [part for part, _ in self._members]
+    def profile(self) -> Profile:
+        tokens = [n for part in self._parts for n in part.profile().tokens]
+        return Profile([part for part, _ in self._members], tokens, [0] * len(self))
 
     def select(self, rows: Sequence[int]) -> dict[str, Tensor]:
         part = self._members[rows[0]][0]

@@ -89,8 +89,8 @@ def test_a_teacher_has_its_own_prompts_and_pixels() -> None:
     assert batch.teacher_document is not None
     batch.to(torch.device("meta"))
     for part in (batch.query, batch.document, batch.teacher_query, batch.teacher_document):
-        assert part.input_ids is not None
-        assert part.input_ids.device.type == "meta"
+        assert part.text is not None
+        assert part.text.input_ids.device.type == "meta"
     assert batch.rows.scores is not None
     assert batch.rows.scores.device.type == "meta"
 
