@@ -158,9 +158,9 @@ class FsdpSync(GradSync):
     def _unify_gradient_types(self) -> None:
         """Let all parameters of a group have accumulated gradients, if some have.
 
-        In mixed precision accumulated gradients are float32, and those of
-        parameters that only the last chunk uses (of one tower, say) are not;
-        FSDP2 refuses to reduce both together.
+        In mixed precision accumulated gradients are float32. Gradients of
+        parameters that only the last chunk uses, for example one tower's, are not,
+        and FSDP2 refuses to reduce both together.
         """
         root: Any = self._module  # Also a `Module`, which its type does not say.
         for module in root.modules():
@@ -263,7 +263,7 @@ _MANY: Final = 1000
 """Containers with more elements hold data: nothing is sought in containers within them. This is asked in each step."""
 
 _OWN_ATTRIBUTES: Final = frozenset(vars(Module()))
-"""Where a module keeps its parameters, children and hooks."""
+"""The attributes in which a module keeps its parameters, children and hooks."""
 
 
 def _elements_of(container: Any) -> list[Any]:

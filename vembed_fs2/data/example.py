@@ -44,7 +44,7 @@ class Item:
     """What the embedding is for; put before the text as the model's template says."""
 
     source: str = field(compare=False)
-    """Where it comes from, as ``file:line``, where errors would not say so otherwise."""
+    """The place it comes from, as ``file:line``, if errors would not name it otherwise."""
 
     def __init__(
         self,

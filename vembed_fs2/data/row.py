@@ -19,7 +19,7 @@ _URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a row of certain columns holds what; the same for all rows of most files."""
+    """Which column of a row holds which field. Most files have one layout for all rows."""
 
     columns: dict[str, str]
     """Field -> column."""
@@ -29,7 +29,7 @@ class Layout:
 
 
 class RowError(Exception):
-    """What is wrong with a row, without its place."""
+    """An error in a row, without the row's place."""
 
 
 def fail(key: str, problem: str) -> NoReturn:

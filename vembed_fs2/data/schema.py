@@ -31,7 +31,7 @@ FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "instruction": ("instruction",),
     "document_instruction": ("document_instruction",),
 }
-"""The names under which a row may hold each field. ``negative_1``, ``negative_image_1`` and so on are known, too."""
+"""The names under which a row may hold each field. ``negative_1``, ``negative_image_1`` and so on are known as well."""
 
 _NAMES: Final = {name: field for field, names in FIELDS.items() for name in names}
 
@@ -45,7 +45,7 @@ class RowSchema:
 
     :param columns: our field -> the file's column; ``None`` as the column leaves the field out.
     :param mode: what queries and documents must consist of.
-    :param image_root: the folder that all images must lie in; by default that of the data file.
+    :param image_root: the folder that all images must lie in; the folder of the data file by default.
     :param allow_urls: if ``True``, an image may be an HTTP(S) URL.
     :raises ConfigError: an unknown mode or field.
     """
@@ -139,7 +139,7 @@ class RowSchema:
         for field, column in self.columns.items():
             if column is not None:
                 if column not in keys:
-                    nearest = _nearest(column, keys) or " Write null where there is no value."
+                    nearest = _nearest(column, keys) or " Write null if there is no value."
                     raise RowError(f"has no column {column!r}, which `columns` maps to {field!r}.{nearest}")
                 found[field] = column
         numbered: dict[int, list[str | None]] = {}

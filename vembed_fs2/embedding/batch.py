@@ -91,7 +91,7 @@ class EncoderBatch:
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs are."""
+        """The device that holds the inputs."""
         return next((part.rows.device for _, part in self._parts()), torch.device("cpu"))
 
     @property

@@ -33,7 +33,7 @@ class StepStats:
     """Tokens with padding."""
 
     graph_bytes: int = 0
-    """What the graphs of all chunks would hold, by what those of the first step held."""
+    """The bytes that the graphs of all chunks would hold, estimated from the first step."""
 
     @property
     def kept_fraction(self) -> float:
@@ -56,7 +56,7 @@ class GradCache:
 
     Rows are encoded in chunks; the loss sees all embeddings; its gradient with
     respect to each embedding is then carried through the encoder chunk by
-    chunk. The gradient is that of the plain step, with dropout, autocast, loss
+    chunk. The gradient equals the plain step's, with dropout, autocast, loss
     scaling, gradient accumulation, DDP and FSDP2. What an encoder makes of a
     row must not depend on the other rows of its chunk, as batch normalisation
     does.
@@ -116,7 +116,7 @@ class GradCache:
         self._chunk_patches = chunk_patches
         self._budget: Budget = activation_budget
         self._budget_limit = 2**62  # Lowered when memory runs out.
-        self._kept_bytes = 0  # Of the encoders before, in this step.
+        self._kept_bytes = 0  # By the encoders before, in this step.
         self._grad_sync = grad_sync
         self._bytes_per_token: dict[tuple[int, int], float] = {}
         self._sync = sync
@@ -233,7 +233,7 @@ class GradCache:
         # Asked anew in each step: "auto" depends on what else is in memory by now.
         budget = parse_budget(self._budget, group.device)
         if self._budget == "auto":
-            budget += self._kept_bytes  # What is free is what they left.
+            budget += self._kept_bytes  # They are no longer part of what is free.
         budget = min(budget, self._budget_limit) - self._kept_bytes
         budget = -group.sync.agree_max([-budget])[0]
         return count_kept(sizes, budget) if budget > 0 else 0

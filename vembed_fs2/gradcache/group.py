@@ -47,7 +47,7 @@ class Group:
     leaves: list[Tensor] = field(default_factory=list)
     trained_kinds: set[int] = field(default_factory=set)
     _kinds_without_lookups: set[int] = field(default_factory=set)
-    """Those of which no lookup can be added in place, so that none is sought again in this step."""
+    """Kinds without a lookup that can be added in place, so that none is sought again in this step."""
 
     _rows: Rows | None = None
     _output_type: type[Any] | None = None
@@ -83,7 +83,7 @@ class Group:
         if self._autocast is None:
             self._autocast = Autocast(device, cache=self.sync.shares_casts)
         if not keep and torch.is_grad_enabled():
-            encoded.rng = RngState(self.device)  # That of the first chunk, which was kept.
+            encoded.rng = RngState(self.device)  # The device of the first chunk, which was kept.
         with self.sync.no_sync(), torch.set_grad_enabled(keep), self._autocast.entered():
             output = self.encoder(inputs)
         encoded.values, encoded.mask, extras = self._unpack(output, max(len(encoded.chunk.rows), 1))
@@ -97,7 +97,7 @@ class Group:
             self.trained_kinds.add(encoded.chunk.kind)
 
     def _inputs(self, chunk: Chunk) -> Any:
-        """What the encoder reads: the rows of a chunk, or a blank row if there is none.
+        """Return the inputs of a chunk: its rows, or a blank row if it has none.
 
         :raises ValueError: a blank row is needed, and the encoder has none.
         """

@@ -17,7 +17,7 @@ Budget: TypeAlias = "int | str | Literal['auto', 'all']"
 
 _UNITS: Final = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
-# What "auto" may take of the memory that is free when training starts.
+# The share that "auto" may take of the memory that is free when training starts.
 _AUTO_FRACTION: Final = 0.5
 
 
@@ -114,7 +114,7 @@ def count_kept(sizes: Sequence[int], budget: int) -> int:
     """Return how many chunks can keep their graphs, from the first on.
 
     The first are the most expensive to recompute. A prefix, so that neither the
-    order of random numbers nor that of sums depends on the budget: a run gives
+    order of random numbers nor the order of sums depends on the budget: a run gives
     the same weights whatever memory is free.
 
     :param sizes: the bytes of each chunk's graph, in the order of encoding.
@@ -169,7 +169,7 @@ def _available() -> int:
 
 
 def _container_headroom() -> int:
-    """What the control group of a container leaves; ``/proc/meminfo`` tells that of the whole machine."""
+    """The memory that a container's control group leaves; ``/proc/meminfo`` describes the whole machine."""
     root = Path("/sys/fs/cgroup")
     try:
         limit, used = (int(root.joinpath(name).read_text()) for name in ("memory.max", "memory.current"))

@@ -25,7 +25,7 @@ def pack_patches(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, Ten
     :param images: pixel values of any sizes. *Shape:* ``[C, H, W]`` each.
     :returns: the patches of all images ``[sum of S, K]``, the channels of a pixel
         side by side; and how many there are over time, height and width, ``[P, 3]``.
-    :raises DataError: an image is no whole number of patches high or wide.
+    :raises DataError: the height or width of an image is not a multiple of ``patch_size``.
     """
     patches, grids = [], []
     for image in images:
