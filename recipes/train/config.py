@@ -81,8 +81,8 @@ class DataSection:
     paths: Sequence[Path] = field(default_factory=list)
     """JSONL, CSV, TSV or Parquet files, or folders of them."""
 
-    columns: dict[str, str | None] = field(default_factory=dict)
-    """Our field -> the file's column; ``None`` leaves the field out."""
+    columns: dict[str, str | list[str] | None] = field(default_factory=dict)
+    """Our field -> the file's column, or columns of several negatives; ``None`` leaves the field out."""
 
     mode: Literal["auto", "t2t", "t2i", "i2t", "i2i", "m2i", "m2t"] = "auto"
     """What queries and documents consist of: t text, i image, m both."""

@@ -10,7 +10,6 @@ import math
 import os
 from array import array
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
@@ -21,7 +20,7 @@ from vembed_fs2.errors import DataError
 if TYPE_CHECKING:
     from vembed_fs2.data.dataset import Problems
     from vembed_fs2.data.example import Example, Item
-    from vembed_fs2.data.schema import RowSchema
+    from vembed_fs2.data.schema import Columns, RowSchema
     from vembed_fs2.data.sources import Paths, RowSource
 
 Images: TypeAlias = Literal["all", "sample", "none"]
@@ -112,7 +111,7 @@ class Report:
 def check_dataset(
     paths: Paths,
     *,
-    columns: Mapping[str, str | None] | None = None,
+    columns: Columns | None = None,
     mode: str = "auto",
     image_root: str | os.PathLike[str] | None = None,
     allow_urls: bool = False,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
 from vembed_fs2.data.example import Example
-from vembed_fs2.data.schema import RowSchema
+from vembed_fs2.data.schema import Columns, RowSchema
 from vembed_fs2.data.sources import Paths, RowSource
 from vembed_fs2.errors import ConfigError, DataError
 
@@ -50,7 +50,7 @@ class ExampleDataset:
         self,
         paths: Paths,
         *,
-        columns: Mapping[str, str | None] | None = None,
+        columns: Columns | None = None,
         mode: str = "auto",
         image_root: str | os.PathLike[str] | None = None,
         allow_urls: bool = False,

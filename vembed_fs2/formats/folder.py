@@ -29,6 +29,9 @@ from vembed_fs2.formats.registry import find_layout
 from vembed_fs2.formats.sentence_transformers import SentenceModules, find_clip, read_modules
 from vembed_fs2.formats.weights import WEIGHT_FILES, LazyTensors, find_weights
 
+ADAPTER_CONFIG: Final = "adapter_config.json"
+"""The file by which peft's adapters are told from models."""
+
 HEAD_FILE: Final = "vembed_head.json"
 """What follows the backbone, in a folder of transformers' layout that we wrote."""
 
@@ -71,6 +74,12 @@ class ModelFolder:
         """
         if not path.is_dir():
             raise ModelLoadError(f"{path} is not a folder.")
+        if (adapter := path / ADAPTER_CONFIG).is_file():
+            raise ModelLoadError(
+                f"{adapter} describes an adapter, and adapters are not read. Merge it into its base model (peft's"
+                " `merge_and_unload`) and save the result."
+            )
+
         folder = ModelFolder.maybe_open(path)
         if folder is None:
             raise ModelLoadError(f"{path} has no config.json: it is not a Hugging Face model folder.")
