@@ -136,6 +136,7 @@ def test_a_whole_file_comes_before_an_index_that_was_left_behind(
 
 NAME = "encoder.layer.1.output.dense.weight"
 
+
 def write_adapter(folder: Path) -> None:
     """peft writes an adapter into a folder of its own, or beside its base."""
     folder.joinpath("adapter_config.json").write_text('{"peft_type": "LORA"}')
