@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any
+from collections.abc import Iterator
 
-from typing_extensions import Self
+from vembed_fs2.inference.encoder import Encoded
 
 
-class Progress:
-    """Counts inputs on the terminal, or does nothing.
+def track(encoded: Iterator[Encoded], total: int | None) -> Iterator[Encoded]:
+    """Pass results on, and show how many rows they have.
 
-    :param total: the number of inputs; ``None`` if it is not known.
+    :param total: the number of rows of all; ``None`` if it is not known.
     """
+    from rich.progress import Progress
 
-    def __init__(self, total: int | None, enabled: bool) -> None:
-        self._bar: Any = None
-
-        if enabled:
-            from rich.progress import Progress as RichProgress
-
-            self._bar = RichProgress()
-            self._task = self._bar.add_task("encode", total=total)
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kls: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, count: int) -> None:
-        """Count ``count`` inputs more."""
-        if self._bar is not None:
-            self._bar.advance(self._task, count)
+    with Progress() as progress:
+        task = progress.add_task("encode", total=total)
+        for rows, embeddings in encoded:
+            yield rows, embeddings
+            progress.advance(task, len(rows))

