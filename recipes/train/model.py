@@ -17,8 +17,8 @@ from fairseq2.utils.structured import StandardValueConverter
 from vembed_fs2.embedding.model import EmbeddingModel, Modality
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.hub.find import find_model
+from vembed_fs2.hub.load import load_processor
 from vembed_fs2.hub.towers import refuse_sources, resolve_towers
-from vembed_fs2.inference.embedder import load_processor
 from vembed_fs2.models.composed import ComposedConfig, ComposedModel
 from vembed_fs2.models.composed.interop import forget_sources
 from vembed_fs2.processing.towers import TowerProcessor

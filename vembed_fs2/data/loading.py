@@ -58,7 +58,7 @@ class Loader(Generic[BatchT]):
         self._skip = skip
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._pool = _Pool(num_threads) if num_threads else None
+        self._pool = OrderedPool(num_threads, "vembed_data") if num_threads else None
 
     def start(self, rows: list[int]) -> Task[BatchT]:
         """Have a batch made."""
@@ -129,26 +129,28 @@ class Task(Generic[BatchT]):
             future.cancel()
 
 
-class _Pool:
+class OrderedPool:
     """Threads that take tasks in order.
 
     Unlike the threads of ``ThreadPoolExecutor``, they do not make a program that
     ends, for example after an error, wait until everything ahead is loaded.
     """
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, name: str) -> None:
         self._work: SimpleQueue[_Work | None] = SimpleQueue()
-        names = (f"vembed_data_{i}" for i in range(num_threads))
+        names = (f"{name}_{i}" for i in range(num_threads))
         self._threads = [threading.Thread(target=_run, args=(self._work,), name=n, daemon=True) for n in names]
         for thread in self._threads:
             thread.start()
 
     def submit(self, function: Callable[..., Any], *args: object) -> Future[Any]:
+        """Have ``function`` called after everything that was submitted before."""
         future: Future[Any] = Future()
         self._work.put((future, function, args))
         return future
 
     def stop(self) -> None:
+        """Stop the threads after the tasks at hand."""
         for _ in self._threads:
             self._work.put(None)
         for thread in self._threads:

@@ -37,13 +37,16 @@ class Chunk:
     """If ``True``, the output is not used; it makes all ranks run the same number of chunks."""
 
 
-def plan_chunks(profile: Profile, chunk_tokens: int, chunk_patches: int | None = None) -> list[Chunk]:
+def plan_chunks(
+    profile: Profile, chunk_tokens: int, chunk_patches: int | None = None, *, max_rows: int | None = None
+) -> list[Chunk]:
     """Cut rows, sorted by cost, into chunks of at most ``chunk_tokens`` tokens with padding.
 
     Expensive rows come first, so that running out of memory shows at once. A row
     that is over a limit has a chunk of its own.
 
     :param chunk_patches: the most patches of a chunk; if ``None``, patches count as tokens.
+    :param max_rows: the most rows of a chunk; any number if ``None``.
     """
     costs = profile.costs()
     order = sorted(range(len(costs)), key=lambda i: (profile.kinds[i], -costs[i], i))
@@ -62,7 +65,8 @@ def plan_chunks(profile: Profile, chunk_tokens: int, chunk_patches: int | None =
         if rows:
             width = max(width, widths[row])
             patches += profile.patches[row]
-            if profile.kinds[row] != profile.kinds[rows[0]] or not fits(width * (len(rows) + 1), patches):
+            is_full = len(rows) == max_rows or not fits(width * (len(rows) + 1), patches)
+            if is_full or profile.kinds[row] != profile.kinds[rows[0]]:
                 chunks.append(_chunk(rows, profile, widths))
                 rows = []
 

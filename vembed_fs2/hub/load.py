@@ -1,4 +1,4 @@
-"""Loads models by what a user types."""
+"""Loads models by what a user types, and their processors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fairseq2.models import ModelFamily, ModelGatedError
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.hub.find import ModelSource, find_model
+from vembed_fs2.processing.towers import TowerProcessor
 from vembed_fs2.resolver import get_resolver
 
 
@@ -60,3 +61,26 @@ def load_source(
     if not isinstance(model, EmbeddingModel):
         raise ModelLoadError(f"{source.name} is of family {source.family}, which has no embedding models.")
     return model.eval()
+
+
+def load_processor(
+    model: EmbeddingModel, folder: Path, image_folder: Path | None = None, *, max_length: int | None = None
+) -> TowerProcessor:
+    """Load the processor that belongs to ``model`` from ``folder``.
+
+    :param image_folder: where the image processor is, if the tokenizer is somewhere else.
+    :param max_length: overrides the model's longest text, in tokens.
+    :raises ModelLoadError: a file is missing or broken.
+    """
+    kinds: set[str] = set(model.modalities)
+    processor = TowerProcessor.load(
+        folder,
+        frozenset(kinds if image_folder is None else kinds - {"image"}),
+        max_length=max_length,
+        model_max_length=model.max_text_length,
+        tokens_per_image=model.tokens_per_image,
+        text_padding=model.text_padding,
+    )
+    if image_folder is not None:
+        processor.image = TowerProcessor.load(image_folder, frozenset({"image"})).image
+    return processor

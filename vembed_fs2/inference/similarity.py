@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from vembed_fs2.errors import VembedError
 from vembed_fs2.evaluation.search import PairSimilarity, maxsim_scores, pad_vectors
-
-Array: TypeAlias = NDArray[Any]
+from vembed_fs2.inference.vectors import Array
 
 Embedded: TypeAlias = Array | Tensor | Sequence[Array] | Sequence[Tensor]
 """``[N, D]``, or ``[D]`` for one input; of multi-vector models a list of ``[L_i, D]``, or ``[L, D]`` for one input."""
