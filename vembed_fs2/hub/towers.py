@@ -24,7 +24,6 @@ from vembed_fs2.formats.download import FolderDownloadManager
 from vembed_fs2.hub.find import ModelSource, find_model
 from vembed_fs2.models.composed.config import NO_CODE, ComposedConfig, maybe_get_family, unknown_family
 from vembed_fs2.models.composed.model import MODALITIES, ComposedModel, Tower
-from vembed_fs2.models.family import LEARNED_PARTS
 from vembed_fs2.resolver import get_resolver
 
 _SOURCES: Final = ("path", "name")
@@ -139,12 +138,9 @@ def _load_tower(tower: Tower, source: ModelSource, gangs: Gangs) -> None:
 
 
 def _select(tower: Tower, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Leave out what encodes the other modality, and what an objective learned."""
+    """Leave out what encodes the other modality."""
     left_out = tuple(f"{name}." for name in tower.left_out)
-    known = tower.backbone.state_dict().keys()
-    for name, tensor in tensors:
-        if not name.startswith(left_out) and (name in known or name not in LEARNED_PARTS):
-            yield name, tensor
+    return ((name, tensor) for name, tensor in tensors if not name.startswith(left_out))
 
 
 def _weights_path(source: ModelSource) -> Path:

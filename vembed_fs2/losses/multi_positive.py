@@ -82,9 +82,8 @@ class MultiPositive(Objective):
         self._config = checked(config or MultiPositiveConfig())
         self._gather = scope(gather, self._config.negatives)
 
-    @property
-    def initial_logit_scale(self) -> float | None:
-        return -math.log(self._config.temperature) if self._config.learn_temperature else None
+    def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
+        return scale_parts(self._config)
 
     def compute(self, inputs: LossInput) -> LossOutput:
         """

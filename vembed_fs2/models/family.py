@@ -31,12 +31,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from typing_extensions import override
 
 from vembed_fs2.embedding.image_head import set_image_head
-from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig, initial_projection
+from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
 from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
-from vembed_fs2.formats.checkpoint import LEARNED_PARTS as LEARNED_PARTS
 from vembed_fs2.formats.checkpoint import CheckpointFormat as CheckpointFormat
 from vembed_fs2.formats.checkpoint import PlainCheckpointFormat as PlainCheckpointFormat
 from vembed_fs2.formats.checkpoint import config_errors as config_errors
+from vembed_fs2.formats.checkpoint import drop_learned as drop_learned
 from vembed_fs2.formats.checkpoint import head_of as head_of
 from vembed_fs2.formats.dialect import Dialect
 from vembed_fs2.formats.download import FolderDownloadManager, download_repository
@@ -102,9 +102,6 @@ def register_family(
     """
     facts = FamilySupport(supports_tensor_parallel, supports_packed)
 
-    dialects = dialects or {}
-    convert = _FamilyConverter(factory, supports_meta, checkpoint_format, dialects.values())
-
     def create(config: ConfigT) -> EmbeddingModel:
         if errors := config_errors(config):
             raise ConfigError(errors, where=f"The {name} configuration")
@@ -112,13 +109,11 @@ def register_family(
         model = factory(config)
         model.frozen_parameters = frozenset(name for name, p in model.named_parameters() if not p.requires_grad)
         if isinstance(config, EmbeddingModelConfig):
-            if config.logit_scale_init is not None:
-                model.add_logit_scale(config.logit_scale_init)
-            if config.logit_bias_init is not None:
-                model.add_logit_bias(config.logit_bias_init)
-            if config.teacher_dim is not None:
-                model.add_teacher_projection(config.teacher_dim)
+            model.add_learned_parts(config.learned_parts(model.embedding_dim))
         return model
+
+    dialects = dialects or {}
+    convert = _FamilyConverter(create, supports_meta, checkpoint_format, dialects.values())
 
     def create_family(resolver: DependencyResolver) -> ModelFamily:
         return wire_object(
@@ -170,12 +165,11 @@ class _FamilyConverter(StateConverter):
         state_dict = dict(self._read(cast(dict[str, Tensor], state_dict), config))
         if self._supports_meta:
             _drop_repetitions(state_dict, self._create_blank(config))
-        return dict(_add_learned_parts(state_dict.items(), config, lambda: self._create_blank(config).embedding_dim))
+        return dict(_match_learned_parts(state_dict.items(), partial(self._create_blank, config)))
 
     @override
     def stream(self, tensors: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, object]]:
-        read = self._read(tensors, config)
-        yield from _add_learned_parts(read, config, lambda: self._create_blank(config).embedding_dim)
+        yield from _match_learned_parts(self._read(tensors, config), partial(self._create_blank, config))
 
     def _read(self, tensors: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, object]]:
         for dialect in self._dialects:
@@ -309,25 +303,25 @@ def _drop_repetitions(state_dict: dict[str, object], model: EmbeddingModel) -> N
             state_dict[name] = tensor[: buffer.size(0)]
 
 
-def _add_learned_parts(
-    tensors: Iterable[tuple[str, object]], config: object, embedding_dim: Callable[[], int]
+def _match_learned_parts(
+    tensors: Iterable[tuple[str, object]], create_blank: Callable[[], EmbeddingModel]
 ) -> Iterator[tuple[str, object]]:
-    """Add what is to be learned besides the encoder, and what the checkpoint does not have yet."""
-    if not isinstance(config, EmbeddingModelConfig):
-        yield from tensors
-        return
-    found = set()
+    """Add what the model holds for objectives and the checkpoint lacks; leave out what another objective learned.
+
+    Its tensors are the only ones that are in no module of the model.
+    """
+    blank = create_blank()
+    missing = dict(blank.learned)
     for name, tensor in tensors:
-        is_projection = name == "teacher_projection"
-        if is_projection and (not isinstance(tensor, Tensor) or tensor.size(0) != config.teacher_dim):
+        part = blank.learned.get(name)
+        if part is not None and (not isinstance(tensor, Tensor) or tensor.shape != part.shape):
             continue  # Another teacher's is of no use.
-        found.add(name)
+        if part is None and "." not in name and not hasattr(blank, name):
+            log.info("The checkpoint holds `%s`, which the model does not: it is left out.", name)
+            continue
+        missing.pop(name, None)
         yield name, tensor
-    for name, init in (("logit_scale", config.logit_scale_init), ("logit_bias", config.logit_bias_init)):
-        if init is not None and name not in found:
-            yield name, torch.tensor([init])
-    if config.teacher_dim is not None and "teacher_projection" not in found:
-        yield "teacher_projection", initial_projection(config.teacher_dim, embedding_dim())
+    yield from ((name, part.initial()) for name, part in missing.items())
 
 
 def _apply_fsdp(model: EmbeddingModel, granularity: str, wrapper: FSDPWrapper) -> Module:
