@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -207,6 +207,21 @@ class EmbeddingModel(Module, ABC):
                 self._parameters.pop(part.name, None)
                 self.register_buffer(part.name, initial)
             self.learned[part.name] = part
+
+    def train_learned_parts(self, parts: Iterable[LearnedPart]) -> None:
+        """Train the parts that an objective learns, and no others that the model holds for objectives."""
+        declared = {part.name: part for part in parts}
+        for name, held in self.learned.items():
+            part = declared.get(name)
+            getattr(self, name).requires_grad_(held.is_trained and part is not None)
+            self.learned[name] = replace(held, max=None if part is None else part.max)
+
+    @torch.no_grad()
+    def clamp_learned_parts(self) -> None:
+        """Cut parts to their greatest value: above it, a temperature would have no gradient, and stay there."""
+        for name, part in self.learned.items():
+            if part.max is not None and part.is_trained:
+                getattr(self, name).clamp_(max=part.max)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

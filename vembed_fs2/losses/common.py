@@ -261,7 +261,7 @@ def scale_parts(config: _LearnsTemperature) -> list[LearnedPart]:
 
 
 def _parts_of_properties(objective: Objective) -> list[LearnedPart]:
-    """What an objective of an older plugin learns: a temperature or a bias, by ``initial_logit_scale`` and ``_bias``."""
+    """What an objective of an older plugin learns: it has ``initial_logit_scale`` or ``initial_logit_bias``."""
     parts = []
     for name, bound in ((LOGIT_SCALE, MAX_LOGIT_SCALE), (LOGIT_BIAS, None)):
         if (init := getattr(objective, f"initial_{name}", None)) is not None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
     GlobalRows,
@@ -31,6 +32,7 @@ from vembed_fs2.losses.common import (
     gather_all,
     learned_scale,
     positive_errors,
+    scale_parts,
     scope,
 )
 from vembed_fs2.losses.filters import Hardness, highest_negative, teacher_block

@@ -9,6 +9,7 @@ Legend: b queries of this rank, t queries of a tile, C documents of all ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LearnedPart
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
     GlobalRows,
@@ -29,6 +31,7 @@ from vembed_fs2.losses.common import (
     gather_all,
     learned_scale,
     positive_errors,
+    scale_parts,
     scope,
 )
 from vembed_fs2.losses.similarity import SimilarityName

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from typing_extensions import override
 
 from vembed_fs2.embedding.image_head import set_image_head
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
 from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
 from vembed_fs2.formats.checkpoint import CheckpointFormat as CheckpointFormat
@@ -44,6 +46,8 @@ from vembed_fs2.formats.folder import FolderCheckpointLoader, ModelFolder, State
 from vembed_fs2.formats.open_clip import OpenClipFormat
 from vembed_fs2.models.support import FamilySupport
 from vembed_fs2.resolver import get_resolver
+
+log = logging.getLogger("vembed_fs2")
 
 ConfigT = TypeVar("ConfigT")
 
@@ -165,11 +169,11 @@ class _FamilyConverter(StateConverter):
         state_dict = dict(self._read(cast(dict[str, Tensor], state_dict), config))
         if self._supports_meta:
             _drop_repetitions(state_dict, self._create_blank(config))
-        return dict(_match_learned_parts(state_dict.items(), partial(self._create_blank, config)))
+        return dict(self._match_learned_parts(state_dict.items(), config))
 
     @override
     def stream(self, tensors: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, object]]:
-        yield from _match_learned_parts(self._read(tensors, config), partial(self._create_blank, config))
+        yield from self._match_learned_parts(self._read(tensors, config), config)
 
     def _read(self, tensors: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, object]]:
         for dialect in self._dialects:
@@ -180,6 +184,26 @@ class _FamilyConverter(StateConverter):
             yield from tensors.items()
         else:
             yield from self._format.read_tensors(tensors, config)
+
+    def _match_learned_parts(self, tensors: Iterable[tuple[str, object]], config: Any) -> Iterator[tuple[str, object]]:
+        """Add what the model holds for objectives and the checkpoint lacks; leave out what others learned."""
+        missing: dict[str, LearnedPart] = {}
+        if isinstance(config, EmbeddingModelConfig):
+            # Only a projection depends on the model.
+            dim = 1 if config.teacher_dim is None else self._create_blank(config).embedding_dim
+            missing = {part.name: part for part in config.learned_parts(dim)}
+        for name, tensor in tensors:
+            part = missing.get(name)
+            if part is not None and name not in (LOGIT_SCALE, LOGIT_BIAS):
+                if not isinstance(tensor, Tensor) or tensor.shape != part.shape:
+                    continue  # Another teacher's is of no use.
+            elif part is None and "." not in name and getattr(self._create_blank(config), name, None) is None:
+                # What objectives learn is in no module of the model.
+                log.info("The checkpoint holds `%s`, which the model does not: it is left out.", name)
+                continue
+            missing.pop(name, None)
+            yield name, tensor
+        yield from ((name, part.initial()) for name, part in missing.items())
 
     def _create_blank(self, config: Any) -> EmbeddingModel:
         """Create a model, without memory for its weights if that is possible."""
@@ -301,27 +325,6 @@ def _drop_repetitions(state_dict: dict[str, object], model: EmbeddingModel) -> N
         tensor = state_dict.get(name)
         if isinstance(tensor, Tensor) and tensor.ndim > 0 and tensor.size(0) > buffer.size(0):
             state_dict[name] = tensor[: buffer.size(0)]
-
-
-def _match_learned_parts(
-    tensors: Iterable[tuple[str, object]], create_blank: Callable[[], EmbeddingModel]
-) -> Iterator[tuple[str, object]]:
-    """Add what the model holds for objectives and the checkpoint lacks; leave out what another objective learned.
-
-    Its tensors are the only ones that are in no module of the model.
-    """
-    blank = create_blank()
-    missing = dict(blank.learned)
-    for name, tensor in tensors:
-        part = blank.learned.get(name)
-        if part is not None and (not isinstance(tensor, Tensor) or tensor.shape != part.shape):
-            continue  # Another teacher's is of no use.
-        if part is None and "." not in name and not hasattr(blank, name):
-            log.info("The checkpoint holds `%s`, which the model does not: it is left out.", name)
-            continue
-        missing.pop(name, None)
-        yield name, tensor
-    yield from ((name, part.initial()) for name, part in missing.items())
 
 
 def _apply_fsdp(model: EmbeddingModel, granularity: str, wrapper: FSDPWrapper) -> Module:

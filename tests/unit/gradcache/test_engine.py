@@ -278,7 +278,7 @@ class Towers(nn.Module):
             values = self.image(batch.pixel_values.flatten(1))
         else:
             values = self.text({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
-        return Embeddings(values, None, self.scale.clone())
+        return Embeddings(values, None, {"logit_scale": self.scale.clone()})
 
     @staticmethod
     def loss(q: Embeddings, d: Embeddings) -> Tensor:
