@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from tests.parity.test_vit import FORMAT, MODELS, create_pair, images, small
-from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.embedding.image_head import ImageHeadConfig
 from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.embedding.model import DenseConfig, EncoderBatch, HeadConfig

@@ -49,9 +49,9 @@ class LearnedPart:
     def initial(self) -> Tensor:
         """Return the initial values. *Shape:* ``shape``."""
         if self.std == 0.0:
-            return torch.full(self.shape, self.mean)  # type: ignore[arg-type]
+            return torch.full(self.shape, self.mean)
         generator = torch.Generator("cpu").manual_seed(0)
-        return torch.randn(self.shape, generator=generator, device="cpu") * self.std + self.mean  # type: ignore[arg-type]
+        return torch.randn(self.shape, generator=generator, device="cpu") * self.std + self.mean
 
 
 LOGIT_SCALE: Final = "logit_scale"
@@ -101,13 +101,14 @@ class EmbeddingModelConfig:
 def describe_changes(config: object, parts: Iterable[LearnedPart]) -> dict[str, object]:
     """Return the fields of a configuration that must change for its model to hold all that an objective learns.
 
-    A temperature or a bias that the model has goes on from its value. What
-    another objective learned is left out.
+    What the model has goes on from its values. What another objective learned
+    stays, and is not trained; but a projection goes with its teacher.
 
     :param config: an :class:`EmbeddingModelConfig`, or any other if the model holds nothing.
     """
     wanted: dict[str, object] = {"teacher_dim": None}
-    others: list[LearnedPart] = []
+    held = {part.name: part for part in getattr(config, "learned", None) or ()}
+    others = dict(held)
     for part in parts:
         if part.name in (LOGIT_SCALE, LOGIT_BIAS):
             if getattr(config, f"{part.name}_init", None) is None:
@@ -115,10 +116,10 @@ def describe_changes(config: object, parts: Iterable[LearnedPart]) -> dict[str, 
         elif part.name == TEACHER_PROJECTION:
             wanted["teacher_dim"] = part.shape[0]
         else:
-            others.append(part)
+            others[part.name] = part
     changes = {name: value for name, value in wanted.items() if getattr(config, name, None) != value}
-    if list(getattr(config, "learned", None) or ()) != others:
-        changes["learned"] = [{**asdict(part), "shape": list(part.shape)} for part in others] or None
+    if others != held:
+        changes["learned"] = [{**asdict(part), "shape": list(part.shape)} for part in others.values()]
     return changes
 
 

@@ -17,6 +17,7 @@ from fairseq2.utils.progress import NOOP_PROGRESS_REPORTER
 from fairseq2.utils.structured import StandardValueConverter
 from torch import Tensor
 
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE
 from vembed_fs2.embedding.model import EmbeddingModelConfig
 from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
 from vembed_fs2.formats.checkpoint import NeedsCodeError
@@ -107,8 +108,8 @@ def _find_encoder(family: str, own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unstructure(config: object) -> object:
     if isinstance(config, EmbeddingModelConfig):
-        # What another objective learned has no part in this model.
-        learned = {f.name for f in fields(EmbeddingModelConfig)}
+        # What another objective learned has no part in this model; what has a name of its own is loaded, and not trained.
+        learned = {f.name for f in fields(EmbeddingModelConfig)} - {"learned"}
         defaults: dict[str, Any] = {f.name: f.default for f in fields(config) if f.name in learned}
         config = replace(config, **defaults)
     return StandardValueConverter().unstructure(config)
@@ -138,9 +139,12 @@ def _load_tower(tower: Tower, source: ModelSource, gangs: Gangs) -> None:
 
 
 def _select(tower: Tower, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Leave out what encodes the other modality."""
+    """Leave out what encodes the other modality, and what an objective learned."""
     left_out = tuple(f"{name}." for name in tower.left_out)
-    return ((name, tensor) for name, tensor in tensors if not name.startswith(left_out))
+    known = tower.backbone.state_dict().keys()
+    for name, tensor in tensors:
+        if not name.startswith(left_out) and (name in known or name not in (LOGIT_SCALE, LOGIT_BIAS)):
+            yield name, tensor
 
 
 def _weights_path(source: ModelSource) -> Path:

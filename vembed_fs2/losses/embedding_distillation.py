@@ -65,8 +65,9 @@ class EmbeddingDistillation(Objective):
         return True
 
     def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
-        is_projected = teacher_dim is not None and teacher_dim != embedding_dim
-        return [teacher_projection(teacher_dim, embedding_dim)] if is_projected else []
+        if teacher_dim is None or teacher_dim == embedding_dim:
+            return []
+        return [teacher_projection(teacher_dim, embedding_dim)]
 
     def compute(self, inputs: LossInput) -> LossOutput:
         rows = inputs.rows
@@ -108,4 +109,5 @@ def _project(x_nD: Tensor, projection_TD: Tensor | None, teacher_dim: int) -> Te
         raise ValueError(
             f"`teacher_projection` is for a teacher of {projection_TD.size(0)} dimensions, but it has {teacher_dim}."
         )
-    return x_nD @ projection_TD.to(x_nD.dtype).T
+    # That of all dimensions, if the model holds it though no objective declares it.
+    return x_nD @ projection_TD[:, : x_nD.size(1)].to(x_nD.dtype).T

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from typing_extensions import override
 
 from vembed_fs2.embedding.image_head import set_image_head
-from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, TEACHER_PROJECTION, LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
 from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
 from vembed_fs2.formats.checkpoint import CheckpointFormat as CheckpointFormat
@@ -46,8 +45,6 @@ from vembed_fs2.formats.folder import FolderCheckpointLoader, ModelFolder, State
 from vembed_fs2.formats.open_clip import OpenClipFormat
 from vembed_fs2.models.support import FamilySupport
 from vembed_fs2.resolver import get_resolver
-
-log = logging.getLogger("vembed_fs2")
 
 ConfigT = TypeVar("ConfigT")
 
@@ -193,14 +190,11 @@ class _FamilyConverter(StateConverter):
             dim = 1 if config.teacher_dim is None else self._create_blank(config).embedding_dim
             missing = {part.name: part for part in config.learned_parts(dim)}
         for name, tensor in tensors:
-            part = missing.get(name)
-            if part is not None and name not in (LOGIT_SCALE, LOGIT_BIAS):
-                if not isinstance(tensor, Tensor) or tensor.shape != part.shape:
-                    continue  # Another teacher's is of no use.
-            elif part is None and "." not in name and getattr(self._create_blank(config), name, None) is None:
-                # What objectives learn is in no module of the model.
-                log.info("The checkpoint holds `%s`, which the model does not: it is left out.", name)
-                continue
+            can_differ = name in missing and name not in (LOGIT_SCALE, LOGIT_BIAS)
+            if can_differ and (not isinstance(tensor, Tensor) or tensor.shape != missing[name].shape):
+                continue  # Another teacher's is of no use.
+            if name == TEACHER_PROJECTION and name not in missing:
+                continue  # Without a teacher, none is.
             missing.pop(name, None)
             yield name, tensor
         yield from ((name, part.initial()) for name, part in missing.items())

@@ -13,11 +13,12 @@ from fairseq2.models import ModelFamily
 from torch import Tensor
 
 from tests.distributed.steps import BERT, CLIP, texts
-from vembed_fs2.embedding.learned import LearnedPart, teacher_projection
+from vembed_fs2.embedding.learned import teacher_projection
 from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
 from vembed_fs2.models.bert import BertConfig
 from vembed_fs2.models.family import PlainCheckpointFormat, get_checkpoint_format
 from vembed_fs2.resolver import get_resolver
+
 
 def initial_projection(teacher_dim: int, embedding_dim: int) -> Tensor:
     return teacher_projection(teacher_dim, embedding_dim).initial()
