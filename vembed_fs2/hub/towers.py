@@ -108,7 +108,7 @@ def _find_encoder(family: str, own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unstructure(config: object) -> object:
     if isinstance(config, EmbeddingModelConfig):
-        # What another objective learned has no part in this model; what has a name of its own is loaded, and not trained.
+        # What another objective learned has no part in this model; what only a training needs stays untrained.
         learned = {f.name for f in fields(EmbeddingModelConfig)} - {"learned"}
         defaults: dict[str, Any] = {f.name: f.default for f in fields(config) if f.name in learned}
         config = replace(config, **defaults)
