@@ -12,6 +12,7 @@ from fairseq2.models import ModelFamily
 from vembed_fs2.data.dataset import CHECKED_ROWS, ExampleDataset
 from vembed_fs2.data.example import Example
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.learned import describe_changes
 from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
 from vembed_fs2.errors import ConfigError, DataError
 from vembed_fs2.losses import (
@@ -65,18 +66,7 @@ def learned_parts(
     """
     if errors := loss.dim_errors(embedding_dim):
         raise ConfigError(errors, where="`loss`")
-    parts: dict[str, object] = {}
-    for name, initial in (
-        ("logit_scale_init", loss.initial_logit_scale),
-        ("logit_bias_init", loss.initial_logit_bias),
-    ):
-        # A model that has learned one already goes on from there.
-        if initial is not None and getattr(model_config, name, None) is None:
-            parts[name] = initial
-    projected = teacher_dim is not None and loss.needs_teacher_projection(embedding_dim, teacher_dim)
-    wanted = teacher_dim if projected else None
-    if getattr(model_config, "teacher_dim", None) != wanted:
-        parts["teacher_dim"] = wanted
+    parts = describe_changes(model_config, loss.learned_parts(embedding_dim, teacher_dim))
     if parts and not isinstance(model_config, EmbeddingModelConfig):
         names = ", ".join(parts)
         raise ConfigError(f"models of this family cannot hold what the objective learns ({names}).", where="`loss`")

@@ -61,6 +61,7 @@ class TrainRecipe(Recipe):
     def __init__(self) -> None:
         self.stop = StopRequest()
         self._teacher: ModelSource | None = None
+        self._teacher_dim: int | None = None
         self._dataset: ExampleDataset | None = None
         self._valid_task: RetrievalTask | None = None
 
@@ -74,14 +75,14 @@ class TrainRecipe(Recipe):
         if config.trainer.data_parallelism != "fsdp" and config.trainer.mixed_precision.mode == "static":
             config.trainer.mixed_precision.mode = "auto"  # Autocast, as fairseq2 does; but it warns.
         loss = create_objective(config.loss)
-        teacher_dim, modalities = None, {}
+        modalities = {}
         if loss.needs_teacher:
             self._teacher = find_teacher(config.teacher)
             teacher = create_blank(self._teacher.family, self._teacher.config)
-            teacher_dim, modalities["the teacher"] = teacher.embedding_dim, teacher.modalities
+            self._teacher_dim, modalities["the teacher"] = teacher.embedding_dim, teacher.modalities
         plan = plan_model(config)
         modalities["the model"] = plan.modalities
-        parts = learned_parts(loss, plan.config, plan.embedding_dim, teacher_dim)
+        parts = learned_parts(loss, plan.config, plan.embedding_dim, self._teacher_dim)
         override_config(plan.config, parts)
         config.model.config_overrides = {**plan.overrides, **parts} or None
         for section in (config.dataset, config.valid):
@@ -109,10 +110,7 @@ class TrainRecipe(Recipe):
         assert isinstance(model, EmbeddingModel)
         if newly_initialized and isinstance(model, ComposedModel):
             load_towers(model, context.gangs)
-        if model.logit_scale is not None:
-            model.logit_scale.requires_grad_(loss.initial_logit_scale is not None)
-        if model.logit_bias is not None:
-            model.logit_bias.requires_grad_(loss.initial_logit_bias is not None)
+        model.train_learned_parts(loss.learned_parts(model.embedding_dim, self._teacher_dim))
         return model
 
     @override
@@ -149,7 +147,8 @@ class TrainRecipe(Recipe):
         collator = Collator(train_processor, teacher_processor)
         reader = create_reader(config, dataset, collator, gangs)
         set_num_steps(config, reader.steps_per_epoch)
-        unit = ContrastiveTrainUnit(context.get_data_parallel_model(), loss, config.grad_cache, self.stop, teacher)
+        dp_model = context.get_data_parallel_model()
+        unit = ContrastiveTrainUnit(dp_model, model, loss, config.grad_cache, self.stop, teacher)
 
         valid_units, valid_readers = [], []
         if config.valid.paths:

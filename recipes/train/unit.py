@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import override
 
-from vembed_fs2.embedding.model import Embeddings
+from vembed_fs2.embedding.model import EmbeddingModel, Embeddings
 from vembed_fs2.errors import VembedError
 from vembed_fs2.gradcache import GradCache
-from vembed_fs2.losses import MAX_LOGIT_SCALE, LossOutput, Objective, RowInfo
+from vembed_fs2.losses import LossOutput, Objective, RowInfo
 from vembed_fs2.recipes.metrics import SumsByName
 from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.train.config import GradCacheSection
@@ -36,13 +36,14 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
     def __init__(
         self,
         dp_model: Module,
+        model: EmbeddingModel,
         loss: Objective,
         grad_cache: GradCacheSection,
         stop: StopRequest,
         teacher: Teacher | None = None,
     ) -> None:
         self.finite = FiniteGuard(dp_model)
-        self._model = dp_model
+        self._model = model
         self._loss = loss
         self._teacher = teacher
         self._step = GradCache(
@@ -75,7 +76,7 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         The trainer divides by the number of queries of all ranks and undoes the
         averaging of DDP and FSDP2, so the gradient is that of the global mean.
         """
-        self._clamp_logit_scale()
+        self._model.clamp_learned_parts()
         if self._teacher is not None:
             assert batch.teacher_query is not None
             assert batch.teacher_document is not None
@@ -86,23 +87,14 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         self._update_metrics(batch, loss.detach(), metric_bag)
         return loss, batch.num_queries
 
-    @torch.no_grad()
-    def _clamp_logit_scale(self) -> None:
-        # As CLIP's own training does: above its bound the temperature would have no gradient, and stay there.
-        for name, parameter in self._model.named_parameters():
-            if name.rpartition(".")[2] == "logit_scale" and parameter.requires_grad:
-                parameter.clamp_(max=MAX_LOGIT_SCALE)
-
     def _compute_loss(self, query: Embeddings, document: Embeddings, rows: RowInfo) -> Tensor:
         output = self._loss(
             query.values,
             document.values,
             rows,
-            query.logit_scale,
-            logit_bias=query.logit_bias,
             query_mask=query.mask,
             document_mask=document.mask,
-            teacher_projection=query.teacher_projection,
+            **query.parts,
         )
         self._output = output
         return output.loss

@@ -5,10 +5,9 @@ Shapes: N rows, T texts, P images, L tokens, D embedding size.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -19,6 +18,8 @@ from typing_extensions import Self, override
 
 from vembed_fs2.embedding.batch import EncoderBatch as EncoderBatch
 from vembed_fs2.embedding.inputs import ImageInputs, Kind, TextInputs
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
+from vembed_fs2.embedding.learned import EmbeddingModelConfig as EmbeddingModelConfig
 
 Modality: TypeAlias = Literal["text", "image"]
 
@@ -32,7 +33,7 @@ TextPadding: TypeAlias = Literal["longest", "max_length"]
 
 
 class Embeddings(NamedTuple):
-    """What a model returns. A named tuple, because DDP and FSDP2 look into tuples for tensors."""
+    """What a model returns. A named tuple, because DDP and FSDP2 look into tuples and dicts for tensors."""
 
     values: Tensor
     """*Shape:* ``[N, D]``, or ``[N, L, D]`` for multi-vector models. Not normalised."""
@@ -40,14 +41,18 @@ class Embeddings(NamedTuple):
     mask: Tensor | None = None
     """True for the vectors that count, of multi-vector models. *Shape:* ``[N, L]``."""
 
-    logit_scale: Tensor | None = None
-    """Log of the inverse temperature, where the model learns it. *Shape:* ``[1]``."""
+    parts: Mapping[str, Tensor] = {}
+    """What objectives learn besides the encoder, by name; see :class:`LearnedPart`."""
 
-    logit_bias: Tensor | None = None
-    """Bias of the logits, where the model learns it. *Shape:* ``[1]``."""
+    @property
+    def logit_scale(self) -> Tensor | None:
+        """Log of the inverse temperature, if the model has it. *Shape:* ``[1]``."""
+        return self.parts.get(LOGIT_SCALE)
 
-    teacher_projection: Tensor | None = None
-    """Takes embeddings to the size of a teacher's, where the model learns it. *Shape:* ``[T, D]``."""
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """Bias of the logits, if the model has it. *Shape:* ``[1]``."""
+        return self.parts.get(LOGIT_BIAS)
 
 
 @dataclass(kw_only=True)
@@ -90,20 +95,6 @@ class HeadConfig:
     """How two embeddings are compared. Several vectors per text are always compared by MaxSim."""
 
 
-@dataclass(kw_only=True)
-class EmbeddingModelConfig:
-    """Base of the configurations of families whose models can hold what an objective learns."""
-
-    logit_scale_init: float | None = None
-    """The log inverse temperature to start from; the model has none if ``None``."""
-
-    logit_bias_init: float | None = None
-    """The bias of the logits to start from; the model has none if ``None``."""
-
-    teacher_dim: int | None = None
-    """The size of a teacher's embeddings that the model's are projected to; it has no projection if ``None``."""
-
-
 class EmbeddingModel(Module, ABC):
     """Base of all embedding models.
 
@@ -141,13 +132,13 @@ class EmbeddingModel(Module, ABC):
 
     logit_scale: Tensor | None
     logit_bias: Tensor | None
-    teacher_projection: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_parameter("logit_scale", None)
-        self.register_parameter("logit_bias", None)
-        self.register_parameter("teacher_projection", None)
+        self.learned: dict[str, LearnedPart] = {}
+        """What the model holds for objectives. Each part is a parameter of that name of this very module."""
+        self.register_parameter(LOGIT_SCALE, None)
+        self.register_parameter(LOGIT_BIAS, None)
 
     def encode_text(self, batch: EncoderBatch) -> Tensor:
         """Encode the texts of ``batch``. *Returns:* ``[T, D]``, or ``[T, L, D]`` for multi-vector models."""
@@ -211,8 +202,7 @@ class EmbeddingModel(Module, ABC):
         """Encode ``batch``. Everything that training needs passes through here, the temperature too."""
         values, mask = self.encode_rows(batch)
         # Copies, because FSDP2 frees the parameter itself after the forward pass.
-        learned = (self.logit_scale, self.logit_bias, self.teacher_projection)
-        return Embeddings(values, mask, *(None if x is None else x.clone() for x in learned))
+        return Embeddings(values, mask, {name: getattr(self, name).clone() for name in self.learned})
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -225,30 +215,47 @@ class EmbeddingModel(Module, ABC):
             self.get_parameter(name).requires_grad_(False)
         return self
 
-    def add_logit_scale(self, init: float) -> None:
-        """Give the model a learnable log inverse temperature, if it has none."""
-        # Shape [1], not a scalar: FSDP2 cannot shard scalars.
-        self._add_parameter("logit_scale", torch.full((1,), init))
+    def add_learned_parts(self, parts: Iterable[LearnedPart]) -> None:
+        """Give the model what it does not hold yet for objectives.
 
-    def add_logit_bias(self, init: float) -> None:
-        """Give the model a learnable bias of the logits, if it has none."""
-        self._add_parameter("logit_bias", torch.full((1,), init))
+        :raises ValueError: the model has something else of that name.
+        """
+        like = next(self.parameters())
+        for part in parts:
+            if part.name in self.learned:
+                continue
+            if getattr(self, part.name, None) is not None:
+                raise ValueError(f"`{part.name}` is a part of the model; the objective must learn another name.")
+            initial = part.initial().to(device=like.device, dtype=like.dtype)
+            if part.is_trained:
+                self.register_parameter(part.name, Parameter(initial))
+            else:
+                # A buffer, which no recipe can train by accident.
+                self._parameters.pop(part.name, None)
+                self.register_buffer(part.name, initial)
+            self.learned[part.name] = part
 
-    def add_teacher_projection(self, teacher_dim: int) -> None:
-        """Give the model a learnable projection to a teacher's embeddings, if it has none."""
-        self._add_parameter("teacher_projection", initial_projection(teacher_dim, self.embedding_dim))
+    def train_learned_parts(self, parts: Iterable[LearnedPart]) -> None:
+        """Train the parts that an objective learns, and no others that the model holds for objectives."""
+        declared = {part.name: part for part in parts}
+        for name, held in self.learned.items():
+            part = declared.get(name)
+            getattr(self, name).requires_grad_(held.is_trained and part is not None)
+            self.learned[name] = replace(held, max=None if part is None else part.max)
 
-    def _add_parameter(self, name: str, initial: Tensor) -> None:
-        if getattr(self, name) is None:
-            like = next(self.parameters())
-            setattr(self, name, Parameter(initial.to(device=like.device, dtype=like.dtype)))
+    @torch.no_grad()
+    def clamp_learned_parts(self) -> None:
+        """Cut parts to their greatest value: above it, a temperature would have no gradient, and stay there."""
+        for name, part in self.learned.items():
+            if part.max is not None and part.is_trained:
+                getattr(self, name).clamp_(max=part.max)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set what the model holds for objectives to its initial values."""
+        for name, part in self.learned.items():
+            getattr(self, name).copy_(part.initial())
 
     @abstractmethod
     def layer_stacks(self) -> list[torch.nn.ModuleList]:
         """The stacks of Transformer layers: what FSDP2 shards and activation checkpointing wraps one by one."""
-
-
-def initial_projection(teacher_dim: int, embedding_dim: int) -> Tensor:
-    """A random projection that keeps lengths on average, the same one each time. *Returns:* ``[T, D]``."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    return torch.randn(teacher_dim, embedding_dim, generator=generator, device="cpu") / math.sqrt(teacher_dim)

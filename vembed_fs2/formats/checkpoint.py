@@ -14,6 +14,7 @@ from fairseq2.utils.validation import StandardObjectValidator, ValidationError, 
 from torch import Tensor
 from typing_extensions import override
 
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, TEACHER_PROJECTION
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import write_json
@@ -33,8 +34,13 @@ class NeedsCodeError(ModelLoadError):
     """Raised when a model can be loaded only with Python code that comes with it, which was not allowed."""
 
 
-LEARNED_PARTS: Final = ("logit_scale", "logit_bias", "teacher_projection")
-"""The parameters that any model can have besides its encoder, for its objective."""
+def drop_learned(config: object, *, kept: Collection[str] = ()) -> Drop:
+    """Return the rule for what objectives learn and a format has no place for.
+
+    :param kept: the names of what it has a place for.
+    """
+    names = [LOGIT_SCALE, LOGIT_BIAS, TEACHER_PROJECTION, *(p.name for p in getattr(config, "learned", None) or ())]
+    return Drop(ours="|".join(name for name in names if name not in kept))
 
 
 class CheckpointFormat(HuggingFaceConverter):
@@ -178,8 +184,7 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
 
     @override
     def key_map(self, config: object) -> KeyMap:
-        # It is of no use without the teacher.
-        return KeyMap(Drop(ours="teacher_projection"))
+        return KeyMap(drop_learned(config, kept=(LOGIT_SCALE, LOGIT_BIAS)))
 
     @override
     def has_our_names(self, keys: Collection[str], config: object) -> bool:
@@ -206,8 +211,9 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
 
     def _values_of(self, config: object) -> dict[str, object]:
         values: Any = StandardValueConverter().unstructure(config)
-        # It is of no use without the teacher.
-        data: dict[str, object] = {"model_config": {k: v for k, v in values.items() if k != "teacher_dim"}}
+        # What belongs to a training is of no use after it.
+        kept = {k: v for k, v in values.items() if k not in ("teacher_dim", "learned")}
+        data: dict[str, object] = {"model_config": kept}
         if head_of(config) is not None:
             # sentence-transformers' pooling looks here for the size of its inputs.
             data["hidden_size"] = getattr(config, "model_dim")  # noqa: B009  (mypy does not know the field)

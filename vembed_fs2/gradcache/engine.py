@@ -70,8 +70,8 @@ class GradCache:
 
     :param encode: ``encode(chunk)`` returns embeddings ``[n, D]``, or a tuple
         ``(embeddings, mask, *extras)``: embeddings ``[n, D]`` with the mask
-        ``None``, or ``[n, L, D]`` with a mask ``[n, L]``; ``extras`` are tensors
-        that do not depend on the rows, such as a learned temperature. One for
+        ``None``, or ``[n, L, D]`` with a mask ``[n, L]``; ``extras`` are tensors, or
+        dicts of tensors, that do not depend on the rows, such as a learned temperature. One for
         all roles, or a list with one for each. DDP and FSDP2 modules are
         recognised, also inside another module, a function or a method.
     :param loss: ``loss(*embeddings, **kwargs)`` returns a scalar. It gets what

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from vembed_fs2.distributed import GradSync
 from vembed_fs2.embedding.inputs import Kind
@@ -55,10 +56,10 @@ class Group:
 
     _rows: Rows | None = None
     _output_type: type[Any] | None = None
-    _extras: tuple[Tensor | None, ...] = ()
+    _extras: tuple[Any, ...] = ()
     """What the first chunk returned besides embeddings, with its graph."""
 
-    _extra_leaves: list[Tensor | None] = field(default_factory=list)
+    _extra_leaves: tuple[Any, ...] = ()
     _autocast: Autocast | None = None
     _device: torch.device | None = None
 
@@ -123,7 +124,7 @@ class Group:
         inputs.to(_device_of(self.rows))
         return inputs
 
-    def _unpack(self, output: Any, num_rows: int) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+    def _unpack(self, output: Any, num_rows: int) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
         extras: tuple[Any, ...]
         if isinstance(output, Tensor):
             values, mask, extras = output, None, ()
@@ -141,7 +142,7 @@ class Group:
             raise ValueError(
                 f"A mask must be [n, L] for embeddings [n, L, D], but is {list(mask.shape)} for {list(values.shape)}."
             )
-        if wrong := [type(e).__name__ for e in extras if not (e is None or isinstance(e, Tensor))]:
+        if wrong := [type(e).__name__ for e in tree_leaves(extras) if not (e is None or isinstance(e, Tensor))]:
             raise TypeError(
                 f"`encode` must return tensors after the embeddings and their mask, but returned `{wrong[0]}`."
             )
@@ -151,9 +152,9 @@ class Group:
         """Cut the graphs: for each role, what the loss gets."""
         values, mask = self._assemble()
         needs_grad = torch.is_grad_enabled()
-        self._extra_leaves = [
-            None if e is None else e.detach().requires_grad_(needs_grad and e.requires_grad) for e in self._extras
-        ]
+        self._extra_leaves = tree_map(
+            lambda e: None if e is None else e.detach().requires_grad_(needs_grad and e.requires_grad), self._extras
+        )
         outputs = []
         start = 0
         for role, rows in self.roles:
@@ -217,7 +218,8 @@ class Group:
 
     def _is_trained(self, encoded: EncodedChunk) -> bool:
         # A temperature can be trained where the rows of the first chunk are of a frozen tower.
-        has_extras = encoded is self.chunks[0] and any(x is not None and x.grad is not None for x in self._extra_leaves)
+        leaves = tree_leaves(self._extra_leaves)
+        has_extras = encoded is self.chunks[0] and any(x is not None and x.grad is not None for x in leaves)
         return has_extras or encoded.chunk.kind in self.trained_kinds
 
     def _backward_chunk(self, encoded: EncodedChunk, grad: Tensor, *, in_place: bool) -> None:
@@ -231,7 +233,7 @@ class Group:
             tensors.append(values)
             grads.append(_rows_of(grad, encoded.chunk, values))
         if encoded is self.chunks[0]:
-            for extra, leaf in zip(self._extras, self._extra_leaves):
+            for extra, leaf in zip(tree_leaves(self._extras), tree_leaves(self._extra_leaves)):
                 if extra is not None and leaf is not None and leaf.grad is not None:
                     tensors.append(extra)
                     grads.append(leaf.grad)

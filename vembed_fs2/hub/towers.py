@@ -17,6 +17,7 @@ from fairseq2.utils.progress import NOOP_PROGRESS_REPORTER
 from fairseq2.utils.structured import StandardValueConverter
 from torch import Tensor
 
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE
 from vembed_fs2.embedding.model import EmbeddingModelConfig
 from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
 from vembed_fs2.formats.checkpoint import NeedsCodeError
@@ -24,7 +25,6 @@ from vembed_fs2.formats.download import FolderDownloadManager
 from vembed_fs2.hub.find import ModelSource, find_model
 from vembed_fs2.models.composed.config import NO_CODE, ComposedConfig, maybe_get_family, unknown_family
 from vembed_fs2.models.composed.model import MODALITIES, ComposedModel, Tower
-from vembed_fs2.models.family import LEARNED_PARTS
 from vembed_fs2.resolver import get_resolver
 
 _SOURCES: Final = ("path", "name")
@@ -108,8 +108,8 @@ def _find_encoder(family: str, own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unstructure(config: object) -> object:
     if isinstance(config, EmbeddingModelConfig):
-        # What another objective learned has no part in this model.
-        learned = {f.name for f in fields(EmbeddingModelConfig)}
+        # What another objective learned has no part in this model; what only a training needs stays untrained.
+        learned = {f.name for f in fields(EmbeddingModelConfig)} - {"learned"}
         defaults: dict[str, Any] = {f.name: f.default for f in fields(config) if f.name in learned}
         config = replace(config, **defaults)
     return StandardValueConverter().unstructure(config)
@@ -143,7 +143,7 @@ def _select(tower: Tower, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tup
     left_out = tuple(f"{name}." for name in tower.left_out)
     known = tower.backbone.state_dict().keys()
     for name, tensor in tensors:
-        if not name.startswith(left_out) and (name in known or name not in LEARNED_PARTS):
+        if not name.startswith(left_out) and (name in known or name not in (LOGIT_SCALE, LOGIT_BIAS)):
             yield name, tensor
 
 

@@ -8,9 +8,10 @@ embedding size, L and K vectors per query and document of multi-vector models.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar, get_args, get_type_hints
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
 from vembed_fs2.losses.similarity import DotProduct, MaxSim, Similarity, SimilarityName
 from vembed_fs2.losses.tiles import Block
 
@@ -33,6 +35,11 @@ Negatives: TypeAlias = Literal["global", "local"]
 
 class _Config(Protocol):
     def errors(self) -> list[str]: ...
+
+
+class _LearnsTemperature(Protocol):
+    temperature: float
+    learn_temperature: bool
 
 
 _ConfigT = TypeVar("_ConfigT", bound=_Config)
@@ -107,10 +114,10 @@ class RowInfo:
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> None:
         """Move all tensors in place."""
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
             if value is not None:
-                setattr(self, field.name, value.to(device, non_blocking=non_blocking))
+                setattr(self, name, value.to(device, non_blocking=non_blocking))
 
 
 @dataclass
@@ -136,30 +143,32 @@ class LossInput:
 
     rows: RowInfo
 
-    logit_scale: Tensor | None = None
-    """Log of the inverse temperature, where the model learns it. *Shape:* ``[1]``."""
-
-    logit_bias: Tensor | None = None
-    """Bias of the logits, where the model learns it. *Shape:* ``[1]``."""
-
     query_mask: Tensor | None = None
     """The vectors of a query that count. *Shape:* ``[b, L]``, bool."""
 
     document_mask: Tensor | None = None
     """The vectors of a document that count. *Shape:* ``[m, K]``, bool."""
 
-    teacher_projection: Tensor | None = None
-    """Takes embeddings to the size of a teacher's, where the model learns it. *Shape:* ``[T, D]``."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """What objectives learn besides the encoder, by name; see :meth:`Objective.learned_parts`."""
 
     @property
     def num_queries(self) -> int:
         return self.query.size(0)
 
-    def truncated(self, dim: int) -> LossInput:
-        """The same with the first ``dim`` dimensions of each embedding."""
-        projection = None if self.teacher_projection is None else self.teacher_projection[..., :dim]
-        query, document = self.query[..., :dim], self.document[..., :dim]
-        return replace(self, query=query, document=document, teacher_projection=projection)
+    @property
+    def teacher_dim(self) -> int | None:
+        """The size of a teacher's embeddings, if there are any."""
+        return None if self.rows.teacher_query is None else self.rows.teacher_query.size(-1)
+
+    def get_part(self, name: str) -> Tensor:
+        """Return what was learned.
+
+        :raises ValueError: the model does not hold it.
+        """
+        if name not in self.parts:
+            raise ValueError(f"The objective learns `{name}`, but the model gives no `{name}`.")
+        return self.parts[name]
 
 
 class Objective(ABC):
@@ -175,7 +184,10 @@ class Objective(ABC):
         document: Tensor,
         rows: RowInfo | None = None,
         logit_scale: Tensor | None = None,
-        **more: Tensor | None,
+        *,
+        query_mask: Tensor | None = None,
+        document_mask: Tensor | None = None,
+        **parts: Tensor | None,
     ) -> LossOutput:
         """
         :param query: embeddings of this rank's queries. *Shape:* ``[b, D]`` or ``[b, L, D]``.
@@ -183,28 +195,29 @@ class Objective(ABC):
             each query, in query order, then explicit negatives. *Shape:* ``[m, D]`` or ``[m, K, D]``.
         :param rows: what is known of them; ``None`` if no row is like another.
         :param logit_scale: log of the inverse temperature, where it is learned. *Shape:* ``[1]``.
-        :param more: other fields of :class:`LossInput`.
+        :param query_mask: the vectors of a query that count. *Shape:* ``[b, L]``, bool.
+        :param document_mask: the vectors of a document that count. *Shape:* ``[m, K]``, bool.
+        :param parts: what else is learned, by name.
         """
         if rows is None:
             rows = RowInfo.distinct(query.size(0), document.size(0), query.device)
         rows.check(query.size(0), document.size(0))
         # Autocast would round similarities to 8 bits before the temperature enlarges them.
         with torch.autocast(query.device.type, enabled=False):
-            return self.compute(LossInput(query, document, rows, logit_scale, **more))
+            given = {name: x for name, x in {LOGIT_SCALE: logit_scale, **parts}.items() if x is not None}
+            return self.compute(LossInput(query, document, rows, query_mask, document_mask, given))
 
     @abstractmethod
     def compute(self, inputs: LossInput) -> LossOutput:
         """Compute the loss, without autocast."""
 
-    @property
-    def initial_logit_scale(self) -> float | None:
-        """The log inverse temperature to start from, if it is to be learned; else ``None``."""
-        return None
+    def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
+        """Return what the objective learns besides the encoder. The model holds it, and ``inputs.parts`` gives it.
 
-    @property
-    def initial_logit_bias(self) -> float | None:
-        """The bias of the logits to start from, if it is to be learned; else ``None``."""
-        return None
+        :param embedding_dim: the size of the embeddings that it compares.
+        :param teacher_dim: the size of a teacher's, if there is one.
+        """
+        return _parts_of_properties(self)
 
     @property
     def needs_teacher(self) -> bool:
@@ -219,10 +232,6 @@ class Objective(ABC):
     @property
     def needs_negatives(self) -> bool:
         """Whether each row needs explicit negatives."""
-        return False
-
-    def needs_teacher_projection(self, embedding_dim: int, teacher_dim: int) -> bool:
-        """Whether the model needs a projection from its embeddings to the teacher's."""
         return False
 
     def dim_errors(self, embedding_dim: int) -> list[str]:
@@ -245,14 +254,29 @@ def checked(config: _ConfigT) -> _ConfigT:
     return config
 
 
+def scale_parts(config: _LearnsTemperature) -> list[LearnedPart]:
+    """Declare the temperature of a configuration, if it is to be learned."""
+    init = -math.log(config.temperature)
+    return [LearnedPart(name=LOGIT_SCALE, mean=init, max=MAX_LOGIT_SCALE)] if config.learn_temperature else []
+
+
+def _parts_of_properties(objective: Objective) -> list[LearnedPart]:
+    """What an objective of an older plugin learns: it has ``initial_logit_scale`` or ``initial_logit_bias``."""
+    parts = []
+    for name, bound in ((LOGIT_SCALE, MAX_LOGIT_SCALE), (LOGIT_BIAS, None)):
+        if (init := getattr(objective, f"initial_{name}", None)) is not None:
+            text = f"{type(objective).__name__}.initial_{name} is deprecated: define `learned_parts` instead."
+            warnings.warn(text, DeprecationWarning, stacklevel=3)
+            parts.append(LearnedPart(name=name, mean=init, max=bound))
+    return parts
+
+
 def learned_scale(inputs: LossInput) -> Tensor:
     """Return the learned inverse temperature. *Returns:* ``[1]``.
 
     :raises ValueError: the model does not give it.
     """
-    if inputs.logit_scale is None:
-        raise ValueError("`learn_temperature` is set, but the model gives no `logit_scale`.")
-    return inputs.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
+    return inputs.get_part(LOGIT_SCALE).float().clamp(max=MAX_LOGIT_SCALE).exp()
 
 
 def known_rows(row: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Legend: b queries of this rank, m its documents, n inputs of a role, D the stude
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.learned import TEACHER_PROJECTION, LearnedPart, teacher_projection
 from vembed_fs2.losses.common import (
     LossInput,
     LossOutput,
@@ -62,8 +64,10 @@ class EmbeddingDistillation(Objective):
     def needs_teacher(self) -> bool:
         return True
 
-    def needs_teacher_projection(self, embedding_dim: int, teacher_dim: int) -> bool:
-        return embedding_dim != teacher_dim
+    def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
+        if teacher_dim is None or teacher_dim == embedding_dim:
+            return []
+        return [teacher_projection(teacher_dim, embedding_dim)]
 
     def compute(self, inputs: LossInput) -> LossOutput:
         rows = inputs.rows
@@ -82,7 +86,7 @@ class EmbeddingDistillation(Objective):
 
     def _compare(self, inputs: LossInput, x_nD: Tensor, teacher_nT: Tensor, weight_n: Tensor) -> tuple[Tensor, Tensor]:
         """*Returns:* the weighted sums of distances and of cosines."""
-        x_nT = _project(x_nD, inputs.teacher_projection, teacher_nT.size(-1))
+        x_nT = _project(x_nD, inputs.parts.get(TEACHER_PROJECTION), teacher_nT.size(-1))
         teacher_nT = teacher_nT.to(x_nT.dtype)
         cosine = cosine_similarity(x_nT, teacher_nT, dim=-1)
         distance = 1.0 - cosine if self._config.kind == "cosine" else (x_nT - teacher_nT).square().mean(-1)
@@ -105,4 +109,5 @@ def _project(x_nD: Tensor, projection_TD: Tensor | None, teacher_dim: int) -> Te
         raise ValueError(
             f"`teacher_projection` is for a teacher of {projection_TD.size(0)} dimensions, but it has {teacher_dim}."
         )
-    return x_nD @ projection_TD.to(x_nD.dtype).T
+    # That of all dimensions, if the model holds it though no objective declares it.
+    return x_nD @ projection_TD[:, : x_nD.size(1)].to(x_nD.dtype).T

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
     GlobalRows,
@@ -31,6 +32,7 @@ from vembed_fs2.losses.common import (
     gather_all,
     learned_scale,
     positive_errors,
+    scale_parts,
     scope,
 )
 from vembed_fs2.losses.filters import Hardness, highest_negative, teacher_block
@@ -153,9 +155,8 @@ class InfoNCE(Objective):
         self._config = checked(config or InfoNCEConfig())
         self._gather = scope(gather, self._config.negatives)
 
-    @property
-    def initial_logit_scale(self) -> float | None:
-        return -math.log(self._config.temperature) if self._config.learn_temperature else None
+    def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
+        return scale_parts(self._config)
 
     @property
     def needs_teacher(self) -> bool:

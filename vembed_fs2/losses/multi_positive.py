@@ -8,13 +8,14 @@ Legend: b anchors of this rank, t anchors of a tile, C columns.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
     LossInput,
@@ -26,6 +27,7 @@ from vembed_fs2.losses.common import (
     gather_all,
     learned_scale,
     positive_errors,
+    scale_parts,
     scope,
 )
 from vembed_fs2.losses.infonce import softmax_
@@ -82,9 +84,8 @@ class MultiPositive(Objective):
         self._config = checked(config or MultiPositiveConfig())
         self._gather = scope(gather, self._config.negatives)
 
-    @property
-    def initial_logit_scale(self) -> float | None:
-        return -math.log(self._config.temperature) if self._config.learn_temperature else None
+    def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
+        return scale_parts(self._config)
 
     def compute(self, inputs: LossInput) -> LossOutput:
         """

@@ -9,6 +9,7 @@ Legend: b queries of this rank, t queries of a tile, C documents of all ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LearnedPart
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
     GlobalRows,
@@ -29,6 +31,7 @@ from vembed_fs2.losses.common import (
     gather_all,
     learned_scale,
     positive_errors,
+    scale_parts,
     scope,
 )
 from vembed_fs2.losses.similarity import SimilarityName
@@ -86,13 +89,9 @@ class Sigmoid(Objective):
         self._config = checked(config or SigmoidConfig())
         self._gather = scope(gather, self._config.negatives)
 
-    @property
-    def initial_logit_scale(self) -> float | None:
-        return -math.log(self._config.temperature) if self._config.learn_temperature else None
-
-    @property
-    def initial_logit_bias(self) -> float | None:
-        return self._config.bias if self._config.learn_bias else None
+    def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
+        bias = [LearnedPart(name=LOGIT_BIAS, mean=self._config.bias)] if self._config.learn_bias else []
+        return [*scale_parts(self._config), *bias]
 
     def compute(self, inputs: LossInput) -> LossOutput:
         """
@@ -116,9 +115,7 @@ class Sigmoid(Objective):
     def _bias(self, inputs: LossInput) -> Tensor:
         if not self._config.learn_bias:
             return torch.tensor([self._config.bias], device=inputs.query.device)
-        if inputs.logit_bias is None:
-            raise ValueError("`learn_bias` is set, but the model gives no `logit_bias`.")
-        return inputs.logit_bias.float()
+        return inputs.get_part(LOGIT_BIAS).float()
 
 
 class _SigmoidTile:

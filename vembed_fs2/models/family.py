@@ -31,12 +31,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from typing_extensions import override
 
 from vembed_fs2.embedding.image_head import set_image_head
-from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig, initial_projection
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, TEACHER_PROJECTION, LearnedPart
+from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
 from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
-from vembed_fs2.formats.checkpoint import LEARNED_PARTS as LEARNED_PARTS
 from vembed_fs2.formats.checkpoint import CheckpointFormat as CheckpointFormat
 from vembed_fs2.formats.checkpoint import PlainCheckpointFormat as PlainCheckpointFormat
 from vembed_fs2.formats.checkpoint import config_errors as config_errors
+from vembed_fs2.formats.checkpoint import drop_learned as drop_learned
 from vembed_fs2.formats.checkpoint import head_of as head_of
 from vembed_fs2.formats.dialect import Dialect
 from vembed_fs2.formats.download import FolderDownloadManager, download_repository
@@ -102,9 +103,6 @@ def register_family(
     """
     facts = FamilySupport(supports_tensor_parallel, supports_packed)
 
-    dialects = dialects or {}
-    convert = _FamilyConverter(factory, supports_meta, checkpoint_format, dialects.values())
-
     def create(config: ConfigT) -> EmbeddingModel:
         if errors := config_errors(config):
             raise ConfigError(errors, where=f"The {name} configuration")
@@ -112,13 +110,11 @@ def register_family(
         model = factory(config)
         model.frozen_parameters = frozenset(name for name, p in model.named_parameters() if not p.requires_grad)
         if isinstance(config, EmbeddingModelConfig):
-            if config.logit_scale_init is not None:
-                model.add_logit_scale(config.logit_scale_init)
-            if config.logit_bias_init is not None:
-                model.add_logit_bias(config.logit_bias_init)
-            if config.teacher_dim is not None:
-                model.add_teacher_projection(config.teacher_dim)
+            model.add_learned_parts(config.learned_parts(model.embedding_dim))
         return model
+
+    dialects = dialects or {}
+    convert = _FamilyConverter(create, supports_meta, checkpoint_format, dialects.values())
 
     def create_family(resolver: DependencyResolver) -> ModelFamily:
         return wire_object(
@@ -170,12 +166,11 @@ class _FamilyConverter(StateConverter):
         state_dict = dict(self._read(cast(dict[str, Tensor], state_dict), config))
         if self._supports_meta:
             _drop_repetitions(state_dict, self._create_blank(config))
-        return dict(_add_learned_parts(state_dict.items(), config, lambda: self._create_blank(config).embedding_dim))
+        return dict(self._match_learned_parts(state_dict.items(), config))
 
     @override
     def stream(self, tensors: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, object]]:
-        read = self._read(tensors, config)
-        yield from _add_learned_parts(read, config, lambda: self._create_blank(config).embedding_dim)
+        yield from self._match_learned_parts(self._read(tensors, config), config)
 
     def _read(self, tensors: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, object]]:
         for dialect in self._dialects:
@@ -186,6 +181,23 @@ class _FamilyConverter(StateConverter):
             yield from tensors.items()
         else:
             yield from self._format.read_tensors(tensors, config)
+
+    def _match_learned_parts(self, tensors: Iterable[tuple[str, object]], config: Any) -> Iterator[tuple[str, object]]:
+        """Add what the model holds for objectives and the checkpoint lacks; leave out what others learned."""
+        missing: dict[str, LearnedPart] = {}
+        if isinstance(config, EmbeddingModelConfig):
+            # Only a projection depends on the model.
+            dim = 1 if config.teacher_dim is None else self._create_blank(config).embedding_dim
+            missing = {part.name: part for part in config.learned_parts(dim)}
+        for name, tensor in tensors:
+            can_differ = name in missing and name not in (LOGIT_SCALE, LOGIT_BIAS)
+            if can_differ and (not isinstance(tensor, Tensor) or tensor.shape != missing[name].shape):
+                continue  # Another teacher's is of no use.
+            if name == TEACHER_PROJECTION and name not in missing:
+                continue  # Without a teacher, none is.
+            missing.pop(name, None)
+            yield name, tensor
+        yield from ((name, part.initial()) for name, part in missing.items())
 
     def _create_blank(self, config: Any) -> EmbeddingModel:
         """Create a model, without memory for its weights if that is possible."""
@@ -307,27 +319,6 @@ def _drop_repetitions(state_dict: dict[str, object], model: EmbeddingModel) -> N
         tensor = state_dict.get(name)
         if isinstance(tensor, Tensor) and tensor.ndim > 0 and tensor.size(0) > buffer.size(0):
             state_dict[name] = tensor[: buffer.size(0)]
-
-
-def _add_learned_parts(
-    tensors: Iterable[tuple[str, object]], config: object, embedding_dim: Callable[[], int]
-) -> Iterator[tuple[str, object]]:
-    """Add what is to be learned besides the encoder, and what the checkpoint does not have yet."""
-    if not isinstance(config, EmbeddingModelConfig):
-        yield from tensors
-        return
-    found = set()
-    for name, tensor in tensors:
-        is_projection = name == "teacher_projection"
-        if is_projection and (not isinstance(tensor, Tensor) or tensor.size(0) != config.teacher_dim):
-            continue  # Another teacher's is of no use.
-        found.add(name)
-        yield name, tensor
-    for name, init in (("logit_scale", config.logit_scale_init), ("logit_bias", config.logit_bias_init)):
-        if init is not None and name not in found:
-            yield name, torch.tensor([init])
-    if config.teacher_dim is not None and "teacher_projection" not in found:
-        yield "teacher_projection", initial_projection(config.teacher_dim, embedding_dim())
 
 
 def _apply_fsdp(model: EmbeddingModel, granularity: str, wrapper: FSDPWrapper) -> Module:

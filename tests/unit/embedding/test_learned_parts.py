@@ -13,10 +13,16 @@ from fairseq2.models import ModelFamily
 from torch import Tensor
 
 from tests.distributed.steps import BERT, CLIP, texts
-from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig, initial_projection
+from vembed_fs2.embedding.learned import teacher_projection
+from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
 from vembed_fs2.models.bert import BertConfig
 from vembed_fs2.models.family import PlainCheckpointFormat, get_checkpoint_format
 from vembed_fs2.resolver import get_resolver
+
+
+def initial_projection(teacher_dim: int, embedding_dim: int) -> Tensor:
+    return teacher_projection(teacher_dim, embedding_dim).initial()
+
 
 LEARNED: Any = {"logit_scale_init": 2.0, "logit_bias_init": -10.0, "teacher_dim": 20}
 FAMILIES = {"vembed_bert": BERT, "vembed_clip": CLIP}
@@ -51,8 +57,7 @@ def load(name: str, folder: Path, **changes: Any) -> EmbeddingModel:
 
 
 def learned_of(model: EmbeddingModel) -> dict[str, Tensor]:
-    names = ("logit_scale", "logit_bias", "teacher_projection")
-    return {name: value.detach() for name in names if (value := getattr(model, name)) is not None}
+    return {name: getattr(model, name).detach() for name in model.learned}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -63,12 +68,12 @@ def test_they_are_parameters_and_outputs_of_the_model(name: str) -> None:
     output = model(texts(3, 0))
     torch.testing.assert_close(output.logit_scale, torch.tensor([2.0]))
     torch.testing.assert_close(output.logit_bias, torch.tensor([-10.0]))
-    assert output.teacher_projection is not None
-    torch.testing.assert_close(output.teacher_projection, initial_projection(20, dim))
+    projection = output.parts["teacher_projection"]
+    torch.testing.assert_close(projection, initial_projection(20, dim))
     # Copies: FSDP2 frees the parameters after the forward pass.
-    assert output.teacher_projection.data_ptr() != model.teacher_projection.data_ptr()  # type: ignore[union-attr]
-    output.teacher_projection.sum().backward()
-    assert model.teacher_projection.grad is not None  # type: ignore[union-attr]
+    assert projection.data_ptr() != model.get_parameter("teacher_projection").data_ptr()
+    projection.sum().backward()
+    assert model.get_parameter("teacher_projection").grad is not None
 
 
 def test_the_projection_keeps_lengths() -> None:
@@ -90,8 +95,8 @@ def test_what_a_checkpoint_does_not_have_yet_is_added(name: str, tmp_path: Path)
 def test_what_a_checkpoint_has_is_kept_but_for_another_teacher(name: str, tmp_path: Path) -> None:
     trained = create(name, **LEARNED)
     with torch.no_grad():
-        for value in (trained.logit_scale, trained.logit_bias, trained.teacher_projection):
-            value.add_(0.5)  # type: ignore[union-attr]
+        for key in trained.learned:
+            trained.get_parameter(key).add_(0.5)
     checkpoint = write_checkpoint(tmp_path, trained.state_dict())
     torch.testing.assert_close(learned_of(load(name, checkpoint, **LEARNED)), learned_of(trained))
     other = learned_of(load(name, checkpoint, **{**LEARNED, "teacher_dim": 7}))

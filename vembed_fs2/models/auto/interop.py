@@ -28,7 +28,7 @@ from vembed_fs2.models.auto.config import AUTO_FAMILY, AutoModelConfig
 from vembed_fs2.models.auto.factory import create_auto_model, default_head, default_image_head
 from vembed_fs2.models.auto.model import MOVED, AutoEmbeddingModel
 from vembed_fs2.models.auto.trace import trace_image
-from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
+from vembed_fs2.models.family import CheckpointFormat
 
 _PREFIX: Final = "wrapped."
 
@@ -120,8 +120,8 @@ class AutoCheckpointFormat(CheckpointFormat):
         tensors: dict[str, object] = {}
         for key, value in state_dict.items():
             name = key.removeprefix(_PREFIX)
-            if key in LEARNED_PARTS and name not in shapes:
-                continue  # transformers has no place for it.
+            if "." not in key and name not in shapes:
+                continue  # An objective learned it; transformers has no place for it.
             is_scalar = isinstance(value, Tensor) and name in shapes and len(shapes[name]) == 0
             tensors[name] = value.reshape(()) if is_scalar else value  # type: ignore[attr-defined]
         return tensors

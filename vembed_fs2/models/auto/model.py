@@ -17,12 +17,13 @@ from typing_extensions import override
 
 from vembed_fs2.embedding.head import TextHead
 from vembed_fs2.embedding.image_head import ImageHead
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.errors import DataError
 from vembed_fs2.models.auto.backbone import Backbone
 from vembed_fs2.models.auto.run import run_image, run_text
 
-MOVED: Final = ("logit_scale", "logit_bias")
+MOVED: Final = (LOGIT_SCALE, LOGIT_BIAS)
 """Parameters of transformers' dual encoders that are this model's own: objectives train them."""
 
 _WRAPPER: Final = "_checkpoint_wrapped_module."
@@ -42,10 +43,10 @@ class AutoEmbeddingModel(EmbeddingModel):
         self.modalities = backbone.modalities
         self.max_text_length = backbone.max_text_length
         self._backbone = backbone
-        self._take_temperature(wrapped)
         _fix_statistics(wrapped)
         _reshape_scalars(wrapped)
         self.wrapped = wrapped
+        self._take_temperature(wrapped)
         self.head: TextHead | None
         self.register_module("head", None)
         self.image_head: ImageHead | None
@@ -65,6 +66,7 @@ class AutoEmbeddingModel(EmbeddingModel):
             parameter = getattr(wrapped, name, None)
             if isinstance(parameter, Parameter) and parameter.numel() == 1:
                 delattr(wrapped, name)
+                self.add_learned_parts([LearnedPart(name=name)])
                 setattr(self, name, Parameter(parameter.detach().reshape(1)))
 
     def set_layer_stacks(self, stacks: Sequence[ModuleList]) -> None:

@@ -15,7 +15,7 @@ from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Rule
 from vembed_fs2.models.bert.config import BERT_FAMILY, BertConfig
 from vembed_fs2.models.bert.model import BertModel
 from vembed_fs2.models.bert.variants import VARIANTS
-from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
+from vembed_fs2.models.family import CheckpointFormat, drop_learned
 
 # Fields that change what transformers' models compute, and the values at which they do not.
 _FIXED: Final[dict[str, tuple[object, ...]]] = {
@@ -65,7 +65,7 @@ class BertCheckpointFormat(CheckpointFormat):
     @override
     def key_map(self, config: BertConfig) -> KeyMap:
         variant = VARIANTS[config.model_type]
-        rules: list[Rule] = [Drop(theirs=rf"({variant.heads}).*|{_BUFFERS}"), Drop(ours="|".join(LEARNED_PARTS))]
+        rules: list[Rule] = [Drop(theirs=rf"({variant.heads}).*|{_BUFFERS}"), drop_learned(config)]
         if not config.pooler:
             # An architecture can leave out what the checkpoint has.
             rules.append(Drop(theirs=r"pooler\..*"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Final, final
 
@@ -11,14 +11,15 @@ from fairseq2.utils.config import cast_config_type
 from fairseq2.utils.validation import StandardObjectValidator, ValidationError
 from typing_extensions import override
 
+from vembed_fs2.embedding.learned import LOGIT_SCALE
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError, VembedError
 from vembed_fs2.formats.hf_config import create_dual_rules, read_fields, refuse_dual_options, write_fields
-from vembed_fs2.formats.key_map import SCALAR, Drop, KeyMap, Reshape
+from vembed_fs2.formats.key_map import SCALAR, Drop, KeyMap, Reshape, Rule
 from vembed_fs2.models.clip.config import ClipConfig, ClipTextConfig, ClipVisionConfig
 from vembed_fs2.models.clip.model import LEGACY_EOS_ID
 from vembed_fs2.models.common.vision import as_pair
-from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
+from vembed_fs2.models.family import CheckpointFormat, drop_learned
 
 _TOWER_FIELDS: Final = {
     "hidden_size": "model_dim",
@@ -66,12 +67,10 @@ _KEYS: Final = {
 }
 
 
-_KEY_MAP: Final = KeyMap(
+_RULES: Final[Sequence[Rule]] = (
     # Buffers that old versions of transformers saved: 0, 1, 2, ...
     Drop(theirs=r"(text|vision)_model\.embeddings\.position_ids"),
-    # transformers' CLIP has a temperature, but no place for what else objectives need.
-    Drop(ours="|".join(name for name in LEARNED_PARTS if name != "logit_scale")),
-    Reshape("logit_scale", "logit_scale", SCALAR),
+    Reshape(LOGIT_SCALE, LOGIT_SCALE, SCALAR),
     *create_dual_rules(_KEYS),
 )
 
@@ -112,7 +111,8 @@ class ClipCheckpointFormat(CheckpointFormat):
 
     @override
     def key_map(self, config: object) -> KeyMap:
-        return _KEY_MAP
+        # transformers' CLIP has a temperature, but no place for what else objectives need.
+        return KeyMap(*_RULES, drop_learned(config, kept=[LOGIT_SCALE]))
 
     @override
     def has_our_names(self, keys: Collection[str], config: object) -> bool:

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from vembed_fs2.embedding.head import pool
+from vembed_fs2.embedding.learned import LOGIT_SCALE, LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.models.common.attention import PaddedLayout
 from vembed_fs2.models.common.dual import TextFrontend
@@ -245,17 +246,7 @@ class ClipModel(EmbeddingModel):
         self.vision = vision
         self.embedding_dim = text.proj.output_dim
         self.max_text_length = text.frontend.pos_embed.num_embeddings
-        self._logit_scale_init = logit_scale_init
-        if train_logit_scale:
-            self.logit_scale = Parameter(torch.empty(1))
-        else:
-            del self.logit_scale
-            self.register_buffer("logit_scale", torch.empty(1))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        assert self.logit_scale is not None
-        nn.init.constant_(self.logit_scale, self._logit_scale_init)
+        self.add_learned_parts([LearnedPart(name=LOGIT_SCALE, mean=logit_scale_init, is_trained=train_logit_scale)])
 
     @override
     def encode_text(self, batch: EncoderBatch) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.formats.key_map import SCALAR, TRANSPOSED, Drop, KeyMap, Rename, Reshape, Rule, Split
+from vembed_fs2.formats.key_map import SCALAR, TRANSPOSED, KeyMap, Rename, Reshape, Rule, Split
 from vembed_fs2.formats.open_clip import (
     BLOCK_OPTIONS,
     OpenClipFormat,
@@ -21,7 +22,7 @@ from vembed_fs2.formats.open_clip import (
 )
 from vembed_fs2.models.clip.config import ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig
 from vembed_fs2.models.clip.model import LEGACY_EOS_ID
-from vembed_fs2.models.family import config_errors
+from vembed_fs2.models.family import config_errors, drop_learned
 
 _TOWER_DEFAULTS: Final = {
     "width": 512,
@@ -250,7 +251,7 @@ def _write_tower(config: ClipTowerConfig) -> dict[str, Any]:
 def key_map_of_open_clip(config: ClipConfig) -> KeyMap:
     """Return how the tensors of open_clip become ours. Those that are not known stay as they are."""
     return KeyMap(
-        *LEARNED_RULES,
+        *list_learned_rules(config),
         *list_text_rules("", has_bias=config.text.proj_bias),
         *(Rename(theirs, ours) for theirs, ours in _VISION_KEYS.items()),
         *_list_layer_rules("visual.", "vision"),
@@ -260,13 +261,10 @@ def key_map_of_open_clip(config: ClipConfig) -> KeyMap:
     )
 
 
-LEARNED_RULES: Final[Sequence[Rule]] = (
-    Reshape("logit_scale", "logit_scale", SCALAR),
-    Reshape("logit_bias", "logit_bias", SCALAR),
-    # Of no use without the teacher.
-    Drop(ours="teacher_projection"),
-)
-"""The rules of what objectives learn."""
+def list_learned_rules(config: object) -> list[Rule]:
+    """Return the rules of what objectives learn."""
+    kept = (LOGIT_SCALE, LOGIT_BIAS)
+    return [*(Reshape(name, name, SCALAR) for name in kept), drop_learned(config, kept=kept)]
 
 
 def list_text_rules(prefix: str, *, has_bias: bool) -> list[Rule]:

@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from vembed_fs2.embedding.model import EmbeddingModel, Modality
 from vembed_fs2.errors import ConfigError
-from vembed_fs2.models.family import LEARNED_PARTS, FamilyFactory
+from vembed_fs2.models.family import FamilyFactory
 from vembed_fs2.resolver import get_resolver
 
 _OTHER_TOWER: Final[dict[Modality, tuple[str, ...]]] = {"text": ("vision", "visual", "image"), "image": ("text",)}
@@ -63,10 +63,9 @@ def create_backbone(family: str, config: object, modality: Modality) -> Backbone
         to_device(model, device)
     elif device.type != "meta":
         model = factory.create(config)
-    for name, parameter in model.named_parameters():
+    for name in model.learned:
         # They belong to the objective that the model was trained with.
-        if name.rpartition(".")[2] in LEARNED_PARTS:
-            parameter.requires_grad_(False)
+        getattr(model, name).requires_grad_(False)
     stacks = [name for name in stacks if not name.startswith(tuple(f"{part}." for part in left_out))]
     return Backbone(model, family, config, stacks, left_out, constants)
 

@@ -18,7 +18,7 @@ from vembed_fs2.formats.open_clip import (
     timm_name,
 )
 from vembed_fs2.models.clip.open_clip import (
-    LEARNED_RULES,
+    list_learned_rules,
     list_text_rules,
     text_config_from_open_clip,
     text_config_to_open_clip,
@@ -268,7 +268,7 @@ def key_map_of_open_clip(config: EvaConfig) -> KeyMap:
     vision = config.vision
     norm = "fc_norm" if vision.norm_after_pooling else "norm"
     return KeyMap(
-        *LEARNED_RULES,
+        *list_learned_rules(config),
         # timm's have the dimensions of a batch of one.
         Reshape(f"{_TRUNK}cls_token", "vision.frontend.class_embed", leading_dims(2)),
         Reshape(f"{_TRUNK}pos_embed", "vision.frontend.pos_embed.weight", leading_dims(1)),

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, final
 
 from fairseq2.models import ModelHubAccessor
@@ -11,18 +11,16 @@ from typing_extensions import override
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.hf_config import read_field, refuse_other_values, resolve_hf_config, validate_hf_config
-from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Split
-from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
+from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Rule, Split
+from vembed_fs2.models.family import CheckpointFormat, drop_learned
 from vembed_fs2.models.modernbert.config import MODERNBERT_FAMILY, ModernBertConfig
 from vembed_fs2.models.modernbert.model import ModernBertModel
 
 _LAYER: Final = "encoder.layers.*"
 
-_KEY_MAP: Final = KeyMap(
+_RULES: Final[Sequence[Rule]] = (
     # Of the heads for pretraining and classification. `head.dense.0.weight` is a dense layer of our own head.
     Drop(theirs=r"(head\.(dense|norm)|decoder|classifier)\.(weight|bias)"),
-    # transformers' ModernBERT has no place for what only objectives need.
-    Drop(ours="|".join(LEARNED_PARTS)),
     Rename("embeddings.tok_embeddings.", "frontend.embed."),
     Rename("embeddings.norm.", "frontend.layer_norm."),
     Rename("layers.*.attn_norm.", f"{_LAYER}.self_attn_layer_norm."),
@@ -33,7 +31,6 @@ _KEY_MAP: Final = KeyMap(
     Split("layers.*.mlp.Wi.", [f"{_LAYER}.ffn.{name}_proj." for name in ("gate", "inner")]),
     Rename("layers.*.mlp.Wo.", f"{_LAYER}.ffn.output_proj."),
     Rename("final_norm.", "encoder.layer_norm."),
-    prefixes=["model."],
 )
 
 # The fields of config.json, what they are called here, and their types.
@@ -100,7 +97,8 @@ class ModernBertCheckpointFormat(CheckpointFormat):
 
     @override
     def key_map(self, config: object) -> KeyMap:
-        return _KEY_MAP
+        # transformers' ModernBERT has no place for what only objectives need.
+        return KeyMap(*_RULES, drop_learned(config), prefixes=["model."])
 
     @override
     def has_our_names(self, keys: Collection[str], config: object) -> bool:

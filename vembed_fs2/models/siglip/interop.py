@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from typing import Any, Final, final
 
@@ -11,11 +11,12 @@ from fairseq2.models.hg import HuggingFaceConfig
 from fairseq2.utils.config import cast_config_type
 from typing_extensions import override
 
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.hf_config import create_dual_rules, read_fields, refuse_dual_options, write_fields
 from vembed_fs2.formats.key_map import Drop, KeyMap, Split
-from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat, config_errors
+from vembed_fs2.models.family import CheckpointFormat, config_errors, drop_learned
 from vembed_fs2.models.siglip.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
 _TOWER_FIELDS: Final = {
@@ -67,14 +68,14 @@ _KEYS: Final = {
 }
 
 
-def _create_key_map(unknown: Sequence[str]) -> KeyMap:
+def _create_key_map(dropped: Drop) -> KeyMap:
     """
-    :param unknown: what objectives learn and transformers' model has no place for.
+    :param dropped: what objectives learn and transformers' model has no place for.
     """
     return KeyMap(
         # Buffers that old versions of transformers saved, and the head of `SiglipForImageClassification`.
         Drop(theirs=r"(text|vision)_model\.embeddings\.position_ids|classifier\..*"),
-        Drop(ours="|".join(unknown)),
+        dropped,
         # transformers holds the three projections of the pooling attention in one tensor; apart they can be sharded.
         *(
             Split(
@@ -131,7 +132,7 @@ class SiglipCheckpointFormat(CheckpointFormat):
         config = cast_config_type(config, SiglipConfig)
         # transformers' SigLIP has a temperature and a bias, but only with both Transformers.
         is_whole = config.text is not None and config.vision is not None
-        return _create_key_map(("teacher_projection",) if is_whole else LEARNED_PARTS)
+        return _create_key_map(drop_learned(config, kept=(LOGIT_SCALE, LOGIT_BIAS) if is_whole else ()))
 
     @override
     def has_our_names(self, keys: Collection[str], config: object) -> bool:

@@ -30,6 +30,7 @@ from typing_extensions import override
 
 from vembed_fs2.embedding.batch import EncoderBatch
 from vembed_fs2.embedding.inputs import ImageInputs
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel, Modality
 from vembed_fs2.errors import DataError
 from vembed_fs2.models.common.attention import PaddedLayout
@@ -235,16 +236,8 @@ class SiglipModel(EmbeddingModel):
             self.max_text_length = text.frontend.pos_embed.num_embeddings
             modalities.add("text")
         self.modalities = frozenset(modalities)
-        self._logit_inits = (("logit_scale", logit_scale_init), ("logit_bias", logit_bias_init))
-        for name, init in self._logit_inits:
-            if init is not None:
-                setattr(self, name, Parameter(torch.empty(1)))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for name, init in self._logit_inits:
-            if init is not None:
-                nn.init.constant_(getattr(self, name), init)
+        inits = ((LOGIT_SCALE, logit_scale_init), (LOGIT_BIAS, logit_bias_init))
+        self.add_learned_parts([LearnedPart(name=name, mean=init) for name, init in inits if init is not None])
 
     @override
     def encode_text(self, batch: EncoderBatch) -> Tensor:

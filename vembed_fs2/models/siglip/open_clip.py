@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.formats.key_map import KeyMap, Rename, Reshape, Split, leading_dims
+from vembed_fs2.formats.key_map import KeyMap, Rename, Reshape, Rule, Split, leading_dims
 from vembed_fs2.formats.open_clip import (
     OpenClipFormat,
     read_model_options,
@@ -17,7 +17,7 @@ from vembed_fs2.formats.open_clip import (
 )
 from vembed_fs2.models.clip.config import ClipTextConfig
 from vembed_fs2.models.clip.open_clip import (
-    LEARNED_RULES,
+    list_learned_rules,
     list_text_rules,
     text_config_from_open_clip,
     text_config_to_open_clip,
@@ -99,8 +99,7 @@ _TRUNK: Final = "visual.trunk."
 
 _LAYER: Final = "vision.encoder.layers.*"
 
-_KEY_MAP: Final = KeyMap(
-    *LEARNED_RULES,
+_RULES: Final[Sequence[Rule]] = (
     # timm's positions have the dimension of a batch of one.
     Reshape(f"{_TRUNK}pos_embed", "vision.frontend.pos_embed.weight", leading_dims(1)),
     # timm holds these together; apart they can be sharded.
@@ -226,7 +225,7 @@ def _find_timm_name(vision: SiglipVisionConfig) -> str:
 
 def key_map_of_open_clip(config: SiglipConfig) -> KeyMap:
     """Return how the tensors of open_clip become ours. Those that are not known stay as they are."""
-    return _KEY_MAP
+    return KeyMap(*_RULES, *list_learned_rules(config))
 
 
 OPEN_CLIP: Final = OpenClipFormat(

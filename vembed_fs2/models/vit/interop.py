@@ -17,7 +17,7 @@ from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.hf_config import read_field, resolve_hf_config, validate_hf_config
 from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Reshape, Rule, Split, leading_dims
-from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
+from vembed_fs2.models.family import CheckpointFormat, drop_learned
 from vembed_fs2.models.vit.config import VIT_FAMILY, VitConfig, VitType
 from vembed_fs2.models.vit.model import VitModel
 
@@ -194,7 +194,7 @@ class VitCheckpointFormat(CheckpointFormat):
         rules: list[Rule] = [
             Drop(theirs=_FORMATS[config.model_type].dropped),
             # transformers has no place for what only objectives need.
-            Drop(ours="|".join(LEARNED_PARTS)),
+            drop_learned(config),
             *_list_embeddings(config),
             *_list_layers(config),
         ]
