@@ -125,15 +125,13 @@ def _run(recipe_name: str, args: argparse.Namespace) -> int:
 
 def _run_fairseq2(recipe: Any, config: Any, args: argparse.Namespace) -> int:
     from fairseq2.model_checkpoint import CorruptModelCheckpointError
-    from fairseq2.recipe.cli import _handle_errors, _register_cli_errors
     from fairseq2.recipe.run import run
-    from fairseq2.runtime.dependency import DependencyContainer
 
-    _repair_wandb()
+    from vembed_fs2.fairseq2_seams import handle_cli_errors, repair_wandb
+
+    repair_wandb()
     _report_no_system_errors_of_threads()
-    container = DependencyContainer()
-    _register_cli_errors(container)
-    with _handle_errors(container, args.traceback):
+    with handle_cli_errors(raises=args.traceback):
         try:
             run(recipe, config, args.output_dir, checkpoint_dir=args.checkpoint_dir, no_rich=args.no_rich)
         except Exception as ex:
@@ -150,15 +148,6 @@ def _run_fairseq2(recipe: Any, config: Any, args: argparse.Namespace) -> int:
             raise
     status: int = recipe.exit_status()
     return status
-
-
-def _repair_wandb() -> None:
-    """Give W&B the function that fairseq2 0.8 looks for; W&B 0.23 and later have it elsewhere."""
-    from importlib import import_module
-
-    util: Any = import_module("wandb.util")
-    if not hasattr(util, "generate_id"):
-        util.generate_id = import_module("wandb.sdk.lib.runid").generate_id
 
 
 def find_system_error(error: BaseException) -> OSError | None:
@@ -266,35 +255,24 @@ def component_config(section: str, name: str) -> type[Any] | None:
 
 def _components(section: str) -> dict[str, type[Any]]:
     from fairseq2.optim.lr_schedulers import LRScheduler
-    from fairseq2.recipe.component import _ComponentEntry
     from torch.optim import Optimizer
 
+    from vembed_fs2.fairseq2_seams import list_components
     from vembed_fs2.losses import LOSSES
 
     container = recipe_container()  # Other packages register theirs when it is made.
     if section.partition(".")[0] == "loss":  # Also of objectives within an objective.
         return {name: entry.config_kls for name, entry in LOSSES.items()}
-    interface = {"optimizer": Optimizer, "lr_scheduler": LRScheduler}[section]
-    found = {}
-    for key in container.iter_keys(_ComponentEntry):
-        if isinstance(key, tuple) and key[0] is interface:
-            found[key[1]] = container.resolve(_ComponentEntry, key=key).config_kls
-    return found
+    return list_components(container, {"optimizer": Optimizer, "lr_scheduler": LRScheduler}[section])
 
 
 @cache
 def recipe_container() -> Any:
     """A container with all that fairseq2, its extensions and our recipes register; for looking things up."""
-    from fairseq2.composition import _register_library
-    from fairseq2.recipe.composition import _register_train_recipe
-    from fairseq2.runtime.dependency import DependencyContainer
-
+    from vembed_fs2.fairseq2_seams import create_recipe_container
     from vembed_fs2.recipes.train.recipe import create_recipe
 
-    container = DependencyContainer()
-    _register_library(container, no_progress=True)
-    _register_train_recipe(container, create_recipe())
-    return container
+    return create_recipe_container(create_recipe())
 
 
 def resolve_components(config: Any) -> None:

@@ -25,6 +25,7 @@ from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import DataError
 from vembed_fs2.evaluation.datasets import task_from_examples
 from vembed_fs2.evaluation.task import RetrievalTask
+from vembed_fs2.fairseq2_seams import complete_checkpoint, seconds_since_report
 from vembed_fs2.hub.find import ModelSource
 from vembed_fs2.hub.towers import load_towers
 from vembed_fs2.models.composed import ComposedModel
@@ -166,11 +167,11 @@ class TrainRecipe(Recipe):
             )
         # fairseq2 says that units of training and of validation take the same batches, and does not need it.
         trainer = context.create_trainer(unit, reader, valid_units or None, valid_readers or None)  # type: ignore[misc]
-        unit.lapse = trainer._lapse_watch.get_elapsed_time
-        unit.finite.install(trainer)
+        unit.lapse = seconds_since_report(trainer)
+        unit.finite.install(trainer, context.get_optimizer())
         for valid_unit in valid_units:
             # An error in a validation, of a broken image say, must not cost the checkpoint that is being written.
-            valid_unit.on_start = trainer._maybe_complete_checkpoint_save_operation
+            valid_unit.on_start = partial(complete_checkpoint, trainer)
         self.stop.install(trainer)
         return trainer
 
