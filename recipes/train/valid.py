@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, final
+from typing import NamedTuple, final
 
 import fairseq2.recipe  # noqa: F401  (before the evaluator, which imports it in a circle)
 import torch
@@ -27,8 +27,7 @@ from vembed_fs2.evaluation.retrieval import evaluate_retrieval
 from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.gradcache.planner import Chunk, match_counts, plan_chunks
 from vembed_fs2.processing.processor import Processor
-
-VALID_METRICS: Final = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
+from vembed_fs2.recipes.metrics import VALID_METRICS
 
 
 @dataclass

@@ -144,6 +144,19 @@ def test_a_family_does_not_know_the_others() -> None:
     assert sorted(found) == []
 
 
+def test_what_recipes_share_knows_no_recipe() -> None:
+    recipes = {m for m in FILES if m.startswith("recipes.") and f"{m}.recipe" in FILES}
+    assert "recipes.train" in recipes
+    found = [
+        f"{FILES[module].relative_to(ROOT)}:{line} imports vembed_fs2.{name}"
+        for module in FILES
+        if module.startswith("recipes.") and module.count(".") == 1
+        for name, line in ours(module)
+        if any(name == recipe or name.startswith(f"{recipe}.") for recipe in recipes - {module})
+    ]
+    assert found == []
+
+
 @pytest.mark.parametrize("package", TORCH_ONLY)
 def test_the_ground_floor_needs_torch_only(package: str) -> None:
     import sys
