@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from vembed_fs2.distributed import RowGather
 from vembed_fs2.errors import DataError
 from vembed_fs2.evaluation.metrics import (
     average_precision,
@@ -16,6 +17,7 @@ from vembed_fs2.evaluation.metrics import (
     recall_at_k,
     reciprocal_rank,
 )
+from vembed_fs2.evaluation.shares import gather_shares, share_of, sum_over_ranks
 from vembed_fs2.evaluation.search import DOCUMENT_BLOCK, QUERY_BLOCK, PairSimilarity, pad_vectors, relevant_ranks
 from vembed_fs2.evaluation.task import NOTHING_RELEVANT, Relevant
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 
 DEFAULT_KS: Final = (1, 5, 10)
+
+_COUNT: Final = "num_queries"
 
 
 class SupportsEncode(Protocol):
@@ -69,11 +73,39 @@ def evaluate_retrieval(
     :raises EmbeddingValueError: an embedding holds NaN or infinity.
     :raises DataError: no query has a relevant document.
     """
+    sums = _sum_metrics(
+        queries,
+        corpus,
+        relevant,
+        ks=ks,
+        similarity=similarity,
+        masks=(query_mask, document_mask),
+        exclude=exclude,
+        blocks=(query_block, document_block),
+        device=device,
+    )
+    return _as_results(sums, num_queries=queries.size(0), num_documents=corpus.size(0))
+
+
+def _sum_metrics(
+    queries: Tensor,
+    corpus: Tensor,
+    relevant: Sequence[Relevant],
+    *,
+    ks: Sequence[int],
+    similarity: PairSimilarity,
+    masks: tuple[Tensor | None, Tensor | None],
+    exclude: Sequence[int] | Tensor | None,
+    blocks: tuple[int, int] = (QUERY_BLOCK, DOCUMENT_BLOCK),
+    device: torch.device | None,
+) -> dict[str, float]:
+    """Return the sum of each metric over the queries that have relevant documents, and their number as ``_COUNT``."""
     if len(relevant) != queries.size(0):
         raise ValueError(f"There are {queries.size(0)} queries, but relevant documents of {len(relevant)}.")
+    (query_mask, document_mask), (query_block, document_block) = masks, blocks
     excluded = torch.full((queries.size(0),), -1) if exclude is None else torch.as_tensor(exclude).cpu()
-    totals: dict[str, float] = {}
-    counted = 0
+    names = metrics_of_ranks(torch.empty(0, 1, dtype=torch.int64), None, ks)
+    sums = dict.fromkeys([*names, _COUNT], 0.0)
     for rows in _blocks_of_rows(relevant, query_block, document_block):
         index, grades = _padded(relevant[rows], excluded[rows].tolist())
         keep = (index >= 0).any(1)
@@ -93,14 +125,23 @@ def evaluate_retrieval(
             device=device or queries.device,
         )
         for name, value in metrics_of_ranks(ranks, grades[keep], ks).items():
-            totals[name] = totals.get(name, 0.0) + float(value.sum())
-        counted += int(keep.sum())
+            sums[name] += float(value.sum())
+        sums[_COUNT] += int(keep.sum())
+    return sums
+
+
+def _as_results(sums: Mapping[str, float], *, num_queries: int, num_documents: int) -> dict[str, float]:
+    """Return the means, and the numbers of queries and documents.
+
+    :raises DataError: no query has a relevant document.
+    """
+    counted = sums[_COUNT]
     if counted == 0:
         raise DataError(NOTHING_RELEVANT)
-    results = {name: total / counted for name, total in totals.items()}
-    results["num_queries"] = float(counted)
-    results["num_documents"] = float(corpus.size(0))
-    results["num_queries_without_relevant"] = float(queries.size(0) - counted)
+    results = {name: total / counted for name, total in sums.items() if name != _COUNT}
+    results["num_queries"] = counted
+    results["num_documents"] = float(num_documents)
+    results["num_queries_without_relevant"] = num_queries - counted
     return results
 
 
@@ -129,37 +170,47 @@ def evaluate_embedder(
     ks: Sequence[int] = DEFAULT_KS,
     similarity: PairSimilarity = "cosine",
     device: torch.device | None = None,
+    gather: RowGather | None = None,
 ) -> dict[str, float]:
     """Encode a task's queries and documents and return what :func:`evaluate_retrieval` does.
 
-    Where the queries are the documents (``task.exclude_self``), they are encoded
-    once, as documents.
+    If the queries are the documents (``task.exclude_self``), they are encoded
+    once, as documents. On a gang, each rank encodes its share of both, and ranks
+    all documents for its share of the queries; all ranks return the results.
 
     :param batch_size: Given to the embedder.
     :param similarity: How single vectors are compared. An embedder that returns a list, of the vectors of each
         input (``[L_i, D]``), is evaluated by ``maxsim``.
     :param device: Where to compare the embeddings; the CPU by default.
+    :param gather: The gang, of a backend that takes tensors on the CPU; one process by default.
     """
-    corpus, document_mask = _encoded(embedder.encode_document(list(task.corpus), batch_size=batch_size))
-    queries, query_mask, exclude = corpus, document_mask, None
+    gather = gather or RowGather()
+    own = share_of(len(task.queries), gather)
+    items = [task.corpus[i] for i in share_of(len(task.corpus), gather)]
+    encoded = embedder.encode_document(items, batch_size=batch_size)
+    corpus, document_mask = _padded_vectors(gather_shares(encoded, len(task.corpus), gather))
     if task.exclude_self:
-        exclude = torch.arange(corpus.size(0))
+        exclude = torch.tensor(own)
+        queries, query_mask = corpus[exclude], None if document_mask is None else document_mask[exclude]
     else:
-        queries, query_mask = _encoded(embedder.encode_query(list(task.queries), batch_size=batch_size))
-    return evaluate_retrieval(
+        exclude = None
+        encoded = embedder.encode_query([task.queries[i] for i in own], batch_size=batch_size)
+        queries, query_mask = _padded_vectors(encoded)
+    sums = _sum_metrics(
         queries,
         corpus,
-        task.relevant,
+        [task.relevant[i] for i in own],
         ks=ks,
         similarity=similarity if document_mask is None else "maxsim",
-        query_mask=query_mask,
-        document_mask=document_mask,
+        masks=(query_mask, document_mask),
         exclude=exclude,
         device=device,
     )
+    sums = sum_over_ranks(sums, gather)
+    return _as_results(sums, num_queries=len(task.queries), num_documents=len(task.corpus))
 
 
-def _encoded(embeddings: Any) -> tuple[Tensor, Tensor | None]:
+def _padded_vectors(embeddings: Any) -> tuple[Tensor, Tensor | None]:
     """What an embedder returned, and the mask of several vectors per input."""
     if isinstance(embeddings, list) and embeddings:
         return pad_vectors([torch.as_tensor(vectors) for vectors in embeddings])
