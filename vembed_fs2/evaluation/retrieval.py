@@ -17,8 +17,8 @@ from vembed_fs2.evaluation.metrics import (
     recall_at_k,
     reciprocal_rank,
 )
-from vembed_fs2.evaluation.shares import gather_shares, share_of, sum_over_ranks
 from vembed_fs2.evaluation.search import DOCUMENT_BLOCK, QUERY_BLOCK, PairSimilarity, pad_vectors, relevant_ranks
+from vembed_fs2.evaluation.shares import gather_shares, share_of
 from vembed_fs2.evaluation.task import NOTHING_RELEVANT, Relevant
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 
 DEFAULT_KS: Final = (1, 5, 10)
-
-_COUNT: Final = "num_queries"
 
 
 class SupportsEncode(Protocol):
@@ -73,7 +71,7 @@ def evaluate_retrieval(
     :raises EmbeddingValueError: an embedding holds NaN or infinity.
     :raises DataError: no query has a relevant document.
     """
-    sums = _sum_metrics(
+    scores = _score_queries(
         queries,
         corpus,
         relevant,
@@ -84,10 +82,10 @@ def evaluate_retrieval(
         blocks=(query_block, document_block),
         device=device,
     )
-    return _as_results(sums, num_queries=queries.size(0), num_documents=corpus.size(0))
+    return _mean_scores(scores, ks, num_documents=corpus.size(0))
 
 
-def _sum_metrics(
+def _score_queries(
     queries: Tensor,
     corpus: Tensor,
     relevant: Sequence[Relevant],
@@ -98,14 +96,13 @@ def _sum_metrics(
     exclude: Sequence[int] | Tensor | None,
     blocks: tuple[int, int] = (QUERY_BLOCK, DOCUMENT_BLOCK),
     device: torch.device | None,
-) -> dict[str, float]:
-    """Return the sum of each metric over the queries that have relevant documents, and their number as ``_COUNT``."""
+) -> Tensor:
+    """Return each metric of each query; NaN for queries without relevant documents. *Shape:* ``[Q, M]``, float64."""
     if len(relevant) != queries.size(0):
         raise ValueError(f"There are {queries.size(0)} queries, but relevant documents of {len(relevant)}.")
     (query_mask, document_mask), (query_block, document_block) = masks, blocks
     excluded = torch.full((queries.size(0),), -1) if exclude is None else torch.as_tensor(exclude).cpu()
-    names = metrics_of_ranks(torch.empty(0, 1, dtype=torch.int64), None, ks)
-    sums = dict.fromkeys([*names, _COUNT], 0.0)
+    scores = torch.full((queries.size(0), len(_metric_names(ks))), torch.nan, dtype=torch.float64)
     for rows in _blocks_of_rows(relevant, query_block, document_block):
         index, grades = _padded(relevant[rows], excluded[rows].tolist())
         keep = (index >= 0).any(1)
@@ -124,25 +121,28 @@ def _sum_metrics(
             document_block=document_block,
             device=device or queries.device,
         )
-        for name, value in metrics_of_ranks(ranks, grades[keep], ks).items():
-            sums[name] += float(value.sum())
-        sums[_COUNT] += int(keep.sum())
-    return sums
+        scores[rows][keep] = torch.stack(list(metrics_of_ranks(ranks, grades[keep], ks).values()), dim=1)
+    return scores
 
 
-def _as_results(sums: Mapping[str, float], *, num_queries: int, num_documents: int) -> dict[str, float]:
-    """Return the means, and the numbers of queries and documents.
+def _mean_scores(scores: Tensor, ks: Sequence[int], *, num_documents: int) -> dict[str, float]:
+    """Return the means over queries, and the numbers of queries and documents.
 
+    :param scores: *Shape:* ``[Q, M]``; the rows of all ranks in input order, so that their number changes no bit.
     :raises DataError: no query has a relevant document.
     """
-    counted = sums[_COUNT]
-    if counted == 0:
+    counted = scores[~scores.isnan().all(1)]
+    if counted.size(0) == 0:
         raise DataError(NOTHING_RELEVANT)
-    results = {name: total / counted for name, total in sums.items() if name != _COUNT}
-    results["num_queries"] = counted
+    results = dict(zip(_metric_names(ks), counted.mean(0).tolist()))
+    results["num_queries"] = float(counted.size(0))
     results["num_documents"] = float(num_documents)
-    results["num_queries_without_relevant"] = num_queries - counted
+    results["num_queries_without_relevant"] = float(scores.size(0) - counted.size(0))
     return results
+
+
+def _metric_names(ks: Sequence[int]) -> list[str]:
+    return list(metrics_of_ranks(torch.empty(0, 1, dtype=torch.int64), None, ks))
 
 
 def metrics_of_ranks(ranks: Tensor, grades: Tensor | None, ks: Sequence[int] = DEFAULT_KS) -> dict[str, Tensor]:
@@ -196,7 +196,7 @@ def evaluate_embedder(
         exclude = None
         encoded = embedder.encode_query([task.queries[i] for i in own], batch_size=batch_size)
         queries, query_mask = _padded_vectors(encoded)
-    sums = _sum_metrics(
+    scores = _score_queries(
         queries,
         corpus,
         [task.relevant[i] for i in own],
@@ -206,8 +206,11 @@ def evaluate_embedder(
         exclude=exclude,
         device=device,
     )
-    sums = sum_over_ranks(sums, gather)
-    return _as_results(sums, num_queries=len(task.queries), num_documents=len(task.corpus))
+    return _mean_scores(
+        gather_shares(scores, len(task.queries), gather),
+        ks,
+        num_documents=len(task.corpus),
+    )
 
 
 def _padded_vectors(embeddings: Any) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,6 @@ Shapes: n rows of this rank, N rows of all, L vectors of a row, D embedding size
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ def share_of(size: int, gather: RowGather) -> range:
 def gather_shares(embeddings: Any, size: int, gather: RowGather) -> Any:
     """Bring what the ranks have encoded together, in input order, on every rank.
 
-    :param embeddings: what an embedder returned for the rows of :func:`share_of`: ``[n, D]``, or a list of ``[L_i, D]``.
+    :param embeddings: what an embedder returned for this rank's rows: ``[n, D]``, or a list of ``[L_i, D]``.
     :param size: the number of rows of all ranks.
     :returns: the same kind, of all rows; what was given if there is one process.
     """
@@ -44,9 +43,3 @@ def gather_shares(embeddings: Any, size: int, gather: RowGather) -> Any:
     for row, values in zip(order.tolist(), rows_in_rank_order):
         ordered[row] = values
     return ordered
-
-
-def sum_over_ranks(values: Mapping[str, float], gather: RowGather) -> dict[str, float]:
-    """Return the sum over ranks of each value; all ranks have the same names, in the same order."""
-    own = torch.tensor([list(values.values())], dtype=torch.float64)
-    return dict(zip(values, gather(own, [1] * gather.size).sum(0).tolist()))
