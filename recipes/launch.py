@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -42,7 +43,9 @@ def run_recipe(package: str, args: argparse.Namespace) -> int:
             return 0
         _check_arguments(args)
         if args.nproc_per_node is not None and "RANK" not in os.environ:
-            return run_processes(_command(package, args), args.nproc_per_node)
+            # Libraries print to the standard output, too.
+            stdout = sys.stderr.fileno() if args.quiet else None
+            return run_processes(_command(package, args), args.nproc_per_node, advice=_advice(package), stdout=stdout)
         return _run(package, args)
     except VembedError as ex:
         if args.traceback:
@@ -78,6 +81,12 @@ def main(package: str) -> None:
         sys.exit(130)
 
 
+def _advice(package: str) -> str:
+    """What to do after a process was killed."""
+    advice: str = getattr(import_module(package), "ADVICE", "")
+    return advice
+
+
 def _presets(package: str) -> list[str]:
     folder = files(package) / "configs"
     if not folder.is_dir():
@@ -105,7 +114,9 @@ def _as_arguments(args: argparse.Namespace) -> list[str]:
         arguments += ["--config-file", str(file)]
     arguments += ["--checkpoint-dir", str(args.checkpoint_dir)] if args.checkpoint_dir else []
     arguments += [
-        f"--{flag.replace('_', '-')}" for flag in ("dump_config", "no_rich", "traceback") if getattr(args, flag)
+        f"--{flag.replace('_', '-')}"
+        for flag in ("dump_config", "quiet", "no_rich", "traceback")
+        if getattr(args, flag)
     ]
     return arguments + (["--config", *args.config] if args.config else [])
 
@@ -117,6 +128,8 @@ def _run(package: str, args: argparse.Namespace) -> int:
     from vembed_fs2.recipes.base import load_recipe
     from vembed_fs2.recipes.folder import check_writable, prepare_output_dir
 
+    if args.quiet:
+        logging.disable(logging.INFO)
     recipe = load_recipe(package)
     config = load_config(package, recipe, args)
     if args.dump_config:

@@ -14,9 +14,6 @@ from vembed_fs2.recipes.evaluate.settings import EvaluateSettings
 class EvaluateConfig(EvaluateSettings):
     """The configuration of ``python -m vembed_fs2.recipes.evaluate``."""
 
-    quiet: bool = False
-    """If ``True``, the console shows warnings and errors only. The log files hold all."""
-
     gang: GangSection = field(default_factory=lambda: GangSection())
     common: CommonSection = field(default_factory=lambda: CommonSection(no_sweep_dir=True))
 

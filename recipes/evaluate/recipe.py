@@ -10,7 +10,6 @@ from typing import Final, final
 import torch.distributed as dist
 from fairseq2.gang import Gangs
 from fairseq2.recipe.base import RecipeContext
-from fairseq2.runtime.dependency import DependencyContainer
 from fairseq2.task import Task
 from typing_extensions import override
 
@@ -37,9 +36,6 @@ def create_recipe() -> EvaluateRecipe:
 class EvaluateRecipe(VembedRecipe[EvaluateConfig, RetrievalTask]):
     """Measures retrieval with a model; writes ``results.json``."""
 
-    def __init__(self) -> None:
-        self._quiet = False
-
     @property
     @override
     def config_kls(self) -> type[object]:
@@ -47,16 +43,9 @@ class EvaluateRecipe(VembedRecipe[EvaluateConfig, RetrievalTask]):
 
     @override
     def prepare(self, config: EvaluateConfig) -> RetrievalTask:
-        self._quiet = config.quiet
         for name in config.models:
             find_model(name, trust_remote_code=config.trust_remote_code)
         return load_task(config.data)
-
-    @override
-    def register(self, container: DependencyContainer) -> None:
-        if self._quiet:
-            for handler in logging.getLogger().handlers:  # The console's. The log files belong to fairseq2's logger.
-                handler.setLevel(logging.WARNING)
 
     @override
     def create_prepared_task(self, context: RecipeContext, prepared: RetrievalTask) -> Task:

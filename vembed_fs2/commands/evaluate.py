@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -131,7 +132,7 @@ def _run_gang(settings: EvaluateSettings, args: argparse.Namespace) -> int:
     add_recipe_arguments(parser)
     values = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in asdict(settings).items()]
     launch = [] if args.nproc_per_node is None else ["--nproc-per-node", str(args.nproc_per_node)]
-    command = [str(folder), *launch, "--no-rich", "--config", "quiet=true", *values]
+    command = [str(folder), *launch, "--quiet", "--no-rich", "--config", *values]
     status = run_recipe("vembed_fs2.recipes.evaluate", parser.parse_args(command))
     if status == 0 and (file := folder / "results.json").exists():  # Only the first process of the gang has it.
         report = read_json(file)
@@ -139,7 +140,9 @@ def _run_gang(settings: EvaluateSettings, args: argparse.Namespace) -> int:
         if settings.baseline is not None:
             results = {settings.baseline: report["baseline_metrics"], **results}
         _show(settings, results, args.output)
-    if status in (0, 2):
+    if status == 1:
+        print(f"The log files are in {folder / 'logs'}.", file=sys.stderr)
+    else:
         rmtree(folder, ignore_errors=True)
     return status
 
