@@ -113,11 +113,8 @@ def _as_arguments(args: argparse.Namespace) -> list[str]:
     for file in args.config_file:
         arguments += ["--config-file", str(file)]
     arguments += ["--checkpoint-dir", str(args.checkpoint_dir)] if args.checkpoint_dir else []
-    arguments += [
-        f"--{flag.replace('_', '-')}"
-        for flag in ("dump_config", "quiet", "no_rich", "traceback")
-        if getattr(args, flag)
-    ]
+    flags = ("dump_config", "quiet", "no_rich", "traceback")
+    arguments += [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
     return arguments + (["--config", *args.config] if args.config else [])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,9 +50,13 @@ def evaluate_models(
     results = {}
     for name in settings.models:
         embedder = load(name)
-        similarity = "dot" if embedder.model.similarity == "dot" else "cosine"
         results[name] = evaluate_embedder(
-            embedder, task, batch_size=settings.batch_size, ks=settings.ks, similarity=similarity, gather=gather
+            embedder,
+            task,
+            batch_size=settings.batch_size,
+            ks=settings.ks,
+            similarity="dot" if embedder.model.similarity == "dot" else "cosine",
+            gather=gather,
         )
     return results
 
@@ -73,7 +78,7 @@ def load_embedder(
 def write_report(file: Path, settings: EvaluateSettings, results: Mapping[str, Results]) -> None:
     """Write the results as JSON, with what they are of."""
     paths = [str(path) for path in settings.data.paths]
-    about = {"data": paths, "max_length": settings.max_length, "bf16": settings.bf16}
+    about: dict[str, Any] = {"data": paths, "max_length": settings.max_length, "bf16": settings.bf16}
     if settings.baseline is not None:
         about |= {"baseline": settings.baseline, "baseline_metrics": results[settings.baseline]}
     write_results(file, results[settings.model], model=settings.model, **about)

@@ -38,7 +38,7 @@ def gather_shares(embeddings: Any, size: int, gather: RowGather) -> Any:
     # A rank without a row does not know how long a vector is.
     (dim,) = set(gather.counts(vectors[0].size(1) if vectors else 0)) - {0}
     flat = torch.cat(vectors) if vectors else torch.empty(0, dim)
-    rows_in_rank_order = gather(flat, gather.counts(flat.size(0))).split(lengths.tolist())
+    rows_in_rank_order = torch.split(gather(flat, gather.counts(flat.size(0))), lengths.tolist())
     ordered: list[Tensor] = [torch.empty(0)] * size
     for row, values in zip(order.tolist(), rows_in_rank_order):
         ordered[row] = values
