@@ -31,15 +31,17 @@ _POLL: Final = 0.05
 RESUME: Final = "Checkpoints that were complete are intact; run the same command again to resume."
 
 
-def run_processes(command: Sequence[str], count: int) -> int:
+def run_processes(command: Sequence[str], count: int, *, advice: str = RESUME, stdout: int | None = None) -> int:
     """Run ``command`` as ``count`` ranks and return their exit status.
 
+    :param advice: what to do after a process has failed without saying why.
+    :param stdout: the file that they print to; that of this process by default.
     :returns: 0 if all succeeded, else the status of the first that failed; 128
         plus the number of the signal for one that was killed.
     """
     with TemporaryDirectory(prefix="vembed_") as folder:
         claim = Path(folder) / "error"
-        gang = _Gang(command, count, {**os.environ, **_environment(count), _CLAIM: str(claim)})
+        gang = _Gang(command, count, {**os.environ, **_environment(count), _CLAIM: str(claim)}, stdout)
         previous = {s: signal.signal(s, gang.forward) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             rank, status = gang.wait()
@@ -51,7 +53,7 @@ def run_processes(command: Sequence[str], count: int) -> int:
             return int(claim.read_text() or 1)
         # What Ctrl-C or SIGTERM has ended needs no explanation.
         if status and not (gang.signalled and status in (-signal.SIGINT, -signal.SIGTERM)):
-            _explain(rank, status, gang.deferred_error(rank))
+            _explain(rank, status, gang.deferred_error(rank), advice)
     return 128 - status if status < 0 else status
 
 
@@ -107,13 +109,14 @@ def _environment(count: int) -> dict[str, str]:
 class _Gang:
     """The processes, by rank."""
 
-    def __init__(self, command: Sequence[str], count: int, environment: dict[str, str]) -> None:
+    def __init__(self, command: Sequence[str], count: int, environment: dict[str, str], stdout: int | None) -> None:
         self.signalled = False
         self._claim = environment[_CLAIM]
         self._processes = [
             subprocess.Popen(
                 command,
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=stdout,
                 preexec_fn=_stop_with_parent,
             )
             for rank in range(count)
@@ -173,14 +176,17 @@ def _stop_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def _explain(rank: int, status: int, deferred: str | None) -> None:
+def _explain(rank: int, status: int, deferred: str | None, advice: str) -> None:
     if status >= 128:
         return  # It was asked to stop, and did.
     if status < 0:
         name = signal.Signals(-status).name
         hint = " Was the memory full?" if -status == signal.SIGKILL else ""
-        print(f"error: the process of rank {rank} was killed by {name}.{hint} {RESUME}", file=sys.stderr)
+        text = f"the process of rank {rank} was killed by {name}.{hint}"
     elif deferred is not None:
-        print(f"error: {deferred} logs/rank_{rank}.log says more. {RESUME}", file=sys.stderr)
-    elif rank != 0:  # Only rank 0 logs to the console.
-        print(f"error: the process of rank {rank} failed; logs/rank_{rank}.log says why. {RESUME}", file=sys.stderr)
+        text = f"{deferred} logs/rank_{rank}.log says more."
+    elif rank != 0:
+        text = f"the process of rank {rank} failed; logs/rank_{rank}.log says why."
+    else:
+        return  # Rank 0 logs to the console.
+    print(f"error: {text} {advice}".rstrip(), file=sys.stderr)

@@ -12,7 +12,8 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from fairseq2.trainer import Trainer
-from fairseq2.validator import NOOP_VALIDATOR
+
+from vembed_fs2.fairseq2_seams import stop_after_step
 
 log = logging.getLogger("vembed_fs2")
 
@@ -69,8 +70,4 @@ class StopRequest:
             return
         self.signum = received
         log.warning("%s received. Writing a checkpoint, then stopping.", signal.Signals(received).name)
-        self._trainer.request_stop()
-        # fairseq2 0.8 looks at the request only where no number of steps is set,
-        # and would validate before it stops.
-        self._trainer._max_num_steps = None
-        self._trainer._validator = NOOP_VALIDATOR
+        stop_after_step(self._trainer)

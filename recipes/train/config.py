@@ -24,8 +24,8 @@ from typing_extensions import override
 from vembed_fs2.gradcache import parse_budget
 from vembed_fs2.losses import LOSSES, InfoNCEConfig, create_loss
 from vembed_fs2.losses.nested import prefix_keys
+from vembed_fs2.recipes.metrics import VALID_METRICS
 from vembed_fs2.recipes.optim import ADAMW, WARMUP_DECAY, EmbeddingAdamWConfig, WarmupDecayConfig
-from vembed_fs2.recipes.train.valid import VALID_METRICS
 
 
 @dataclass(kw_only=True)

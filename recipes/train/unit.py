@@ -61,6 +61,7 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
 
     @override
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
+        self.finite.bag = metric_bag
         metric_bag.add("objective", SumsByName())
         for name in ("loss", *_PER_BATCH, "num_queries", "num_batches", "num_tokens", "total_num_queries"):
             metric_bag.add(name, Sum())

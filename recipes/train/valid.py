@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import fairseq2.recipe  # noqa: F401  (before the evaluator, which imports it in a circle)
 import torch
@@ -29,8 +29,7 @@ from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.gradcache.planner import match_counts, plan_chunks
 from vembed_fs2.inference.prepare import WINDOW_IMAGES, WINDOW_ROWS, PreparedWindows
 from vembed_fs2.processing.processor import Processor
-
-VALID_METRICS: Final = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
+from vembed_fs2.recipes.metrics import VALID_METRICS
 
 
 @dataclass

@@ -16,6 +16,7 @@ from fairseq2.runtime.dependency import DependencyLookup, DependencyResolver
 
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import VembedError
+from vembed_fs2.fairseq2_seams import find_arch_function
 from vembed_fs2.models.family import get_checkpoint_format
 from vembed_fs2.models.support import FamilySupport, get_family_support
 
@@ -94,14 +95,9 @@ def arch_names(family: ModelFamily, resolver: DependencyResolver) -> list[str]:
 
 def arch_summary(family: ModelFamily, arch: str, resolver: DependencyResolver) -> str:
     """The first line of the docstring of an architecture's function; empty if there is none."""
-    # fairseq2 keeps the function, but has no way to ask for it.
-    registration = getattr(resolver, "_registrations", {}).get((family.config_kls, arch))
-    provider = getattr(registration, "provider", None)
-    for cell in getattr(provider, "__closure__", None) or ():
-        if inspect.isfunction(cell.cell_contents):
-            text = inspect.getdoc(cell.cell_contents) or ""
-            return text.partition("\n")[0].replace("``", "")
-    return ""
+    function = find_arch_function(resolver, family.config_kls, arch)
+    text = "" if function is None else inspect.getdoc(function) or ""
+    return text.partition("\n")[0].replace("``", "")
 
 
 def family_cards(name: str, resolver: DependencyResolver) -> list[AssetCard]:

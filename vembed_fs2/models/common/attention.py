@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
 
+from vembed_fs2.fairseq2_seams import OpenBatchLayout
 from vembed_fs2.models.common.dropout import Masks, has_fast_masks
 from vembed_fs2.models.common.dropout_attention import attend_with_dropout
 
@@ -36,7 +37,7 @@ _MATMUL_WIDTH: Final = 1024
 _PACKED_FROM: Final = 0.1
 
 
-class PaddedLayout(BatchLayout):  # type: ignore[misc]  # final in fairseq2
+class PaddedLayout(OpenBatchLayout):  # type: ignore[misc]  # its base is final
     """A batch layout that is known by its mask.
 
     fairseq2's layout holds the lengths as Python integers, for which the host
@@ -64,14 +65,14 @@ class PaddedLayout(BatchLayout):  # type: ignore[misc]  # final in fairseq2
 
     def __getattr__(self, name: str) -> Any:
         # The attributes of the base class, at their first use.
-        if not name.startswith("_") or name.startswith("__") or "_width" in self.__dict__:
+        if not name.startswith("_") or name.startswith("__") or self.is_complete:
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
         seq_lens = None if self.mask is None else self.mask.sum(1).tolist()
         super().__init__(self._shape, seq_lens, device=self._device)
         return getattr(self, name)
 
 
-class PackedLayout(BatchLayout):  # type: ignore[misc]  # final in fairseq2
+class PackedLayout(OpenBatchLayout):  # type: ignore[misc]  # its base is final
     """The layout of sequences that stand one after the other, without padding.
 
     What is done to each token by itself, nearly all of a Transformer's work, is

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Final, final
 
 import torch
 from fairseq2.device import CPU
-from fairseq2.models.transformer import StandardFeedForwardNetwork
 from fairseq2.nn import ColumnShardedLinear
 from torch import Tensor
 from typing_extensions import override
 
 from vembed_fs2.embedding.activations import Activation
+from vembed_fs2.fairseq2_seams import OpenFeedForwardNetwork
 
 # How oneDNN computes the functions that it can apply to a matrix product while that is in the cache.
 _GELU: Final = {"exact": "none", "tanh": "tanh"}
@@ -20,7 +20,7 @@ _HAS_ONEDNN: Final[bool] = torch.backends.mkldnn.is_available()  # type: ignore[
 
 
 @final
-class FusedFeedForwardNetwork(StandardFeedForwardNetwork):  # type: ignore[misc]  # final in fairseq2
+class FusedFeedForwardNetwork(OpenFeedForwardNetwork):  # type: ignore[misc]  # its base is final
     """fairseq2's, with bias and GELU added within the matrix product in inference on CPUs.
 
     As operations of their own, each passes over all inner states. Training
