@@ -23,7 +23,9 @@ class ClipFactory(ModelFactory[ClipConfig]):
         config = self._config
         text = create_text_tower(config.text, config.projection_dim)
 
-        model = ClipModel(text, self.create_vision_tower(), config.logit_scale_init, config.train_logit_scale)
+        model = ClipModel(
+            text, self.create_vision_tower(), config.logit_scale_init, config.train_logit_scale, config.head
+        )
         model.tokens_per_image = config.vision.num_patches + 1
 
         return model

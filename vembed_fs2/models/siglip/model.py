@@ -29,10 +29,11 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from vembed_fs2.embedding.batch import EncoderBatch
+from vembed_fs2.embedding.head import Head, HeadConfig, States
 from vembed_fs2.embedding.model import EmbeddingModel, Modality
 from vembed_fs2.errors import DataError
 from vembed_fs2.models.common.attention import PaddedLayout
-from vembed_fs2.models.common.dual import TextFrontend
+from vembed_fs2.models.common.dual import TextFrontend, counted_tokens
 from vembed_fs2.models.common.vision import PatchProjection, resize_positions
 
 
@@ -50,8 +51,8 @@ class SiglipTextTower(Module):
         self.pad_id = pad_id
 
     @override
-    def forward(self, ids_TL: Tensor, mask_TL: Tensor | None) -> Tensor:
-        """Encode texts; return ``[T, D]``.
+    def forward(self, ids_TL: Tensor, mask_TL: Tensor | None, head: HeadConfig) -> States:
+        """Encode texts; return what ``head`` reads, projected: states ``[T, L, D]``, that of the text ``[T, D]``.
 
         :param mask_TL: True for tokens; ``None`` if padding is not masked, as in training of the public models.
         :raises DataError: a text is longer than the position table.
@@ -60,7 +61,9 @@ class SiglipTextTower(Module):
         if length > max_length:
             raise DataError(f"A text has {length} tokens, but the model takes at most {max_length}. Truncate it.")
         seqs_TLM, layout = self.frontend(ids_TL, PaddedLayout(ids_TL, mask_TL))
-        return self.proj(self.encoder(seqs_TLM, layout)[:, -1])
+        seqs_TLM = self.encoder(seqs_TLM, layout)
+        tokens_TLD = self.proj(seqs_TLM) if head.reads_states else None
+        return States(tokens_TLD, None, self.proj(seqs_TLM[:, -1]) if head.reads_pooler else None)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -193,10 +196,11 @@ class SiglipVisionTower(Module):
         self.head = head
 
     @override
-    def forward(self, batch: EncoderBatch) -> Tensor:
-        """Encode the images of ``batch``; return ``[P, D]``."""
+    def forward(self, batch: EncoderBatch, head: HeadConfig) -> States:
+        """Encode the images of ``batch``; return what ``head`` reads: states ``[P, S, D]``, that of the image."""
         seqs_PSM, layout = self.frontend(batch)
-        return self.head(self.encoder(seqs_PSM, layout), layout)
+        seqs_PSM = self.encoder(seqs_PSM, layout)
+        return States(seqs_PSM, batch.patch_mask, self.head(seqs_PSM, layout) if head.reads_pooler else None)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -214,8 +218,10 @@ class SiglipModel(EmbeddingModel):
         vision: SiglipVisionTower | None,
         logit_scale_init: float | None,
         logit_bias_init: float | None,
+        head: HeadConfig | None = None,
     ) -> None:
         """
+        :param head: what follows the towers; ``None`` for their own poolings.
         :param logit_scale_init: The initial log inverse temperature; ``None`` if the model has none.
         :param logit_bias_init: The initial bias of the logits; ``None`` if the model has none.
         """
@@ -224,15 +230,16 @@ class SiglipModel(EmbeddingModel):
         self.vision: SiglipVisionTower | None
         self.register_module("text", text)
         self.register_module("vision", vision)
-        modalities: set[Modality] = set()
+        embedding_dim, modalities = 0, set[Modality]()
         if vision is not None:
-            self.embedding_dim = vision.frontend.pos_embed.embed_dim
+            embedding_dim = vision.frontend.pos_embed.embed_dim
             modalities.add("image")
         if text is not None:
-            self.embedding_dim = text.proj.output_dim
+            embedding_dim = text.proj.output_dim
             self.max_text_length = text.frontend.pos_embed.num_embeddings
             modalities.add("text")
         self.modalities = frozenset(modalities)
+        self.head = Head(head or HeadConfig(pooling="pooler"), embedding_dim)
         self._logit_inits = (("logit_scale", logit_scale_init), ("logit_bias", logit_bias_init))
         for name, init in self._logit_inits:
             if init is not None:
@@ -245,8 +252,8 @@ class SiglipModel(EmbeddingModel):
                 nn.init.constant_(getattr(self, name), init)
 
     @override
-    def encode_text(self, batch: EncoderBatch) -> Tensor:
-        """Encode the texts of ``batch``. *Returns:* ``[T, D]``.
+    def encode_text_states(self, batch: EncoderBatch) -> States:
+        """Encode the texts of ``batch``.
 
         Texts with a mask are padded to ``max_text_length`` first, unless
         ``fixed_width`` says that they are padded already. Texts without one are
@@ -255,22 +262,23 @@ class SiglipModel(EmbeddingModel):
         :raises DataError: a text is longer than the position table.
         """
         if self.text is None:
-            return super().encode_text(batch)
+            return super().encode_text_states(batch)
         ids_TL, mask_TL = batch.input_ids, batch.attention_mask
         assert ids_TL is not None
         if mask_TL is not None and not batch.fixed_width:
             ids_TL, mask_TL = self.text.fill(ids_TL, mask_TL.bool())
-        return self.text(ids_TL, mask_TL)
+        states = self.text(ids_TL, mask_TL, self.head.config)
+        return states._replace(mask=counted_tokens(batch, ids_TL.size(1)))
 
     @override
-    def encode_image(self, batch: EncoderBatch) -> Tensor:
-        """Encode the images of ``batch``, of any size of at least one patch. *Returns:* ``[P, D]``.
+    def encode_image_states(self, batch: EncoderBatch) -> States:
+        """Encode the images of ``batch``, of any size of at least one patch.
 
         :raises DataError: the images are not of the shape that the model takes.
         """
         if self.vision is None:
-            return super().encode_image(batch)
-        return self.vision(batch)
+            return super().encode_image_states(batch)
+        return self.vision(batch, self.head.config)
 
     @override
     def layer_stacks(self) -> list[ModuleList]:
