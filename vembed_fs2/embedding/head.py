@@ -28,7 +28,7 @@ MAXSIM: Final = "maxsim"
 """The similarity of rows of several vectors: late interaction."""
 
 
-def compares_several(similarity: str) -> bool:
+def compares_several(similarity: object) -> bool:
     """Whether a similarity compares rows of several vectors."""
     return similarity == MAXSIM
 

@@ -19,9 +19,7 @@ def validate_image_head(
     head: HeadConfig, *, has_class_token: bool = True, has_pooler: bool = False, name: str = "head"
 ) -> list[str]:
     """Return what is wrong with a head without dense layers, one sentence each."""
-    return validate_head(
-        head, 0, multi_vector=True, has_class_token=has_class_token, has_pooler=has_pooler, name=name
-    )
+    return validate_head(head, 0, multi_vector=True, has_class_token=has_class_token, has_pooler=has_pooler, name=name)
 
 
 class ImageHead(Head):

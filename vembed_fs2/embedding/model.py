@@ -175,12 +175,13 @@ class EmbeddingModel(Module, ABC):
             return self.encode_image(batch), None
         return self._fuse(batch), None
 
-    def _encode_vectors(self, batch: EncoderBatch) -> tuple[Tensor, Tensor]:
+    def _encode_vectors(self, batch: EncoderBatch) -> tuple[Tensor, Tensor | None]:
         """Encode rows of one text or one image. *Returns:* ``[N, L, D]`` and a mask ``[N, L]``."""
         counts = {"text": batch.num_texts, "image": batch.num_images}
         if sum(counts.values()) != batch.num_rows or any(counts[m] for m in counts.keys() - self.modalities):
-            parts = {("text",): "one text, and no image", ("image",): "one image, and no text"}
-            allowed = parts.get(tuple(self.modalities), "one text or one image")
+            allowed = "one text or one image"
+            if len(self.modalities) == 1:
+                allowed = "one text, and no image" if "text" in self.modalities else "one image, and no text"
             raise DataError(f"Each row of a model with several vectors per row must be {allowed}.")
         found = []
         if batch.text_rows is not None and batch.num_texts:

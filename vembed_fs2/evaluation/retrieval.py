@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from vembed_fs2.embedding.head import MAXSIM
 from vembed_fs2.errors import DataError
 from vembed_fs2.evaluation.metrics import (
     average_precision,
@@ -151,7 +152,7 @@ def evaluate_embedder(
         corpus,
         task.relevant,
         ks=ks,
-        similarity=similarity if document_mask is None else "maxsim",
+        similarity=similarity if document_mask is None else MAXSIM,
         query_mask=query_mask,
         document_mask=document_mask,
         exclude=exclude,

@@ -224,7 +224,7 @@ class Embedder:
 
     @property
     def _is_multi_vector(self) -> bool:
-        return self.model.similarity == "maxsim"
+        return self.model.is_multi_vector
 
     def _encode(
         self, items: Sequence[Item], prompt: str | None, batch_size: int | None, progress: bool | None, finish: _Finish

@@ -54,7 +54,10 @@ class Trace:
 
     def used_parameters(self, head: HeadConfig) -> frozenset[str]:
         """The parameters that embeddings depend on: those of the states, of the model's own pooler, or of both."""
-        outputs = (self.outputs.states if head.reads_states else None, self.outputs.pooled if head.reads_pooler else None)
+        outputs = (
+            self.outputs.states if head.reads_states else None,
+            self.outputs.pooled if head.reads_pooler else None,
+        )
         seen, waiting = set(), [output.grad_fn for output in outputs if output is not None]
         while waiting:
             function = waiting.pop()
