@@ -81,7 +81,7 @@ class _SaidByHead(Generic[T]):
         if isinstance(head, Head):
             return self._read(head)
         if self._default is None:
-            raise AttributeError(f"{owner.__name__} has no `head`, which would say what its embeddings are.")
+            raise TypeError(f"{owner.__name__} has no `head`, which would say what its embeddings are.")
         return self._default
 
 

@@ -116,6 +116,7 @@ class CheckpointFormat(HuggingFaceConverter):
         """
         from huggingface_hub import save_torch_state_dict
 
+        folder.mkdir(parents=True, exist_ok=True)
         self.write_config(folder, config)
         save_torch_state_dict(cast(dict[str, Tensor], self.to_hg_state_dict(state_dict, config)), folder)
         self.write_files(folder, config)
