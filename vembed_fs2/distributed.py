@@ -20,6 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 # Gradients are reduced in flat buffers of about this many elements.
 _BUCKET_SIZE: Final = 8 * 2**20
 
+# All sets of texts, images and features that a row can hold.
+_NUM_KINDS: Final = 8
+
 
 class GradSync:
     """How the gradients of one encoder are reduced over ranks: once per step, after the last chunk, by default."""
@@ -68,10 +71,11 @@ class GradSync:
         return values if self.tensor_parallel is None else all_max(values, self.tensor_parallel)
 
     def agree_counts(self, counts: dict[int, int]) -> dict[int, int]:
-        """Return the maximum over ranks of the number of chunks of each kind (0 to 3)."""
-        if not set(counts) <= set(range(4)):
-            raise ValueError(f"The kinds of rows must be from 0 to 3, but are {sorted(counts)}.")
-        agreed = self.agree_max([counts.get(kind, 0) for kind in range(4)])
+        """Return the maximum over ranks of the number of chunks of each kind (0 to 7)."""
+        if not set(counts) <= set(range(_NUM_KINDS)):
+            raise ValueError(f"The kinds of rows must be from 0 to {_NUM_KINDS - 1}, but are {sorted(counts)}.")
+
+        agreed = self.agree_max([counts.get(kind, 0) for kind in range(_NUM_KINDS)])
         return {kind: n for kind, n in enumerate(agreed) if n > 0}
 
 
@@ -154,9 +158,9 @@ class FsdpSync(GradSync):
     def _unify_gradient_types(self) -> None:
         """Let all parameters of a group have accumulated gradients, if some have.
 
-        In mixed precision accumulated gradients are float32, and those of
-        parameters that only the last chunk uses (of one tower, say) are not;
-        FSDP2 refuses to reduce both together.
+        In mixed precision accumulated gradients are float32. Gradients of
+        parameters that only the last chunk uses, for example one tower's, are not,
+        and FSDP2 refuses to reduce both together.
         """
         root: Any = self._module  # Also a `Module`, which its type does not say.
         for module in root.modules():
@@ -187,6 +191,15 @@ def grad_sync_of(encoder: Callable[..., Any]) -> GradSync:
     if split is not None:
         sync.split_over(split.tp_gang.as_process_group())
     return sync
+
+
+def find_model_with(encoder: Callable[..., Any], method: str) -> Any:
+    """Return the outermost module that ``encoder`` uses and that has a method of this name, if there is one."""
+
+    def is_wanted(module: Any) -> bool:
+        return isinstance(module, Module) and callable(getattr(module, method, None))
+
+    return next(_modules_of_kind(encoder, is_wanted, set()), None)
 
 
 def _data_parallel_sync(encoder: Callable[..., Any]) -> GradSync:
@@ -250,7 +263,7 @@ _MANY: Final = 1000
 """Containers with more elements hold data: nothing is sought in containers within them. This is asked in each step."""
 
 _OWN_ATTRIBUTES: Final = frozenset(vars(Module()))
-"""Where a module keeps its parameters, children and hooks."""
+"""The attributes in which a module keeps its parameters, children and hooks."""
 
 
 def _elements_of(container: Any) -> list[Any]:

@@ -26,6 +26,7 @@ from vembed_fs2.embedding.head import Similarity as Similarity
 from vembed_fs2.embedding.head import SingleSimilarity as SingleSimilarity
 from vembed_fs2.embedding.head import States as States
 from vembed_fs2.embedding.head import compares_several
+from vembed_fs2.embedding.inputs import ImageInputs, Kind, TextInputs
 from vembed_fs2.errors import DataError
 
 Modality: TypeAlias = Literal["text", "image"]
@@ -118,6 +119,9 @@ class EmbeddingModel(Module, ABC):
     tokens_per_image: int = 1
     """What an image costs to encode, in tokens."""
 
+    image_shape: tuple[int, int, int] | None = None
+    """An image shape that the model takes: channels, height, width in pixels."""
+
     frozen_parameters: frozenset[str] = frozenset()
     """The names of the parameters that are never trained: those that the factory of the family freezes."""
 
@@ -167,11 +171,14 @@ class EmbeddingModel(Module, ABC):
 
         :raises DataError: a row of a multi-vector model has several parts, or one that the model does not read.
         """
+        if batch.features is not None:
+            raise TypeError(f"{type(self).__name__} has no encoder of features.")
+
         if self.is_multi_vector:
             return self._encode_vectors(batch)
-        if batch.pixel_values is None and batch.num_texts == batch.num_rows:
+        if batch.images is None and batch.num_texts == batch.num_rows:
             return self.encode_text(batch), None
-        if batch.input_ids is None and batch.num_images == batch.num_rows:
+        if batch.text is None and batch.num_images == batch.num_rows:
             return self.encode_image(batch), None
         return self._fuse(batch), None
 
@@ -184,10 +191,10 @@ class EmbeddingModel(Module, ABC):
                 allowed = "one text, and no image" if "text" in self.modalities else "one image, and no text"
             raise DataError(f"Each row of a model with several vectors per row must be {allowed}.")
         found = []
-        if batch.text_rows is not None and batch.num_texts:
-            found.append((batch.text_rows, *self.head(self.encode_text_states(batch))))
-        if batch.image_rows is not None and batch.num_images:
-            found.append((batch.image_rows, *self.head(self.encode_image_states(batch))))
+        if batch.text is not None:
+            found.append((batch.text.rows, *self.head(self.encode_text_states(batch))))
+        if batch.images is not None:
+            found.append((batch.images.rows, *self.head(self.encode_image_states(batch))))
         if len(found) == 1:
             return found[0][1], found[0][2]
         width = max(values.size(1) for _, values, _ in found)
@@ -198,17 +205,37 @@ class EmbeddingModel(Module, ABC):
 
     def _fuse(self, batch: EncoderBatch) -> Tensor:
         parts, rows = [], []
-        if batch.input_ids is not None and batch.text_rows is not None:
+        if batch.text is not None:
             parts.append(self.encode_text(batch))
-            rows.append(batch.text_rows)
-        if batch.pixel_values is not None and batch.image_rows is not None:
+            rows.append(batch.text.rows)
+        if batch.images is not None:
             parts.append(self.encode_image(batch))
-            rows.append(batch.image_rows)
+            rows.append(batch.images.rows)
         part, row = torch.cat(parts), torch.cat(rows)
         count = torch.bincount(row, minlength=batch.num_rows)
         single = (count[row] == 1).unsqueeze(1)
         part = torch.where(single, part, normalize(part.float(), dim=-1).to(part.dtype))
         return part.new_zeros(batch.num_rows, part.size(1)).index_add(0, row, part)
+
+    def blank(self, kind: Kind) -> EncoderBatch:
+        """Return one row that means nothing, for a rank that has no row of a kind that other ranks have.
+
+        All ranks must run the same parts of a sharded model; the embedding of this row is not used.
+        """
+        row = torch.zeros(1, dtype=torch.int64)
+        text = images = None
+        if Kind.TEXT in kind:
+            width = (self.max_text_length if self.text_padding == "max_length" else None) or 1
+            text = TextInputs(torch.zeros(1, width, dtype=torch.int64), row)
+        if Kind.IMAGE in kind:
+            images = self.blank_image()
+        return EncoderBatch(1, text, images)
+
+    def blank_image(self) -> ImageInputs:
+        """Return one black image. Models whose images are patches override it."""
+        if self.image_shape is None:
+            raise TypeError(f"{type(self).__name__} has no `image_shape`, which says how large a blank image is.")
+        return ImageInputs(torch.zeros(1, *self.image_shape), torch.zeros(1, dtype=torch.int64))
 
     def forward(self, batch: EncoderBatch) -> Embeddings:
         """Encode ``batch``. Everything that training needs passes through here, the temperature too."""

@@ -23,7 +23,7 @@ WEIGHT_FILES: Final = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-"""Where transformers' layout has its weights, the preferred file first."""
+"""The files in which transformers' layout has its weights, the preferred one first."""
 
 
 @final

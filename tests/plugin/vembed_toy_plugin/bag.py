@@ -64,11 +64,11 @@ class ToyBagModel(EmbeddingModel):
         self.max_text_length = config.max_seq_len
 
     def encode_text_states(self, batch: EncoderBatch) -> States:
-        assert batch.input_ids is not None
-        seqs = self.embed(batch.input_ids)
+        assert batch.text is not None
+        seqs = self.embed(batch.text.input_ids)
         for layer in self.layers:
             seqs = layer(seqs)
-        return States(seqs, batch.pooled_tokens())
+        return States(seqs, batch.text.pooled_tokens)
 
     def layer_stacks(self) -> list[ModuleList]:
         return [self.layers]

@@ -96,8 +96,8 @@ def test_padding_of_any_side_and_width_changes_nothing(pooling: Pooling) -> None
         for i, length in enumerate(LENGTHS):
             rows[i, mask[i]] = ids[i, :length]
         batch = EncoderBatch.of_text(rows, mask)
-        assert batch.input_ids is not None
-        found[kind] = head(States(tokens[batch.input_ids], batch.pooled_tokens()))[0]
+        assert batch.text is not None
+        found[kind] = head(States(tokens[batch.text.input_ids], batch.text.pooled_tokens))[0]
     alone = [head(States(tokens[ids[:1, :length]]))[0] for length in LENGTHS]
     torch.testing.assert_close(found["left"], found["right"], rtol=0, atol=0)
     torch.testing.assert_close(found["right"], torch.cat(alone), rtol=1e-6, atol=1e-6)
@@ -217,7 +217,8 @@ class NewBag(Bag):
         self.head = Head(config, 4)
 
     def encode_text_states(self, batch: EncoderBatch) -> States:
-        return States(self.embed(batch.input_ids), batch.pooled_tokens())
+        assert batch.text is not None
+        return States(self.embed(batch.text.input_ids), batch.text.pooled_tokens)
 
 
 class OldBag(Bag):

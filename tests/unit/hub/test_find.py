@@ -264,7 +264,7 @@ def test_a_card_of_a_local_folder_is_enough(tiny: Path, tmp_path: Path) -> None:
     assert lines[0] == "Card my_bad_family names the model family no_such_family, which is not known."
     assert "my_bad_arch" in lines[1]
     assert "no_such_arch" in lines[1]
-    assert lines[2] == "Card my_data is not that of a model: it has no `model_family`."
+    assert lines[2] == "Card my_data does not describe a model: it has no `model_family`."
     assert "Did you mean my_model" in lines[3]
     assert "no_such_base" in lines[4]
 

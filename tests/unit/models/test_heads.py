@@ -83,15 +83,13 @@ def trained_without_gradient(model: EmbeddingModel) -> set[str]:
 def test_texts_and_images_of_one_model_have_vectors_each(name: str) -> None:
     model = create_model(DUAL[name]).eval()
     text, image = texts(4, 0), pictures(DUAL[name], 4)
-    assert text.input_ids is not None
+    assert text.text is not None
     assert (model.similarity, model.is_multi_vector, model.modalities) == ("maxsim", True, {"text", "image"})
     found, seen = model(text), model(image)
     for output in (found, seen):
         assert output.values.size(2) == model.embedding_dim
         assert output.mask.shape == output.values.shape[:2]
-    mask = text.pooled_tokens()
-    lengths = [text.input_ids.size(1)] * 4 if mask is None else mask.sum(1).tolist()
-    assert found.mask.sum(1).tolist() == lengths
+    assert torch.equal(found.mask.sum(1), text.text.num_tokens())
     assert seen.mask.sum(1).tolist() == ([4, 3, 1, 2] if name == "naflex" else [4] * 4)
 
     # Whatever else is in the batch, and however wide it is.
@@ -120,8 +118,7 @@ def test_rows_of_texts_and_rows_of_images_in_one_batch() -> None:
     for row, batch, idx in ((0, image, 0), (1, text, 0), (2, image, 1), (3, text, 2), (4, text, 1)):
         alone = model(batch.select([idx]))
         torch.testing.assert_close(found.values[row][found.mask[row]], alone.values[0][alone.mask[0]])
-    text_and_image = EncoderBatch.concat([texts(2, 0), images(2, 0)])
-    text_and_image.num_rows, text_and_image.image_rows = 2, torch.arange(2)
+    text_and_image = EncoderBatch(2, text.select([0, 1]).text, image.images)
     with pytest.raises(DataError, match="must be one text or one image"):
         model(text_and_image)
 

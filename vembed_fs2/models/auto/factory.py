@@ -95,6 +95,7 @@ def wrap_model(
         _add_head(model, config.image_head or default_image_head(trace), "image_head", trace)
         model.num_prefix_tokens = trace.num_prefix_tokens
         model.tokens_per_image = _count_tokens(backbone, trace)
+        model.image_shape = (backbone.num_channels, *backbone.image_size)
         used |= trace.used_parameters(model.head.config)
         calls += trace.calls
     for name, parameter in wrapped.named_parameters():

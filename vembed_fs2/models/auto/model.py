@@ -74,20 +74,22 @@ class AutoEmbeddingModel(EmbeddingModel):
 
     @override
     def encode_text_states(self, batch: EncoderBatch) -> States:
-        ids = batch.input_ids
-        if ids is None or "text" not in self.modalities:
+        text = batch.text
+        if text is None or "text" not in self.modalities:
             return super().encode_text_states(batch)
+
+        ids = text.input_ids
         if self.max_text_length is not None and ids.size(1) > self.max_text_length:
             length = f"A text has {ids.size(1)} tokens, but the model takes at most {self.max_text_length}."
             raise DataError(f"{length} Truncate it.")
-        outputs = run_text(self.wrapped, self.backbone, ids, batch.attention_mask, batch.token_type_ids)
-        return States(outputs.states, batch.pooled_tokens(), outputs.pooled)
+        outputs = run_text(self.wrapped, self.backbone, ids, text.attention_mask, text.token_type_ids)
+        return States(outputs.states, text.pooled_tokens, outputs.pooled)
 
     @override
     def encode_image_states(self, batch: EncoderBatch) -> States:
-        if batch.pixel_values is None or "image" not in self.modalities:
+        if batch.images is None or "image" not in self.modalities:
             return super().encode_image_states(batch)
-        outputs = run_image(self.wrapped, self.backbone, batch.pixel_values.to(self._input_dtype()))
+        outputs = run_image(self.wrapped, self.backbone, batch.images.values.to(self._input_dtype()))
         return States(outputs.states, None, outputs.pooled, self.num_prefix_tokens)
 
     def _input_dtype(self) -> torch.dtype:

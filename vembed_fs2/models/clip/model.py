@@ -276,15 +276,16 @@ class ClipModel(EmbeddingModel):
         Texts must hold the end token of the configuration, as CLIP's tokenizers
         write it; like in transformers, the first token stands for a text without.
         """
-        assert batch.input_ids is not None
-        states = self.text(batch.input_ids, batch.attention_mask, self.head.config)
-        return states if states.tokens is None else states._replace(mask=counted_tokens(batch, states.tokens.size(1)))
+        text = batch.text
+        assert text is not None
+        states = self.text(text.input_ids, text.attention_mask, self.head.config)
+        return states if states.tokens is None else states._replace(mask=counted_tokens(text, states.tokens.size(1)))
 
     @override
     def encode_image_states(self, batch: EncoderBatch) -> States:
         """Encode the images of ``batch``, of any size of at least one patch."""
-        assert batch.pixel_values is not None
-        return self.vision(batch.pixel_values, self.head.config)
+        assert batch.images is not None
+        return self.vision(batch.images.values, self.head.config)
 
     @override
     def layer_stacks(self) -> list[ModuleList]:

@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from vembed_fs2.embedding.activations import create_activation
-from vembed_fs2.embedding.batch import EncoderBatch
+from vembed_fs2.embedding.inputs import TextInputs
 from vembed_fs2.models.common.attention import create_sdpa
 from vembed_fs2.models.common.checks import (
     check_activation,
@@ -199,13 +199,12 @@ def create_embedding(num_embeddings: int, model_dim: int, std: float) -> Standar
     return StandardEmbedding(num_embeddings, model_dim, init_fn=init_embed)
 
 
-def counted_tokens(batch: EncoderBatch, length: int) -> Tensor | None:
+def counted_tokens(text: TextInputs, length: int) -> Tensor | None:
     """True for the tokens that pooling looks at, in texts that the model has padded to ``length``.
 
     *Returns:* ``None`` if all count. ``[T, length]``.
     """
-    assert batch.input_ids is not None
-    mask, missing = batch.pooled_tokens(), length - batch.input_ids.size(1)
+    mask, missing = text.pooled_tokens, length - text.input_ids.size(1)
     if missing == 0:
         return mask
-    return pad(torch.ones_like(batch.input_ids, dtype=torch.bool) if mask is None else mask, (0, missing))
+    return pad(torch.ones_like(text.input_ids, dtype=torch.bool) if mask is None else mask, (0, missing))

@@ -37,4 +37,5 @@ class TextBackboneModel(EmbeddingModel):
     @override
     def encode_text_states(self, batch: EncoderBatch) -> States:
         tokens = self.encode_tokens(batch)
-        return States(tokens, batch.pooled_tokens(), self.pool_tokens(tokens))
+        assert batch.text is not None
+        return States(tokens, batch.text.pooled_tokens, self.pool_tokens(tokens))

@@ -58,6 +58,7 @@ class VitFactory:
             Head(config.head, config.model_dim, pooler_dim=config.pooler_dim),
         )
         model.tokens_per_image = config.grid.height * config.grid.width + num_prefix_tokens
+        model.image_shape = (config.num_channels, *as_pair(config.image_size))
         return model
 
     def create_frontend(self) -> VitFrontend:

@@ -285,8 +285,8 @@ class VitModel(EmbeddingModel):
 
         :raises DataError: the images are smaller than a patch.
         """
-        assert batch.pixel_values is not None
-        seqs_PSM, grid = self.frontend(batch.pixel_values)
+        assert batch.images is not None
+        seqs_PSM, grid = self.frontend(batch.images.values)
         layout = PaddedLayout(seqs_PSM, None)
         if self.rotation is not None:
             layout = PatchLayout(seqs_PSM, self.rotation(grid, seqs_PSM.device))
