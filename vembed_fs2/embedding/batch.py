@@ -6,7 +6,7 @@ Shapes: N rows, T texts, P images, L tokens, S patches, K values of a patch, C x
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from warnings import warn
 
@@ -154,6 +154,21 @@ class EncoderBatch:
             if parts:
                 joined[name] = kls.concat(parts, torch.cat(rows))
         return EncoderBatch(sum(batch.num_rows for batch in batches), **joined)
+
+    def cut(self) -> tuple[EncoderBatch, list[tuple[Tensor, Tensor]]]:
+        """Cut the graph that made the images and features, for the gradient cache.
+
+        :returns: the same rows, and each tensor that needs a gradient with the leaf that takes its place.
+        """
+        links: list[tuple[Tensor, Tensor]] = []
+
+        def cut_part(part: Any) -> Any:
+            if part is None or not part.values.requires_grad:
+                return part
+            links.append((part.values, part.values.detach().requires_grad_()))
+            return replace(part, values=links[-1][1])
+
+        return EncoderBatch(self.num_rows, self.text, cut_part(self.images), cut_part(self.features)), links
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> None:
         """Move all tensors in place (fairseq2's ``SupportsDeviceTransfer``), but the grids of images."""

@@ -16,6 +16,7 @@ from vembed_fs2.gradcache.group import EncodedChunk, Group
 from vembed_fs2.gradcache.planner import Budget, count_kept, match_counts, parse_budget, plan_chunks
 from vembed_fs2.gradcache.replay import RngState, SavedBytes, is_out_of_memory
 from vembed_fs2.gradcache.rows import as_rows
+from vembed_fs2.reachable import find_reachable
 
 log = logging.getLogger("vembed_fs2")
 
@@ -171,6 +172,7 @@ class GradCache:
                 if self._grad_sync == "every_chunk" and not sync.can_reduce_chunks:
                     raise ValueError("`grad_sync` must be 'last' with DDP, which averages gradients once.")
                 sync.reduces_chunks = self._grad_sync == "every_chunk"
+                _check_closure(encoder)
                 group = groups[id(encoder)] = Group(len(groups), encoder, sync)
             group.add(idx, as_rows(role))
         return list(groups.values())
@@ -266,6 +268,17 @@ class GradCache:
         return False
 
 
+def _check_closure(encoder: Callable[..., Any]) -> None:
+    """:raises ValueError: the encoder uses a tensor whose graph each chunk would run through again."""
+    if not torch.is_grad_enabled():
+        return
+    if next(find_reachable(encoder, lambda value: isinstance(value, Tensor) and not value.is_leaf), None) is not None:
+        raise ValueError(
+            "`encode` uses a tensor that was computed before the call and needs a gradient. Compute it within"
+            " `encode`, or give it to the step as an input of the role."
+        )
+
+
 class _Step:
     """A step that waits for its backward pass, which can run once."""
 
@@ -284,6 +297,11 @@ class _Step:
         torch.autograd.backward(value, scale)
         for group in groups:
             group.backward()
+
+        # Once for all, because roles may come from one graph.
+        links = [(source, leaf.grad) for group in groups for source, leaf in group.links if leaf.grad is not None]
+        if links:
+            torch.autograd.backward([source for source, _ in links], [grad for _, grad in links])
 
 
 class _Backward(torch.autograd.Function):

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vembed_fs2.distributed import GradSync, find_model_with
+from vembed_fs2.distributed import GradSync
 from vembed_fs2.embedding.inputs import Kind
 from vembed_fs2.gradcache.lookups import add_lookups_in_place
 from vembed_fs2.gradcache.planner import Chunk
 from vembed_fs2.gradcache.replay import Autocast, RngState
 from vembed_fs2.gradcache.rows import Rows, append_rows
+from vembed_fs2.reachable import find_module_with
 
 
 @dataclass(eq=False)
@@ -45,6 +46,9 @@ class Group:
     roles: list[tuple[int, Rows]] = field(default_factory=list)
     chunks: list[EncodedChunk] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
+    links: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Inputs that need a gradient, each with the leaf that gathers it."""
+
     trained_kinds: set[int] = field(default_factory=set)
     _kinds_without_lookups: set[int] = field(default_factory=set)
     """Kinds without a lookup that can be added in place, so that none is sought again in this step."""
@@ -59,6 +63,10 @@ class Group:
     _device: torch.device | None = None
 
     def add(self, role: int, rows: Rows) -> None:
+        if torch.is_grad_enabled():
+            # Chunks are carried backward one by one, but the graph that made the inputs must be only once.
+            rows, links = rows.cut()
+            self.links += links
         self.roles.append((role, rows))
 
     @property
@@ -104,7 +112,7 @@ class Group:
         if chunk.rows:
             return self.rows.select(chunk.rows)
 
-        model = find_model_with(self.encoder, "blank")
+        model = find_module_with(self.encoder, "blank")
         if model is None:
             raise ValueError(
                 f"This rank has no rows of {Kind(chunk.kind).describe()}, but other ranks have, and all ranks must run"
@@ -237,7 +245,8 @@ class Group:
     def _replay(self, encoded: EncodedChunk) -> None:
         assert encoded.rng is not None
         assert self._autocast is not None
-        inputs = self._inputs(encoded.chunk)
+        with torch.set_grad_enabled(True):
+            inputs = self._inputs(encoded.chunk)
         with torch.set_grad_enabled(True), self._autocast.entered(), encoded.rng.restored():
             output = self.encoder(inputs)
         encoded.values, encoded.mask, _ = self._unpack(output, max(len(encoded.chunk.rows), 1))

@@ -27,6 +27,12 @@ class Rows(Protocol):
     def concat(batches: Sequence[Any]) -> Any:
         """Append batches."""
 
+    def cut(self) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+        """Cut the graph that made the inputs.
+
+        :returns: the same rows, and each tensor that needs a gradient with the leaf that takes its place.
+        """
+
 
 class DictRows:
     """Rows of a dict of tensors with a leading row dimension, as transformers' models take them.
@@ -75,6 +81,12 @@ class DictRows:
             width = max(1, *(self._lengths[r] for r in rows))
             chunk = {k: v[:, :width] if self._is_sequence(self._tensors[k]) else v for k, v in chunk.items()}
         return chunk
+
+    def cut(self) -> tuple[DictRows, list[tuple[Tensor, Tensor]]]:
+        leaves = {name: t.detach().requires_grad_() for name, t in self._tensors.items() if t.requires_grad}
+        if not leaves:
+            return self, []
+        return DictRows({**self._tensors, **leaves}), [(self._tensors[name], leaf) for name, leaf in leaves.items()]
 
     @staticmethod
     def concat(batches: Sequence[DictRows]) -> DictRows | SeparateRows:
