@@ -248,9 +248,9 @@ class ClipModel(EmbeddingModel):
         head: HeadConfig | None = None,
     ) -> None:
         """
-        :param head: what follows the towers; ``None`` for their own poolings.
         :param logit_scale_init: The initial log inverse temperature.
         :param train_logit_scale: If ``False``, it is a buffer, which no recipe can train by accident.
+        :param head: What follows the towers; ``None`` for their own poolings.
         """
         super().__init__()
         self.text = text

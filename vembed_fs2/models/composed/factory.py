@@ -27,7 +27,7 @@ def create_composed_model(config: ComposedConfig) -> ComposedModel:
         except ConfigError as ex:
             errors += [f"`{modality}`: {error}" for error in ex.errors]
     several = [modality for modality, tower in towers.items() if tower.backbone.is_multi_vector]
-    if len(several) == 1:
+    if len(towers) == 2 and len(several) == 1:
         errors.append(
             f"`{several[0]}`: `config` must give one vector per {several[0]}, but gives several: change its pooling."
         )

@@ -223,9 +223,9 @@ class SiglipModel(EmbeddingModel):
         head: HeadConfig | None = None,
     ) -> None:
         """
-        :param head: what follows the towers; ``None`` for their own poolings.
         :param logit_scale_init: The initial log inverse temperature; ``None`` if the model has none.
         :param logit_bias_init: The initial bias of the logits; ``None`` if the model has none.
+        :param head: What follows the towers; ``None`` for their own poolings.
         """
         super().__init__()
         self.text: SiglipTextTower | None
