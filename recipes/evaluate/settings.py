@@ -26,7 +26,7 @@ class EvaluateDataSection:
     split: str = "test"
     """Which judgements of a folder."""
 
-    columns: dict[str, str | None] = field(default_factory=dict)
+    columns: dict[str, str | list[str] | None] = field(default_factory=dict)
     """Our field -> the column of files of rows; ``None`` leaves the field out."""
 
     mode: str = "auto"

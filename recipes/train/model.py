@@ -94,7 +94,7 @@ def _check(config: TrainConfig, family: str, model_config: object) -> EmbeddingM
         )
     if errors:
         raise ConfigError(errors, where="`model`")
-    check_vectors(config.loss, several=model.similarity == "maxsim")
+    check_vectors(config.loss, several=model.is_multi_vector)
     return model
 
 

@@ -12,6 +12,7 @@ from fairseq2.models import ModelFamily
 from vembed_fs2.data.dataset import CHECKED_ROWS, ExampleDataset
 from vembed_fs2.data.example import Example
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.head import compares_several
 from vembed_fs2.embedding.learned import describe_changes
 from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
 from vembed_fs2.errors import ConfigError, DataError
@@ -86,7 +87,7 @@ def check_vectors(section: LossSection, *, several: bool) -> None:
 def _vector_errors(name: str, config: object, path: str, several: bool) -> Iterator[str]:
     config = LOSSES[name].config_kls() if config is None else config
     similarity = getattr(config, "similarity", None)
-    if similarity == "maxsim" and not several:
+    if compares_several(similarity) and not several:
         yield (
             f"`{path}config.similarity` is 'maxsim', which is for several vectors per row, but the model gives one: "
             "set another, or `model.config_overrides.head.pooling=none`."

@@ -27,7 +27,7 @@ class Teacher:
 
     def __init__(self, model: EmbeddingModel, processor: Processor[Any], grad_cache: GradCacheSection) -> None:
         """:raises ConfigError: the model gives several vectors per row."""
-        if model.similarity == "maxsim":
+        if model.is_multi_vector:
             raise ConfigError("a teacher must give one vector per row.", where="`teacher`")
         self.processor = processor
         self._model = model.requires_grad_(False).eval()

@@ -208,7 +208,7 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
             ordered[order] = self._gather(rows, counts)
             return ordered
 
-        if self._model.similarity == "maxsim":
+        if self._model.is_multi_vector:
             values, mask = self._append_vectors(parts, indices.size(0), device)
             return gathered(values), gathered(mask)
         values = torch.cat([p.values for p in parts]) if parts else torch.empty(0, self._model.embedding_dim)

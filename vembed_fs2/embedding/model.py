@@ -6,28 +6,31 @@ Shapes: N rows, T texts, P images, L tokens, D embedding size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 from typing_extensions import Self, override
 
 from vembed_fs2.embedding.batch import EncoderBatch as EncoderBatch
+from vembed_fs2.embedding.head import DenseConfig as DenseConfig
+from vembed_fs2.embedding.head import Head as Head
+from vembed_fs2.embedding.head import HeadConfig as HeadConfig
+from vembed_fs2.embedding.head import Pooling as Pooling
+from vembed_fs2.embedding.head import Similarity as Similarity
+from vembed_fs2.embedding.head import SingleSimilarity as SingleSimilarity
+from vembed_fs2.embedding.head import States as States
+from vembed_fs2.embedding.head import compares_several
 from vembed_fs2.embedding.inputs import ImageInputs, Kind, TextInputs
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
 from vembed_fs2.embedding.learned import EmbeddingModelConfig as EmbeddingModelConfig
+from vembed_fs2.errors import DataError
 
 Modality: TypeAlias = Literal["text", "image"]
-
-SingleSimilarity: TypeAlias = Literal["cosine", "dot"]
-"""How two vectors are compared."""
-
-Similarity: TypeAlias = Literal["cosine", "dot", "maxsim"]
-"""How two rows are compared, of one vector or of several."""
 
 TextPadding: TypeAlias = Literal["longest", "max_length"]
 
@@ -55,65 +58,48 @@ class Embeddings(NamedTuple):
         return self.parts.get(LOGIT_BIAS)
 
 
-@dataclass(kw_only=True)
-class DenseConfig:
-    """A dense layer after the pooling (sentence-transformers' ``Dense`` module)."""
-
-    input_dim: int
-    """The size of its inputs."""
-
-    output_dim: int
-    """The size of its outputs."""
-
-    bias: bool = True
-    """If ``True``, adds a bias."""
-
-    activation: Literal["identity", "tanh", "relu", "gelu", "sigmoid"] = "identity"
-    """The activation function that follows."""
+T = TypeVar("T")
 
 
-Pooling: TypeAlias = Literal["cls", "mean", "pooler", "last", "max", "none"]
+class _SaidByHead(Generic[T]):
+    """What the head of a model says about its embeddings. A model without a :class:`Head` assigns it instead."""
 
+    def __init__(self, read: Callable[[Head], T], default: T | None = None) -> None:
+        self._read = read
+        self._default = default
 
-@dataclass(kw_only=True)
-class HeadConfig:
-    """What follows a text backbone: pooling, dense layers, normalisation."""
-
-    pooling: Pooling = "mean"
-    """How token states become one embedding; with ``none``, each becomes a vector of its own."""
-
-    include_prompt: bool = True
-    """If ``False``, the tokens of a prompt take no part in mean pooling, and have no vectors of their own."""
-
-    dense: Sequence[DenseConfig] = field(default_factory=list)
-    """Dense layers after the pooling."""
-
-    normalize: bool = True
-    """If ``True``, the model's own embeddings are of unit length (applied by ``Embedder``, not by the model)."""
-
-    similarity: SingleSimilarity = "cosine"
-    """How two embeddings are compared. Several vectors per text are always compared by MaxSim."""
+    def __get__(self, model: EmbeddingModel | None, owner: type[EmbeddingModel]) -> T:
+        head = None if model is None else model._modules.get("head")
+        if isinstance(head, Head):
+            return self._read(head)
+        if self._default is None:
+            raise TypeError(f"{owner.__name__} has no `head`, which would say what its embeddings are.")
+        return self._default
 
 
 class EmbeddingModel(Module, ABC):
     """Base of all embedding models.
 
-    Subclasses implement :meth:`encode_text` and/or :meth:`encode_image`. Joint
-    encoders, which read a row's texts and images together, override
-    :meth:`encode_rows`.
+    Subclasses have a :class:`~vembed_fs2.embedding.head.Head` and implement
+    :meth:`encode_text_states` and/or :meth:`encode_image_states`; the head turns
+    states into embeddings. Joint encoders, which read a row's texts and images
+    together, override :meth:`encode_rows`.
     """
 
-    embedding_dim: int
+    head: Head
+    """What follows the backbone. It says what the embeddings are."""
+
+    embedding_dim = _SaidByHead[int](lambda head: head.output_dim)
     """The size of an embedding."""
+
+    normalize = _SaidByHead[bool](lambda head: head.normalize, True)
+    """If ``True``, the model's embeddings are meant to be of unit length."""
+
+    similarity = _SaidByHead[Similarity](lambda head: head.similarity, "cosine")
+    """How two embeddings are compared; ``maxsim`` if there are several vectors per row."""
 
     modalities: frozenset[Modality]
     """What a row may hold."""
-
-    normalize: bool = True
-    """If ``True``, the model's embeddings are meant to be of unit length."""
-
-    similarity: Similarity = "cosine"
-    """How two embeddings are compared; ``maxsim`` if there are several vectors per row."""
 
     max_text_length: int | None = None
     """The longest text in tokens, special tokens included."""
@@ -140,29 +126,73 @@ class EmbeddingModel(Module, ABC):
         self.register_parameter(LOGIT_SCALE, None)
         self.register_parameter(LOGIT_BIAS, None)
 
-    def encode_text(self, batch: EncoderBatch) -> Tensor:
-        """Encode the texts of ``batch``. *Returns:* ``[T, D]``, or ``[T, L, D]`` for multi-vector models."""
+    @property
+    def is_multi_vector(self) -> bool:
+        """Whether a row has several vectors, compared by MaxSim."""
+        return compares_several(self.similarity)
+
+    def encode_text_states(self, batch: EncoderBatch) -> States:
+        """Return what the backbone makes of the texts of ``batch``: what :attr:`head` reads, at least.
+
+        :raises DataError: a text is longer than the model can take.
+        """
         raise TypeError(f"{type(self).__name__} has no text encoder.")
 
-    def encode_image(self, batch: EncoderBatch) -> Tensor:
-        """Encode the images of ``batch``. *Returns:* ``[P, D]``."""
+    def encode_image_states(self, batch: EncoderBatch) -> States:
+        """Return what the backbone makes of the images of ``batch``: what :attr:`head` reads, at least.
+
+        :raises DataError: the images are not of a shape that the model takes.
+        """
         raise TypeError(f"{type(self).__name__} has no image encoder.")
 
+    def encode_text(self, batch: EncoderBatch) -> Tensor:
+        """Encode the texts of ``batch``. *Returns:* ``[T, D]``, or ``[T, L, D]`` for multi-vector models."""
+        return self.head(self.encode_text_states(batch))[0]
+
+    def encode_image(self, batch: EncoderBatch) -> Tensor:
+        """Encode the images of ``batch``. *Returns:* ``[P, D]``, or ``[P, L, D]`` for multi-vector models."""
+        return self.head(self.encode_image_states(batch))[0]
+
     def encode_rows(self, batch: EncoderBatch) -> tuple[Tensor, Tensor | None]:
-        """Encode rows; return embeddings ``[N, D]`` (or ``[N, L, D]``) and a mask ``[N, L]`` or ``None``.
+        """Encode rows; return embeddings ``[N, D]`` (or ``[N, L, D]``) and ``None`` (or a mask ``[N, L]``).
 
         A row of one part has that part's embedding. A row of several parts has
         the sum of their unit embeddings (late fusion; "CLIP-SF" in Wei et al.,
         UniIR, 2023, https://arxiv.org/abs/2311.17136).
+
+        :raises DataError: a row of a multi-vector model has several parts, or one that the model does not read.
         """
         if batch.features is not None:
             raise TypeError(f"{type(self).__name__} has no encoder of features.")
 
+        if self.is_multi_vector:
+            return self._encode_vectors(batch)
         if batch.images is None and batch.num_texts == batch.num_rows:
             return self.encode_text(batch), None
         if batch.text is None and batch.num_images == batch.num_rows:
             return self.encode_image(batch), None
         return self._fuse(batch), None
+
+    def _encode_vectors(self, batch: EncoderBatch) -> tuple[Tensor, Tensor | None]:
+        """Encode rows of one text or one image. *Returns:* ``[N, L, D]`` and a mask ``[N, L]``."""
+        counts = {"text": batch.num_texts, "image": batch.num_images}
+        if sum(counts.values()) != batch.num_rows or any(counts[m] for m in counts.keys() - self.modalities):
+            allowed = "one text or one image"
+            if len(self.modalities) == 1:
+                allowed = "one text, and no image" if "text" in self.modalities else "one image, and no text"
+            raise DataError(f"Each row of a model with several vectors per row must be {allowed}.")
+        found = []
+        if batch.text is not None:
+            found.append((batch.text.rows, *self.head(self.encode_text_states(batch))))
+        if batch.images is not None:
+            found.append((batch.images.rows, *self.head(self.encode_image_states(batch))))
+        if len(found) == 1:
+            return found[0][1], found[0][2]
+        width = max(values.size(1) for _, values, _ in found)
+        order = torch.cat([rows for rows, _, _ in found]).argsort()
+        values = torch.cat([pad(values, (0, 0, 0, width - values.size(1))) for _, values, _ in found])
+        mask = torch.cat([pad(mask, (0, width - mask.size(1))) for _, _, mask in found if mask is not None])
+        return values[order], mask[order]
 
     def _fuse(self, batch: EncoderBatch) -> Tensor:
         parts, rows = [], []

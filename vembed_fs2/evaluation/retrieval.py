@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.head import MAXSIM
 from vembed_fs2.errors import DataError
 from vembed_fs2.evaluation.metrics import (
     average_precision,
@@ -201,7 +202,7 @@ def evaluate_embedder(
         corpus,
         [task.relevant[i] for i in own],
         ks=ks,
-        similarity=similarity if document_mask is None else "maxsim",
+        similarity=similarity if document_mask is None else MAXSIM,
         masks=(query_mask, document_mask),
         exclude=exclude,
         device=device,

@@ -17,14 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, Literal, NamedTuple, TypeAlias, get_args
+from typing import Final, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from vembed_fs2.embedding.head import MAXSIM, Similarity, compares_several
 from vembed_fs2.errors import VembedError
 
-PairSimilarity: TypeAlias = Literal["cosine", "dot", "maxsim"]
+PairSimilarity: TypeAlias = Similarity
 
 QUERY_BLOCK: Final = 512
 DOCUMENT_BLOCK: Final = 8192
@@ -62,13 +63,14 @@ class _Blocks:
     ) -> None:
         if similarity not in get_args(PairSimilarity):
             raise ValueError(f"`similarity` must be 'cosine', 'dot' or 'maxsim', but is {similarity!r}.")
-        _check_shapes(queries, documents, exclude_Q, sizes, several=similarity == "maxsim")
-        _check_masks((queries, documents), masks, several=similarity == "maxsim")
+        self.several = compares_several(similarity)
+        _check_shapes(queries, documents, exclude_Q, sizes, several=self.several)
+        _check_masks((queries, documents), masks, several=self.several)
         self.queries, self.documents = queries, documents
         self.query_mask, self.document_mask = masks
         self.similarity, self.exclude = similarity, exclude_Q
         self.query_block, self.document_block = sizes
-        if similarity == "maxsim":
+        if self.several:
             self.query_block = max(self.query_block // queries.size(1), 1)
             self.document_block = max(self.document_block // documents.size(1), 1)
         self.device = device or queries.device
@@ -94,7 +96,7 @@ class _Blocks:
     def scores(self, query: Tensor, columns: slice) -> Tensor:
         """Return the scores of a block of prepared queries and a block of documents, ``[q, n]``."""
         document = self._prepare(self.documents, self.document_mask, columns, "document")
-        if self.similarity != "maxsim":
+        if not self.several:
             return query @ document.T
         pair_qLnV = (query.flatten(0, 1) @ document.flatten(0, 1).T).view(*query.shape[:2], *document.shape[:2])
         if self.document_mask is None:
@@ -270,7 +272,7 @@ def maxsim_scores(
     :raises EmbeddingValueError: an embedding holds NaN or infinity.
     """
     masks = (query_mask, document_mask)
-    blocks = _Blocks(queries, documents, masks, "maxsim", None, (query_block, document_block), None)
+    blocks = _Blocks(queries, documents, masks, MAXSIM, None, (query_block, document_block), None)
     scores_QN = torch.empty(queries.size(0), documents.size(0), device=blocks.device)
     with _exact_matmul(blocks.device):
         for rows in blocks.query_slices():

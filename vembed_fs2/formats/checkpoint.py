@@ -14,8 +14,8 @@ from fairseq2.utils.validation import StandardObjectValidator, ValidationError, 
 from torch import Tensor
 from typing_extensions import override
 
+from vembed_fs2.embedding.head import HeadConfig, ImageHeadConfig
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, TEACHER_PROJECTION
-from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import write_json
 from vembed_fs2.formats.folder import ModelFolder
@@ -174,7 +174,7 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
             config: ConfigT = StandardValueConverter().structure(values, self._config_kls)
         except StructureError as ex:
             raise ModelLoadError(f"config.json: `model_config` is not valid. {_reason_of(ex)}") from None
-        if head is not None and head_of(config) is not None:
+        if head is not None and _text_head_of(config) is not None:
             setattr(config, "head", head)  # noqa: B010  (mypy does not know the field)
         elif head is not None and head.dense:
             raise ModelLoadError(f"Dense modules after a {self._model_type} model are not supported.")
@@ -214,7 +214,7 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
         # What belongs to a training is of no use after it.
         kept = {k: v for k, v in values.items() if k not in ("teacher_dim", "learned")}
         data: dict[str, object] = {"model_config": kept}
-        if head_of(config) is not None:
+        if _text_head_of(config) is not None:
             # sentence-transformers' pooling looks here for the size of its inputs.
             data["hidden_size"] = getattr(config, "model_dim")  # noqa: B009  (mypy does not know the field)
         return data
@@ -267,9 +267,29 @@ def _list_errors(result: ValidationResult, path: str) -> list[str]:
 
 
 def head_of(config: object) -> HeadConfig | None:
-    """Return the head of a model configuration, if the family has one."""
-    head = getattr(config, "head", None)
-    return head if isinstance(head, HeadConfig) else None
+    """Return the head of a model configuration, of texts, images or both, if it has one."""
+    heads = (getattr(config, name, None) for name in ("head", "image_head"))
+    return next((head for head in heads if isinstance(head, HeadConfig)), None)
+
+
+def set_image_head(config: object, head: ImageHeadConfig) -> None:
+    """Replace the head of the configuration of a model of images, or of texts and images.
+
+    :raises ModelLoadError: it has none.
+    """
+    name = "image_head" if hasattr(config, "image_head") else "head"
+    current = getattr(config, name, None)
+    if isinstance(current, ImageHeadConfig):
+        setattr(config, name, head)
+    elif hasattr(config, name) and current is None:
+        setattr(config, name, HeadConfig(**vars(head)))
+    else:
+        raise ModelLoadError("The folder names an image pooling, but its model has no options for that.")
+
+
+def _text_head_of(config: object) -> HeadConfig | None:
+    head = head_of(config)
+    return None if isinstance(head, ImageHeadConfig) else head
 
 
 def wants_code(values: object) -> bool:

@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, TypeVar, final
 
 from fairseq2.model_checkpoint import ModelCheckpointLoader, ModelCheckpointLoadOptions
 from fairseq2.model_checkpoint.common import reshard_tensor
 from torch import Tensor
 from typing_extensions import override
 
-from vembed_fs2.embedding.image_head import ImageHeadConfig
-from vembed_fs2.embedding.model import DenseConfig, HeadConfig
+from vembed_fs2.embedding.head import DenseConfig, HeadConfig, ImageHeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json
 from vembed_fs2.formats.open_clip import (
@@ -33,10 +32,13 @@ ADAPTER_CONFIG: Final = "adapter_config.json"
 """The file by which peft's adapters are told from models."""
 
 HEAD_FILE: Final = "vembed_head.json"
-"""What follows the backbone, in a folder of transformers' layout that we wrote."""
+"""What follows a text backbone, in a folder of transformers' layout that we wrote."""
 
 IMAGE_HEAD_FILE: Final = "vembed_image_head.json"
-"""What follows an image backbone, in such a folder."""
+"""What follows a backbone of images, or of texts and images, in such a folder."""
+
+
+HeadT = TypeVar("HeadT", bound=HeadConfig)
 
 
 def is_model_folder(path: Path) -> bool:
@@ -112,25 +114,12 @@ class ModelFolder:
         return model_type
 
     def head(self) -> HeadConfig | None:
-        """The head after the backbone, if the folder has one."""
-        file = self.root / HEAD_FILE
-        if not file.is_file():
-            return None
-        try:
-            values = read_json(file)
-            return HeadConfig(**{**values, "dense": [DenseConfig(**d) for d in values.get("dense", ())]})
-        except TypeError as ex:
-            raise ModelLoadError(f"{file} is not valid: {ex}.") from None
+        """What follows the backbone, where the folder says it."""
+        return _read_head(self.root / HEAD_FILE, HeadConfig)
 
     def image_head(self) -> ImageHeadConfig | None:
-        """The head after an image backbone, if the folder has one."""
-        file = self.root / IMAGE_HEAD_FILE
-        if not file.is_file():
-            return None
-        try:
-            return ImageHeadConfig(**read_json(file))
-        except TypeError as ex:
-            raise ModelLoadError(f"{file} is not valid: {ex}.") from None
+        """What follows a backbone of images, or of texts and images, where the folder says it."""
+        return _read_head(self.root / IMAGE_HEAD_FILE, ImageHeadConfig)
 
     def text_options(self) -> dict[str, Any]:
         """How texts are prepared, prompts included, as fields of ``ProcessorSettings``."""
@@ -242,6 +231,16 @@ def open_sentence_transformers(path: Path) -> ModelFolder:
     if clip := find_clip(path):
         return ModelFolder(path, clip)
     return SentenceTransformersFolder(path, read_modules(path))
+
+
+def _read_head(file: Path, kls: type[HeadT]) -> HeadT | None:
+    if not file.is_file():
+        return None
+    try:
+        values = read_json(file)
+        return kls(**{**values, "dense": [DenseConfig(**d) for d in values.get("dense", ())]})
+    except TypeError as ex:
+        raise ModelLoadError(f"{file} is not valid: {ex}.") from None
 
 
 def _dense_name(idx: int, key: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from vembed_fs2.embedding.model import DenseConfig, HeadConfig, Pooling, SingleSimilarity
+from vembed_fs2.embedding.head import DenseConfig, HeadConfig, Pooling, SingleSimilarity
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json
 
@@ -19,14 +19,21 @@ TRANSFORMER_FILES: Final = tuple(
 
 
 # Our names of the pooling modes, by theirs.
-POOLINGS: Final[dict[str, Pooling]] = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last"}
+POOLINGS: Final[dict[str, Pooling]] = {
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weightedmean",
+    "lasttoken": "last",
+}
 
 
-# Before version 5.4 each pooling mode was a key of its own.
+# Before version 5.4 each pooling mode was a key of its own. Several are put one after the other, in this order.
 POOLING_KEYS: Final = {
     "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
     "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
@@ -154,7 +161,7 @@ def _check_order(file: Path, kinds: list[str]) -> None:
         raise ModelLoadError(f"{file}: a Dense module after Normalize is not supported.")
 
 
-def _read_pooling(file: Path) -> tuple[Pooling, bool]:
+def _read_pooling(file: Path) -> tuple[Pooling | list[Pooling], bool]:
     config = read_json(file)
     known = {"word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt", *POOLING_KEYS}
     _refuse_unknown(file, config, known)
@@ -163,12 +170,12 @@ def _read_pooling(file: Path) -> tuple[Pooling, bool]:
         modes = [mode for key, mode in POOLING_KEYS.items() if config.get(key)] or ["mean"]
     elif isinstance(modes, str):
         modes = [modes]
-    if len(modes) != 1:
-        raise ModelLoadError(f"{file}: the combination of the pooling modes {' and '.join(modes)} is not supported.")
-    if modes[0] not in POOLINGS:
-        supported = ", ".join(POOLINGS)
-        raise ModelLoadError(f"{file}: `pooling_mode` '{modes[0]}' is not supported. Supported are: {supported}.")
-    return POOLINGS[modes[0]], _read(file, config, "include_prompt", bool, True)
+    for mode in modes:
+        if mode not in POOLINGS:
+            supported = ", ".join(POOLINGS)
+            raise ModelLoadError(f"{file}: `pooling_mode` '{mode}' is not supported. Supported are: {supported}.")
+    poolings = [POOLINGS[mode] for mode in modes]
+    return poolings[0] if len(poolings) == 1 else poolings, _read(file, config, "include_prompt", bool, True)
 
 
 def _read_dense(file: Path) -> DenseConfig:
@@ -258,5 +265,5 @@ def _read(file: Path, config: Mapping[str, Any], key: str, kls: type, default: o
 
 
 def has_pooling(head: HeadConfig) -> bool:
-    """Whether sentence-transformers has the pooling of ``head``."""
-    return head.pooling in POOLINGS.values()
+    """Whether sentence-transformers has the poolings of ``head``."""
+    return all(pooling in POOLINGS.values() for pooling in head.poolings)

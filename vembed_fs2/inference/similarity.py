@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vembed_fs2.embedding.head import compares_several
 from vembed_fs2.errors import VembedError
 from vembed_fs2.evaluation.search import PairSimilarity, maxsim_scores, pad_vectors
 from vembed_fs2.inference.vectors import Array
@@ -25,7 +26,7 @@ def compare_all(a: Embedded, b: Embedded, similarity: PairSimilarity) -> Any:
 
     :returns: ``[N, M]``, a tensor if ``a`` holds tensors, else an array; one input takes no dimension.
     """
-    if similarity == "maxsim":
+    if compares_several(similarity):
         x, y = _list(a), _list(b)
         scores = _maxsim(x, y) if x and y else torch.zeros(len(x), len(y))
         scores = scores[:, 0] if _is_one(b) else scores
@@ -39,7 +40,7 @@ def compare_pairs(a: Embedded, b: Embedded, similarity: PairSimilarity) -> Any:
 
     :raises VembedError: ``a`` and ``b`` are lists of different lengths.
     """
-    if similarity == "maxsim":
+    if compares_several(similarity):
         x, y = _list(a), _list(b)
         if len(x) != len(y):
             raise VembedError(f"To be compared row by row, embeddings must be as many, but are {len(x)} and {len(y)}.")

@@ -13,7 +13,7 @@ from vembed_fs2.errors import VembedError
 from vembed_fs2.files import new_folder, write_json
 from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, read_pair
 from vembed_fs2.interop import Exportable
-from vembed_fs2.models.family import get_open_clip_format
+from vembed_fs2.models.family import get_open_clip_format, head_of
 from vembed_fs2.processing.open_clip import OpenClipPreprocessing, OpenClipTransform
 from vembed_fs2.processing.towers import TowerProcessor
 
@@ -34,6 +34,8 @@ def save_open_clip(exported: Exportable, folder: Path) -> None:
     """
     source = exported.source
     checkpoint_format = get_open_clip_format(source.family)
+    if head_of(source.config) is not None:
+        raise VembedError("open_clip has no place for the `head` of a model, which replaces its own poolings.")
     model_cfg = checkpoint_format.config_to_open_clip(source.config)
     model_cfg["text_cfg"].update(_describe_tokenizer(exported.processor, folder.name))
     preprocess_cfg = _describe_images(exported.processor, model_cfg["vision_cfg"]["image_size"])

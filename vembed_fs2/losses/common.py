@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.head import compares_several
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
 from vembed_fs2.losses.similarity import DotProduct, MaxSim, Similarity, SimilarityName
 from vembed_fs2.losses.tiles import Block
@@ -369,7 +370,7 @@ class GlobalRows:
         if columns == "document":
             column, column_mask = self.document, self.document_mask
         kind: Similarity = DotProduct()
-        if similarity == "maxsim":
+        if compares_several(similarity):
             # The vectors of a query look for their nearest, on whichever side it stands.
             kind = MaxSim(anchors_query=(anchors, columns) != ("document", "query"))
         return Block(anchor, column, kind, similarity != "dot", anchor_mask, column_mask)

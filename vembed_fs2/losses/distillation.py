@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.head import compares_several
 from vembed_fs2.losses.common import (
     LossInput,
     LossOutput,
@@ -164,7 +165,7 @@ def pair_scores(inputs: LossInput, row_m: Tensor, similarity: SimilarityName) ->
     query, document = inputs.query.to(dtype), inputs.document.to(dtype)
     if similarity != "dot":
         query, document = normalize(query, dim=-1), normalize(document, dim=-1)
-    if similarity != "maxsim":
+    if not compares_several(similarity):
         return (query[row_m] * document).sum(-1)
     pairs = query[row_m] @ document.transpose(1, 2)
     if inputs.document_mask is not None:

@@ -7,13 +7,15 @@ vectors per anchor and per column of multi-vector models.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-SimilarityName: TypeAlias = Literal["cosine", "dot", "maxsim"]
+from vembed_fs2.embedding import head
+
+SimilarityName: TypeAlias = head.Similarity
 
 # As `torch.nn.functional.normalize` has it.
 _EPSILON: Final = 1e-12

@@ -30,7 +30,6 @@ from torch.nn import Module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from typing_extensions import override
 
-from vembed_fs2.embedding.image_head import set_image_head
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, TEACHER_PROJECTION, LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
 from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
@@ -39,6 +38,7 @@ from vembed_fs2.formats.checkpoint import PlainCheckpointFormat as PlainCheckpoi
 from vembed_fs2.formats.checkpoint import config_errors as config_errors
 from vembed_fs2.formats.checkpoint import drop_learned as drop_learned
 from vembed_fs2.formats.checkpoint import head_of as head_of
+from vembed_fs2.formats.checkpoint import set_image_head
 from vembed_fs2.formats.dialect import Dialect
 from vembed_fs2.formats.download import FolderDownloadManager, download_repository
 from vembed_fs2.formats.folder import FolderCheckpointLoader, ModelFolder, StateConverter, is_model_folder

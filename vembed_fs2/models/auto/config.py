@@ -8,7 +8,7 @@ from typing import Final
 
 from fairseq2.utils.validation import ValidationResult
 
-from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.head import ImageHeadConfig
 from vembed_fs2.embedding.model import EmbeddingModelConfig, HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.models.auto.backbone import Backbone, Code, find_backbone

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import pad
 
+from vembed_fs2.embedding.head import HeadConfig
 from vembed_fs2.models.auto.backbone import Backbone, unfit
 from vembed_fs2.models.auto.run import Outputs, run_image, run_text
 
@@ -51,11 +52,13 @@ class Trace:
         names = self.parameters.values()
         return not self.outputs.is_map and any(name.rpartition(".")[2] in _CLASS_TOKENS for name in names)
 
-    def used_parameters(self, *, pooled: bool) -> frozenset[str]:
-        """The parameters that an output depends on: what the model's own pooler gives, or its states."""
-        output = self.outputs.pooled if pooled else self.outputs.states
-        assert output is not None
-        seen, waiting = set(), [output.grad_fn]
+    def used_parameters(self, head: HeadConfig) -> frozenset[str]:
+        """The parameters that embeddings depend on: those of the states, of the model's own pooler, or of both."""
+        outputs = (
+            self.outputs.states if head.reads_states else None,
+            self.outputs.pooled if head.reads_pooler else None,
+        )
+        seen, waiting = set(), [output.grad_fn for output in outputs if output is not None]
         while waiting:
             function = waiting.pop()
             if function is not None and function not in seen:

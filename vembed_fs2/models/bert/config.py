@@ -84,7 +84,7 @@ class BertConfig(EmbeddingModelConfig):
             known = ", ".join(VARIANTS)
             result.add_error(f"`model_type` must be one of {known}, but is '{self.model_type}' instead.")
             return result
-        head_errors = validate_head(self.head, self.model_dim, multi_vector=True)
+        head_errors = validate_head(self.head, self.model_dim, multi_vector=True, has_pooler=self.pooler)
         for error in (*self._dim_errors(), *self._value_errors(), *self._type_errors(), *head_errors):
             result.add_error(error)
         return result
@@ -120,8 +120,6 @@ class BertConfig(EmbeddingModelConfig):
             create_activation(self.activation, field="activation")
         except ModelLoadError as ex:
             errors.append(str(ex))
-        if self.head.pooling == "pooler" and not self.pooler:
-            errors.append("`head.pooling` is 'pooler', but `pooler` is not set: the model has none.")
         return errors
 
     def _type_errors(self) -> list[str]:

@@ -124,7 +124,7 @@ class BertFactory:
         config = self._config
         if not config.pooler:
             return None
-        if config.head.pooling != "pooler":
+        if not config.head.reads_pooler:
             return UnusedPooler(config.model_dim)
         return Linear(config.model_dim, config.model_dim, bias=True, init_fn=self.init_projection)
 

@@ -62,7 +62,7 @@ class BertModel(TextBackboneModel):
 
     @override
     def pool_tokens(self, seqs: Tensor) -> Tensor | None:
-        if self.head.pooling != "pooler":
+        if not self.head.config.reads_pooler:
             return None
         assert self.pooler is not None
         return torch.tanh(self.pooler(seqs[:, 0]))

@@ -23,7 +23,9 @@ class ClipFactory(ModelFactory[ClipConfig]):
         config = self._config
         text = create_text_tower(config.text, config.projection_dim)
 
-        model = ClipModel(text, self.create_vision_tower(), config.logit_scale_init, config.train_logit_scale)
+        model = ClipModel(
+            text, self.create_vision_tower(), config.logit_scale_init, config.train_logit_scale, config.head
+        )
         model.tokens_per_image = config.vision.num_patches + 1
         model.image_shape = (config.vision.num_channels, *as_pair(config.vision.image_size))
 

@@ -21,11 +21,11 @@ from torch.nn import Conv2d, Module, ModuleList, Parameter
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from vembed_fs2.embedding.head import pool
+from vembed_fs2.embedding.head import Head, HeadConfig, States, pool
 from vembed_fs2.embedding.learned import LOGIT_SCALE, LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.models.common.attention import PaddedLayout
-from vembed_fs2.models.common.dual import TextFrontend
+from vembed_fs2.models.common.dual import TextFrontend, counted_tokens
 from vembed_fs2.models.common.vision import resize_positions
 
 TextPooling: TypeAlias = Literal["clip", "eos", "first", "last"]
@@ -63,8 +63,8 @@ class ClipTextTower(Module):
         self.pad_id = pad_id
 
     @override
-    def forward(self, ids_TL: Tensor, mask_TL: Tensor | None) -> Tensor:
-        """Encode texts; return ``[T, D]``.
+    def forward(self, ids_TL: Tensor, mask_TL: Tensor | None, head: HeadConfig) -> States:
+        """Encode texts; return what ``head`` reads, projected: states ``[T, L, D]``, that of the text ``[T, D]``.
 
         :param mask_TL: True for tokens, which come before the padding. It only
             keeps padding from being taken for the end token: causal attention
@@ -77,7 +77,9 @@ class ClipTextTower(Module):
             ids_TL, mask_TL = _fill(ids_TL, mask_TL, max_length, self.pad_id), None
         seqs_TLM, layout = self.frontend(ids_TL, PaddedLayout(ids_TL, None))
         seqs_TLM = self.encoder(seqs_TLM, layout)
-        return self.proj(self._pool(seqs_TLM, ids_TL, mask_TL))
+        tokens_TLD = self.proj(seqs_TLM) if head.reads_states else None
+        pooled_TD = self.proj(self._pool(seqs_TLM, ids_TL, mask_TL)) if head.reads_pooler else None
+        return States(tokens_TLD, None, pooled_TD)
 
     def _pool(self, seqs_TLM: Tensor, ids_TL: Tensor, mask_TL: Tensor | None) -> Tensor:
         """The state that stands for each text. *Returns:* ``[T, M]``."""
@@ -181,8 +183,11 @@ class ImageTower(Module, ABC):
 
     @abstractmethod
     @override
-    def forward(self, x_PCHW: Tensor) -> Tensor:
-        """Encode images of any size; return ``[P, D]``."""
+    def forward(self, x_PCHW: Tensor, head: HeadConfig) -> States:
+        """Encode images of any size; return what ``head`` reads, projected.
+
+        The states are those of class token and patches, ``[P, S, D]``; that of the image is ``[P, D]``.
+        """
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -211,11 +216,12 @@ class ClipVisionTower(ImageTower):
         self.norm_after_pooling = norm_after_pooling
 
     @override
-    def forward(self, x_PCHW: Tensor) -> Tensor:
-        """Encode images of any size; return ``[P, D]``."""
+    def forward(self, x_PCHW: Tensor, head: HeadConfig) -> States:
         seqs_PSM = self.frontend(x_PCHW)
         seqs_PSM = self.encoder(seqs_PSM, PaddedLayout(seqs_PSM, None))
-        return self.proj(self._pool(seqs_PSM))
+        tokens_PSD = self.proj(self.layer_norm(seqs_PSM)) if head.reads_states else None
+        pooled_PD = self.proj(self._pool(seqs_PSM)) if head.reads_pooler else None
+        return States(tokens_PSD, None, pooled_PD, num_prefix_tokens=1)
 
     def _pool(self, seqs_PSM: Tensor) -> Tensor:
         """The normalised state that stands for each image. *Returns:* ``[P, M]``."""
@@ -235,34 +241,42 @@ class ClipModel(EmbeddingModel):
     modalities = frozenset({"text", "image"})
 
     def __init__(
-        self, text: ClipTextTower, vision: ImageTower, logit_scale_init: float, train_logit_scale: bool
+        self,
+        text: ClipTextTower,
+        vision: ImageTower,
+        logit_scale_init: float,
+        train_logit_scale: bool,
+        head: HeadConfig | None = None,
     ) -> None:
         """
         :param logit_scale_init: The initial log inverse temperature.
         :param train_logit_scale: If ``False``, it is a buffer, which no recipe can train by accident.
+        :param head: What follows the towers; ``None`` for their own poolings.
         """
         super().__init__()
         self.text = text
         self.vision = vision
-        self.embedding_dim = text.proj.output_dim
+        self.head = Head(head or HeadConfig(pooling="pooler"), text.proj.output_dim)
         self.max_text_length = text.frontend.pos_embed.num_embeddings
         self.add_learned_parts([LearnedPart(name=LOGIT_SCALE, mean=logit_scale_init, is_trained=train_logit_scale)])
 
     @override
-    def encode_text(self, batch: EncoderBatch) -> Tensor:
-        """Encode the texts of ``batch``. *Returns:* ``[T, D]``.
+    def encode_text_states(self, batch: EncoderBatch) -> States:
+        """Encode the texts of ``batch``.
 
         Texts must hold the end token of the configuration, as CLIP's tokenizers
         write it; like in transformers, the first token stands for a text without.
         """
-        assert batch.text is not None
-        return self.text(batch.text.input_ids, batch.text.attention_mask)
+        text = batch.text
+        assert text is not None
+        states = self.text(text.input_ids, text.attention_mask, self.head.config)
+        return states if states.tokens is None else states._replace(mask=counted_tokens(text, states.tokens.size(1)))
 
     @override
-    def encode_image(self, batch: EncoderBatch) -> Tensor:
-        """Encode the images of ``batch``, of any size of at least one patch. *Returns:* ``[P, D]``."""
+    def encode_image_states(self, batch: EncoderBatch) -> States:
+        """Encode the images of ``batch``, of any size of at least one patch."""
         assert batch.images is not None
-        return self.vision(batch.images.values)
+        return self.vision(batch.images.values, self.head.config)
 
     @override
     def layer_stacks(self) -> list[ModuleList]:

@@ -21,9 +21,11 @@ from fairseq2.models.transformer import (
 from fairseq2.nn import BatchLayout, IncrementalStateBag, Linear, ResidualConnect, StandardEmbedding, StandardLayerNorm
 from fairseq2.utils.validation import ValidationResult
 from torch import Tensor
+from torch.nn.functional import pad
 from typing_extensions import override
 
 from vembed_fs2.embedding.activations import create_activation
+from vembed_fs2.embedding.inputs import TextInputs
 from vembed_fs2.models.common.attention import create_sdpa
 from vembed_fs2.models.common.checks import (
     check_activation,
@@ -195,3 +197,14 @@ def create_embedding(num_embeddings: int, model_dim: int, std: float) -> Standar
         nn.init.normal_(embed.weight, std=std)
 
     return StandardEmbedding(num_embeddings, model_dim, init_fn=init_embed)
+
+
+def counted_tokens(text: TextInputs, length: int) -> Tensor | None:
+    """True for the tokens that pooling looks at, in texts that the model has padded to ``length``.
+
+    *Returns:* ``None`` if all count. ``[T, length]``.
+    """
+    mask, missing = text.pooled_tokens, length - text.input_ids.size(1)
+    if missing == 0:
+        return mask
+    return pad(torch.ones_like(text.input_ids, dtype=torch.bool) if mask is None else mask, (0, missing))

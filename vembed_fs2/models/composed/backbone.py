@@ -73,8 +73,6 @@ def create_backbone(family: str, config: object, modality: Modality) -> Backbone
 def _check(model: EmbeddingModel, family: str, modality: Modality) -> None:
     if modality not in model.modalities:
         raise ConfigError(f"`family` must encode {modality}s, but {family} models do not.")
-    if model.similarity == "maxsim":
-        raise ConfigError(f"`config` must give one vector per {modality}, but gives several: change its pooling.")
 
 
 def _stack_names(model: EmbeddingModel) -> list[str]:

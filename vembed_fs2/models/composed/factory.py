@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.nn import Identity, Module
 
 from vembed_fs2.embedding.activations import create_activation
+from vembed_fs2.embedding.head import Head, HeadConfig
 from vembed_fs2.embedding.model import Modality
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.models.composed.backbone import create_backbone
@@ -25,11 +26,15 @@ def create_composed_model(config: ComposedConfig) -> ComposedModel:
             towers[modality] = create_tower(getattr(config, modality), modality, config.embedding_dim)
         except ConfigError as ex:
             errors += [f"`{modality}`: {error}" for error in ex.errors]
+    several = [modality for modality, tower in towers.items() if tower.backbone.is_multi_vector]
+    if len(towers) == 2 and len(several) == 1:
+        errors.append(
+            f"`{several[0]}`: `config` must give one vector per {several[0]}, but gives several: change its pooling."
+        )
     if errors:
         raise ConfigError(errors, where="The composed model")
-    model = ComposedModel(towers["text"], towers["image"], config.embedding_dim)
-    model.normalize = config.normalize
-    return model
+    head = HeadConfig(pooling="none" if several else "pooler", normalize=config.normalize)
+    return ComposedModel(towers["text"], towers["image"], Head(head, config.embedding_dim))
 
 
 def create_tower(config: TowerConfig, modality: Modality, embedding_dim: int) -> Tower:

@@ -10,10 +10,11 @@ from typing import Final, Literal, TypeAlias, get_args
 from fairseq2.utils.validation import ValidationResult
 from typing_extensions import override
 
-from vembed_fs2.embedding.model import EmbeddingModelConfig
+from vembed_fs2.embedding.model import EmbeddingModelConfig, HeadConfig
 from vembed_fs2.models.clip.config import ClipTextConfig
 from vembed_fs2.models.common.checks import (
     check_choice,
+    check_head,
     check_heads,
     check_not_negative,
     check_positive,
@@ -164,6 +165,12 @@ class EvaConfig(EmbeddingModelConfig):
     projection_dim: int = 512
     """The dimensionality of embeddings."""
 
+    head: HeadConfig | None = None
+    """
+    What follows the projected states of texts and of images, if not the pooling
+    of each Transformer itself (``pooler`` means that one).
+    """
+
     logit_scale_init: float = log(1 / 0.07)
     """The initial log inverse temperature."""
 
@@ -171,7 +178,7 @@ class EvaConfig(EmbeddingModelConfig):
     """If ``False``, the temperature keeps its value in training."""
 
     def validate(self) -> ValidationResult:
-        result = to_result(check_positive(self, "projection_dim"))
+        result = to_result(check_positive(self, "projection_dim"), check_head(self.head, self.projection_dim))
 
         if self.vision.projection == "none" and self.projection_dim != self.vision.model_dim:
             result.add_error(

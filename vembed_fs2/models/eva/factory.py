@@ -55,7 +55,7 @@ class EvaFactory(ModelFactory[EvaConfig]):
         text = create_text_tower(config.text, config.projection_dim)
         vision = EvaVisionFactory(config.vision, config.projection_dim).create_tower()
 
-        model = EvaModel(text, vision, config.logit_scale_init, config.train_logit_scale)
+        model = EvaModel(text, vision, config.logit_scale_init, config.train_logit_scale, config.head)
         model.tokens_per_image = config.vision.num_patches + 1
         model.image_shape = (config.vision.num_channels, config.vision.image_size, config.vision.image_size)
 

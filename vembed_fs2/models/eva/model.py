@@ -42,7 +42,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from vembed_fs2.embedding.activations import create_activation
-from vembed_fs2.embedding.head import pool
+from vembed_fs2.embedding.head import HeadConfig, States, pool
 from vembed_fs2.models.clip.model import ClipModel, ImageTower
 from vembed_fs2.models.common.attention import PaddedLayout
 from vembed_fs2.models.common.dropout import Dropout
@@ -235,15 +235,22 @@ class EvaHead(Module):
 
     @override
     def forward(self, seqs_PSM: Tensor) -> Tensor:
-        """Make embeddings of the final states. *Returns:* ``[P, D]``."""
+        """Make one state of the final states of an image. *Returns:* ``[P, D]``."""
         # Only what is pooled is normalised: states do not take part in each other's norms.
         seqs_PSM = seqs_PSM[:, :1] if self.pooling == "cls" else seqs_PSM[:, 1:]
         if self.norm_after_pooling:
             x_PM = self.layer_norm(self._pool(seqs_PSM))
         else:
             x_PM = self._pool(self.layer_norm(seqs_PSM))
-        x_PM = self.dropout(x_PM)
-        return x_PM if self.proj is None else self.proj(x_PM)
+        return self._project(x_PM)
+
+    def project(self, seqs_PSM: Tensor) -> Tensor:
+        """Normalise and project each state. *Returns:* ``[P, S, D]``."""
+        return self._project(self.layer_norm(seqs_PSM))
+
+    def _project(self, x: Tensor) -> Tensor:
+        x = self.dropout(x)
+        return x if self.proj is None else self.proj(x)
 
     def _pool(self, seqs_PSM: Tensor) -> Tensor:
         if self.pooling == "mean_max":
@@ -284,10 +291,11 @@ class EvaVisionTower(ImageTower):
         self.head = head
 
     @override
-    def forward(self, x_PCHW: Tensor) -> Tensor:
-        """Encode images of any size; return ``[P, D]``."""
-        seqs_PSM, layout = self.frontend(x_PCHW)
-        return self.head(self.encoder(seqs_PSM, layout))
+    def forward(self, x_PCHW: Tensor, head: HeadConfig) -> States:
+        seqs_PSM = self.encoder(*self.frontend(x_PCHW))
+        tokens_PSD = self.head.project(seqs_PSM) if head.reads_states else None
+        pooled_PD = self.head(seqs_PSM) if head.reads_pooler else None
+        return States(tokens_PSD, None, pooled_PD, num_prefix_tokens=1)
 
 
 @final

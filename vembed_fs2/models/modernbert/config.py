@@ -90,7 +90,7 @@ class ModernBertConfig(EmbeddingModelConfig):
 
     def validate(self) -> ValidationResult:
         result = ValidationResult()
-        head_errors = validate_head(self.head, self.model_dim, multi_vector=True)
+        head_errors = validate_head(self.head, self.model_dim, multi_vector=True, has_pooler=False)
         for error in (*self._dim_errors(), *self._value_errors(), *head_errors):
             result.add_error(error)
         return result

@@ -29,12 +29,13 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from vembed_fs2.embedding.batch import EncoderBatch
+from vembed_fs2.embedding.head import Head, HeadConfig, States
 from vembed_fs2.embedding.inputs import ImageInputs
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel, Modality
 from vembed_fs2.errors import DataError
 from vembed_fs2.models.common.attention import PaddedLayout
-from vembed_fs2.models.common.dual import TextFrontend
+from vembed_fs2.models.common.dual import TextFrontend, counted_tokens
 from vembed_fs2.models.common.vision import PatchProjection, resize_positions
 
 
@@ -52,8 +53,8 @@ class SiglipTextTower(Module):
         self.pad_id = pad_id
 
     @override
-    def forward(self, ids_TL: Tensor, mask_TL: Tensor | None) -> Tensor:
-        """Encode texts; return ``[T, D]``.
+    def forward(self, ids_TL: Tensor, mask_TL: Tensor | None, head: HeadConfig) -> States:
+        """Encode texts; return what ``head`` reads, projected: states ``[T, L, D]``, that of the text ``[T, D]``.
 
         :param mask_TL: True for tokens; ``None`` if padding is not masked, as in training of the public models.
         :raises DataError: a text is longer than the position table.
@@ -62,7 +63,9 @@ class SiglipTextTower(Module):
         if length > max_length:
             raise DataError(f"A text has {length} tokens, but the model takes at most {max_length}. Truncate it.")
         seqs_TLM, layout = self.frontend(ids_TL, PaddedLayout(ids_TL, mask_TL))
-        return self.proj(self.encoder(seqs_TLM, layout)[:, -1])
+        seqs_TLM = self.encoder(seqs_TLM, layout)
+        tokens_TLD = self.proj(seqs_TLM) if head.reads_states else None
+        return States(tokens_TLD, None, self.proj(seqs_TLM[:, -1]) if head.reads_pooler else None)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -84,7 +87,7 @@ class SiglipImageFrontend(Module):
         self.pos_embed = pos_embed
 
     @override
-    def forward(self, batch: EncoderBatch) -> tuple[Tensor, BatchLayout]:
+    def forward(self, batch: EncoderBatch) -> tuple[Tensor, PaddedLayout]:
         """Return the inputs of the Transformer, ``[P, S, M]``."""
         assert batch.images is not None
         x_PCHW = batch.images.values
@@ -109,7 +112,7 @@ class SiglipPatchFrontend(Module):
         self.pos_embed = pos_embed
 
     @override
-    def forward(self, batch: EncoderBatch) -> tuple[Tensor, BatchLayout]:
+    def forward(self, batch: EncoderBatch) -> tuple[Tensor, PaddedLayout]:
         """Return the inputs of the Transformer, ``[P, S, M]``, and where they are padding."""
         images, patch_dim = batch.images, self.patch_proj.input_dim
         assert images is not None
@@ -196,10 +199,11 @@ class SiglipVisionTower(Module):
         self.head = head
 
     @override
-    def forward(self, batch: EncoderBatch) -> Tensor:
-        """Encode the images of ``batch``; return ``[P, D]``."""
+    def forward(self, batch: EncoderBatch, head: HeadConfig) -> States:
+        """Encode the images of ``batch``; return what ``head`` reads: states ``[P, S, D]``, that of the image."""
         seqs_PSM, layout = self.frontend(batch)
-        return self.head(self.encoder(seqs_PSM, layout), layout)
+        seqs_PSM = self.encoder(seqs_PSM, layout)
+        return States(seqs_PSM, layout.mask, self.head(seqs_PSM, layout) if head.reads_pooler else None)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -217,31 +221,34 @@ class SiglipModel(EmbeddingModel):
         vision: SiglipVisionTower | None,
         logit_scale_init: float | None,
         logit_bias_init: float | None,
+        head: HeadConfig | None = None,
     ) -> None:
         """
         :param logit_scale_init: The initial log inverse temperature; ``None`` if the model has none.
         :param logit_bias_init: The initial bias of the logits; ``None`` if the model has none.
+        :param head: What follows the towers; ``None`` for their own poolings.
         """
         super().__init__()
         self.text: SiglipTextTower | None
         self.vision: SiglipVisionTower | None
         self.register_module("text", text)
         self.register_module("vision", vision)
-        modalities: set[Modality] = set()
+        embedding_dim, modalities = 0, set[Modality]()
         if vision is not None:
-            self.embedding_dim = vision.frontend.pos_embed.embed_dim
+            embedding_dim = vision.frontend.pos_embed.embed_dim
             modalities.add("image")
         if text is not None:
-            self.embedding_dim = text.proj.output_dim
+            embedding_dim = text.proj.output_dim
             self.max_text_length = text.frontend.pos_embed.num_embeddings
             modalities.add("text")
         self.modalities = frozenset(modalities)
+        self.head = Head(head or HeadConfig(pooling="pooler"), embedding_dim)
         inits = ((LOGIT_SCALE, logit_scale_init), (LOGIT_BIAS, logit_bias_init))
         self.add_learned_parts([LearnedPart(name=name, mean=init) for name, init in inits if init is not None])
 
     @override
-    def encode_text(self, batch: EncoderBatch) -> Tensor:
-        """Encode the texts of ``batch``. *Returns:* ``[T, D]``.
+    def encode_text_states(self, batch: EncoderBatch) -> States:
+        """Encode the texts of ``batch``.
 
         Texts with a mask are padded to ``max_text_length`` first, unless
         ``fixed_width`` says that they are padded already. Texts without one are
@@ -250,22 +257,23 @@ class SiglipModel(EmbeddingModel):
         :raises DataError: a text is longer than the position table.
         """
         if self.text is None:
-            return super().encode_text(batch)
+            return super().encode_text_states(batch)
         assert batch.text is not None
         ids_TL, mask_TL = batch.text.input_ids, batch.text.attention_mask
         if mask_TL is not None and not batch.text.fixed_width:
             ids_TL, mask_TL = self.text.fill(ids_TL, mask_TL.bool())
-        return self.text(ids_TL, mask_TL)
+        states = self.text(ids_TL, mask_TL, self.head.config)
+        return states._replace(mask=counted_tokens(batch.text, ids_TL.size(1)))
 
     @override
-    def encode_image(self, batch: EncoderBatch) -> Tensor:
-        """Encode the images of ``batch``, of any size of at least one patch. *Returns:* ``[P, D]``.
+    def encode_image_states(self, batch: EncoderBatch) -> States:
+        """Encode the images of ``batch``, of any size of at least one patch.
 
         :raises DataError: the images are not of the shape that the model takes.
         """
         if self.vision is None:
-            return super().encode_image(batch)
-        return self.vision(batch)
+            return super().encode_image_states(batch)
+        return self.vision(batch, self.head.config)
 
     @override
     def blank_image(self) -> ImageInputs:

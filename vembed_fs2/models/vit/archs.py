@@ -5,7 +5,7 @@ from __future__ import annotations
 from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
-from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.head import ImageHeadConfig
 from vembed_fs2.models.vit.config import VitConfig
 
 

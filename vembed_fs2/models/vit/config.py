@@ -9,7 +9,7 @@ from typing import Final, Literal, TypeAlias, get_args
 from fairseq2.utils.validation import ValidationResult
 
 from vembed_fs2.embedding.activations import create_activation
-from vembed_fs2.embedding.image_head import ImageHeadConfig, validate_image_head
+from vembed_fs2.embedding.head import ImageHeadConfig, validate_head
 from vembed_fs2.embedding.model import EmbeddingModelConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.models.common.vision import as_pair
@@ -162,7 +162,7 @@ class VitConfig(EmbeddingModelConfig):
     """The activation function of the pooler, by transformers' name."""
 
     head: ImageHeadConfig = field(default_factory=ImageHeadConfig)
-    """Pooling and normalisation."""
+    """What follows the encoder."""
 
     kept: Mapping[str, object] = field(default_factory=dict)
     """Fields of ``config.json`` that only pretraining or other tasks use, such as ``mask_ratio``. Kept for export."""
@@ -194,7 +194,9 @@ class VitConfig(EmbeddingModelConfig):
             *self._dim_errors(),
             *self._size_errors(),
             *self._value_errors(),
-            *validate_image_head(self.head, has_pooler=has_pooler),
+            *validate_head(
+                self.head, self.model_dim, multi_vector=True, has_pooler=has_pooler, pooler_dim=self.pooler_dim
+            ),
         ):
             result.add_error(error)
         return result

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Conv2d
 
 from vembed_fs2.embedding.activations import create_activation
-from vembed_fs2.embedding.image_head import ImageHead, image_head_output_dim
+from vembed_fs2.embedding.head import Head
 from vembed_fs2.models.common.attention import create_sdpa
 from vembed_fs2.models.common.dropout import Dropout
 from vembed_fs2.models.common.feed_forward import FusedFeedForwardNetwork
@@ -55,11 +55,8 @@ class VitFactory:
             self.create_encoder(),
             self.create_pooler(),
             create_activation(config.pooler_activation, field="pooler_activation"),
-            ImageHead(config.head, num_prefix_tokens),
+            Head(config.head, config.model_dim, pooler_dim=config.pooler_dim),
         )
-        model.embedding_dim = image_head_output_dim(config.head, config.model_dim, config.pooler_dim)
-        model.normalize = config.head.normalize
-        model.similarity = "maxsim" if config.head.pooling == "none" else "cosine"
         model.tokens_per_image = config.grid.height * config.grid.width + num_prefix_tokens
         model.image_shape = (config.num_channels, *as_pair(config.image_size))
         return model
@@ -179,7 +176,7 @@ class VitFactory:
         pooler_dim = config.pooler_dim or config.model_dim
         pooler = Linear(config.model_dim, pooler_dim, bias=True, init_fn=self.init_projection)
         # A parameter without a gradient is an error under DDP.
-        return pooler.requires_grad_(config.head.pooling == "pooler")
+        return pooler.requires_grad_(config.head.reads_pooler)
 
     def init_projection(self, proj: Linear | Conv2d) -> None:
         self.init_weight(proj.weight)

@@ -12,7 +12,7 @@ from fairseq2.utils.config import cast_config_type
 from torch import Tensor
 from typing_extensions import override
 
-from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.head import ImageHeadConfig
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.hf_config import read_field, resolve_hf_config, validate_hf_config

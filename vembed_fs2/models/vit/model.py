@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 from typing_extensions import override
 
-from vembed_fs2.embedding.image_head import ImageHead
+from vembed_fs2.embedding.head import Head, States
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.errors import DataError
 from vembed_fs2.models.common.attention import PaddedLayout
@@ -98,6 +98,7 @@ class VitFrontend(Module):
         super().__init__()
         model_dim = patch_proj.out_channels
         self.class_embed = Parameter(torch.empty(model_dim))
+        self.num_prefix_tokens = 1 + num_registers
         self.registers: Parameter | None
         self.register_parameter(
             "registers", Parameter(torch.empty(num_registers, model_dim)) if num_registers else None
@@ -258,7 +259,7 @@ class VitModel(EmbeddingModel):
         encoder: StandardTransformerEncoder,
         pooler: Projection | None,
         pooler_activation: Module,
-        head: ImageHead,
+        head: Head,
     ) -> None:
         super().__init__()
         self.frontend = frontend
@@ -271,40 +272,25 @@ class VitModel(EmbeddingModel):
         self.head = head
 
     @override
-    def encode_image(self, batch: EncoderBatch) -> Tensor:
-        """Encode the images of ``batch``, of any size of at least one patch.
-
-        :returns: *Shape:* ``[P, D]``; a vector for each patch, ``[P, L, D]``, for the pooling "none".
-        :raises DataError: the images are smaller than a patch.
-        """
+    def encode_image_states(self, batch: EncoderBatch) -> States:
         seqs_PSM = self.encode_patches(batch)
         pooled = None
-        if self.head.pooling == "pooler":
+        if self.head.config.reads_pooler:
             assert self.pooler is not None
             pooled = self.pooler_activation(self.pooler(seqs_PSM[:, 0]))
-        return self.head(seqs_PSM, pooled=pooled)
+        return States(seqs_PSM, None, pooled, self.frontend.num_prefix_tokens)
 
     def encode_patches(self, batch: EncoderBatch) -> Tensor:
-        """Return the final states of class token, registers and patches, ``[P, S, M]``."""
+        """Return the final states of class token, registers and patches, ``[P, S, M]``.
+
+        :raises DataError: the images are smaller than a patch.
+        """
         assert batch.images is not None
         seqs_PSM, grid = self.frontend(batch.images.values)
         layout = PaddedLayout(seqs_PSM, None)
         if self.rotation is not None:
             layout = PatchLayout(seqs_PSM, self.rotation(grid, seqs_PSM.device))
         return self.encoder(seqs_PSM, layout)
-
-    @override
-    def encode_rows(self, batch: EncoderBatch) -> tuple[Tensor, Tensor | None]:
-        """Encode rows; with the pooling "none", each is one image, all of whose vectors count.
-
-        :raises DataError: a row of such a model holds something else than one image.
-        """
-        if self.head.pooling != "none":
-            return super().encode_rows(batch)
-        if batch.text is not None or batch.num_images != batch.num_rows:
-            raise DataError("Each row of a model with several vectors per row must be one image, and no text.")
-        vectors = self.encode_image(batch)
-        return vectors, vectors.new_ones(vectors.shape[:2], dtype=torch.bool)
 
     @override
     def layer_stacks(self) -> list[ModuleList]:
