@@ -33,27 +33,8 @@ from vembed_fs2.models.common.checks import (
     check_probabilities,
     to_result,
 )
+from vembed_fs2.models.common.config import TransformerSizes
 from vembed_fs2.models.common.feed_forward import FusedFeedForwardNetwork
-
-
-@dataclass(kw_only=True)
-class TransformerSizes:
-    """The sizes of a Transformer."""
-
-    model_dim: int = 768
-    """The dimensionality of the Transformer."""
-
-    num_layers: int = 12
-    """The number of Transformer layers."""
-
-    num_attn_heads: int = 12
-    """The number of attention heads in Transformer layers."""
-
-    ffn_inner_dim: int = 3072
-    """The dimensionality of inner projection layers in feed-forward networks."""
-
-    def _positive_fields(self) -> tuple[str, ...]:
-        return ("model_dim", "num_layers", "num_attn_heads", "ffn_inner_dim")
 
 
 @dataclass(kw_only=True)
