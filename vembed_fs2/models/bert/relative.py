@@ -6,7 +6,6 @@ Shapes: T texts, L tokens, H heads (of this tensor parallel rank), A all heads, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, final
 
 import torch
@@ -34,9 +33,12 @@ class RelativePositions(Module):
     one bucket each for the near ones, then wider and wider ones.
     """
 
-    def __init__(self, num_buckets: int, num_heads: int, init_fn: Callable[[StandardEmbedding], None]) -> None:
+    def __init__(self, embed: StandardEmbedding) -> None:
+        """
+        :param embed: the bias of each head for each bucket of distances.
+        """
         super().__init__()
-        self.embed = StandardEmbedding(num_buckets, num_heads, init_fn=init_fn)
+        self.embed = embed
         self.tp_gang = get_current_gangs().tp
 
     @override
