@@ -1,3 +1,5 @@
+"""How a model of transformers is wrapped: heads, and what its embeddings depend on."""
+
 from __future__ import annotations
 
 import logging

@@ -1,3 +1,5 @@
+"""The named architectures of BERT and its relatives."""
+
 from __future__ import annotations
 
 from fairseq2.runtime.config_registry import ConfigRegistrar
@@ -7,7 +9,7 @@ from vembed_fs2.models.bert.config import BertConfig
 
 
 def register_bert_archs(container: DependencyContainer) -> None:
-    """Register the named architectures."""
+    """Register the architectures, the base first; the others say how they differ from it."""
     _register_bert(container)
     _register_roberta(container)
     _register_others(container)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from vembed_fs2.errors import ModelLoadError, VembedError
+from vembed_fs2.formats.checkpoint import config_errors
 from vembed_fs2.formats.key_map import SCALAR, TRANSPOSED, Drop, KeyMap, Rename, Reshape, Rule, Split
 from vembed_fs2.formats.open_clip import (
     BLOCK_OPTIONS,
@@ -21,7 +22,6 @@ from vembed_fs2.formats.open_clip import (
 )
 from vembed_fs2.models.clip.config import ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig
 from vembed_fs2.models.clip.model import LEGACY_EOS_ID
-from vembed_fs2.models.family import config_errors
 
 _TOWER_DEFAULTS: Final = {
     "width": 512,
@@ -123,9 +123,18 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> ClipConfig:
         logit_scale_init=options["init_logit_scale"],
         logit_bias_init=read_number(options["init_logit_bias"], "init_logit_bias"),
     )
+    check_config(config)
+
+    return config
+
+
+def check_config(config: object) -> None:
+    """Check a configuration that was made of ``model_cfg``.
+
+    :raises ModelLoadError: it is not valid; the message has our names of the fields.
+    """
     if errors := config_errors(config):
         raise ModelLoadError(f"`model_cfg` is not valid. {' '.join(errors)}")
-    return config
 
 
 def text_config_from_open_clip(model_cfg: Mapping[str, Any]) -> ClipTextConfig:

@@ -1,3 +1,5 @@
+"""The named architectures of ModernBERT models."""
+
 from __future__ import annotations
 
 from fairseq2.runtime.config_registry import ConfigRegistrar
@@ -7,7 +9,7 @@ from vembed_fs2.models.modernbert.config import ModernBertConfig
 
 
 def register_modernbert_archs(container: DependencyContainer) -> None:
-    """Register the named architectures."""
+    """Register the architectures, the base first; the others say how they differ from it."""
     arch = ConfigRegistrar(container, ModernBertConfig)
 
     @arch("modernbert_base")

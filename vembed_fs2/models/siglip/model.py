@@ -11,6 +11,7 @@ size, D embedding size, C x H x W pixels, h x w patches.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from math import isqrt
 from typing import TYPE_CHECKING, final
 
@@ -72,18 +73,31 @@ class SiglipTextTower(Module):
         return pad(ids_TL, (0, missing), value=self.pad_id), pad(mask_TL, (0, missing))
 
 
-@final
-class SiglipImageFrontend(Module):
-    """Cuts images of one size into patches and adds positions."""
+class SiglipFrontend(Module, ABC):
+    """Makes the inputs of the image Transformer: patches, and the positions that are added to them."""
 
-    def __init__(self, patch_proj: PatchProjection, pos_embed: StandardEmbedding) -> None:
+    def __init__(self, patch_proj: Module, pos_embed: StandardEmbedding) -> None:
         super().__init__()
         self.patch_proj = patch_proj
         self.pos_embed = pos_embed
 
+    @abstractmethod
     @override
     def forward(self, batch: EncoderBatch) -> tuple[Tensor, BatchLayout]:
-        """Return the inputs of the Transformer, ``[P, S, M]``."""
+        """Return the inputs of the Transformer, ``[P, S, M]``, and where they are padding."""
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+@final
+class SiglipImageFrontend(SiglipFrontend):
+    """Cuts images of one size into patches and adds positions."""
+
+    patch_proj: PatchProjection
+
+    @override
+    def forward(self, batch: EncoderBatch) -> tuple[Tensor, BatchLayout]:
         x_PCHW = batch.pixel_values
         assert x_PCHW is not None
         if x_PCHW.ndim != 4:
@@ -93,22 +107,15 @@ class SiglipImageFrontend(Module):
         seqs_PSM = x_PMhw.flatten(2).transpose(1, 2) + positions_SM
         return seqs_PSM, PaddedLayout(seqs_PSM, None)
 
-    if TYPE_CHECKING:
-        __call__ = forward
-
 
 @final
-class SiglipPatchFrontend(Module):
+class SiglipPatchFrontend(SiglipFrontend):
     """Adds positions to images of any size, which are cut into patches already (NaFlex)."""
 
-    def __init__(self, patch_proj: Linear, pos_embed: StandardEmbedding) -> None:
-        super().__init__()
-        self.patch_proj = patch_proj
-        self.pos_embed = pos_embed
+    patch_proj: Linear
 
     @override
     def forward(self, batch: EncoderBatch) -> tuple[Tensor, BatchLayout]:
-        """Return the inputs of the Transformer, ``[P, S, M]``, and where they are padding."""
         x_PSK = batch.pixel_values
         assert x_PSK is not None
         patch_dim = self.patch_proj.input_dim
@@ -131,9 +138,6 @@ class SiglipPatchFrontend(Module):
             for h, w in dict.fromkeys(shapes)
         }
         return torch.stack([tables[shape] for shape in shapes])
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 def _grid(pos_embed: StandardEmbedding) -> Tensor:
@@ -183,7 +187,7 @@ class SiglipVisionTower(Module):
 
     def __init__(
         self,
-        frontend: SiglipImageFrontend | SiglipPatchFrontend,
+        frontend: SiglipFrontend,
         encoder: StandardTransformerEncoder,
         head: SiglipAttentionPool,
     ) -> None:
