@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
@@ -122,6 +122,13 @@ class EmbeddingModel(Module, ABC):
 
     similarity: Similarity = "cosine"
     """How two embeddings are compared; ``maxsim`` if there are several vectors per row."""
+
+    towers: Mapping[Modality, Sequence[str]] | None = None
+    """
+    The names of the modules that encode each modality alone, such as
+    ``{"text": ["text"], "image": ["vision"]}``: a composed model can have one tower without the other. ``None`` for
+    joint encoders, which have no towers, and for models of one modality, which need no names.
+    """
 
     max_text_length: int | None = None
     """The longest text in tokens, special tokens included."""

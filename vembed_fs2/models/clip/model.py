@@ -243,6 +243,7 @@ class ClipModel(EmbeddingModel):
         super().__init__()
         self.text = text
         self.vision = vision
+        self.towers = {"text": ["text"], "image": ["vision"]}
         self.embedding_dim = text.proj.output_dim
         self.max_text_length = text.frontend.pos_embed.num_embeddings
         self._logit_scale_init = logit_scale_init

@@ -121,6 +121,7 @@ class ComposedModel(EmbeddingModel):
         super().__init__()
         self.text = text
         self.image = image
+        self.towers = {"text": ["text"], "image": ["image"]}
         self.embedding_dim = embedding_dim
         self.max_text_length = text.backbone.max_text_length
         self.text_padding = text.backbone.text_padding

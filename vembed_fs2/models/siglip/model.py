@@ -237,6 +237,8 @@ class SiglipModel(EmbeddingModel):
             self.max_text_length = text.frontend.pos_embed.num_embeddings
             modalities.add("text")
         self.modalities = frozenset(modalities)
+        if len(modalities) > 1:
+            self.towers = {"text": ["text"], "image": ["vision"]}
         self._logit_inits = (("logit_scale", logit_scale_init), ("logit_bias", logit_bias_init))
         for name, init in self._logit_inits:
             if init is not None:
