@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.bert.config import BertConfig
 
 
@@ -16,7 +16,7 @@ def register_bert_archs(container: DependencyContainer) -> None:
 
 
 def _register_bert(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, BertConfig)
+    arch = ArchRegistrar(container, BertConfig)
 
     @arch("bert_base")
     def bert_base() -> BertConfig:
@@ -100,7 +100,7 @@ def _register_bert(container: DependencyContainer) -> None:
 
 
 def _register_roberta(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, BertConfig)
+    arch = ArchRegistrar(container, BertConfig)
 
     @arch("roberta_base")
     def roberta_base() -> BertConfig:
@@ -165,7 +165,7 @@ def _register_roberta(container: DependencyContainer) -> None:
 
 
 def _register_others(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, BertConfig)
+    arch = ArchRegistrar(container, BertConfig)
 
     @arch("distilbert_base")
     def distilbert_base() -> BertConfig:

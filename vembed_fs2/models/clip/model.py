@@ -173,7 +173,7 @@ class ClipVisionFrontend(Module):
         __call__ = forward
 
 
-class ImageTower(Module, ABC):
+class VisionTower(Module, ABC):
     """An image Transformer that projects to the space of a :class:`ClipModel`."""
 
     encoder: StandardTransformerEncoder
@@ -188,7 +188,7 @@ class ImageTower(Module, ABC):
 
 
 @final
-class ClipVisionTower(ImageTower):
+class ClipVisionTower(VisionTower):
     """A Vision Transformer; the state of the class token, or the mean of the patches', is the image."""
 
     def __init__(
@@ -234,7 +234,7 @@ class ClipModel(EmbeddingModel):
     modalities = frozenset({"text", "image"})
 
     def __init__(
-        self, text: ClipTextTower, vision: ImageTower, logit_scale_init: float, train_logit_scale: bool
+        self, text: ClipTextTower, vision: VisionTower, logit_scale_init: float, train_logit_scale: bool
     ) -> None:
         """
         :param logit_scale_init: The initial log inverse temperature.

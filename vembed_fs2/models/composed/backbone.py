@@ -17,7 +17,7 @@ from vembed_fs2.resolver import get_resolver
 
 
 @dataclass(frozen=True)
-class Backbone:
+class TowerEncoder:
     """An encoder of one modality."""
 
     model: EmbeddingModel
@@ -35,7 +35,7 @@ class Backbone:
     """The values of non-persistent buffers, by name, where the model itself cannot set them again."""
 
 
-def create_backbone(family: str, config: object, modality: Modality) -> Backbone:
+def create_backbone(family: str, config: object, modality: Modality) -> TowerEncoder:
     """Create an encoder of ``modality``.
 
     Of a model of texts and images, only the tower that is asked for gets memory.
@@ -64,7 +64,7 @@ def create_backbone(family: str, config: object, modality: Modality) -> Backbone
         if name.rpartition(".")[2] in LEARNED_PARTS:
             parameter.requires_grad_(False)
     stacks = [name for name in stacks if not name.startswith(tuple(f"{part}." for part in left_out))]
-    return Backbone(model, family, config, stacks, left_out, constants)
+    return TowerEncoder(model, family, config, stacks, left_out, constants)
 
 
 def _check(model: EmbeddingModel, family: str, modality: Modality) -> None:

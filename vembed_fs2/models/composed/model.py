@@ -19,7 +19,7 @@ from typing_extensions import Self, override
 
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch, Modality
 from vembed_fs2.models.common.dropout import Dropout
-from vembed_fs2.models.composed.backbone import Backbone
+from vembed_fs2.models.composed.backbone import TowerEncoder
 from vembed_fs2.models.composed.freezing import plain_name, stop_dropout
 
 MODALITIES: Final[tuple[Modality, ...]] = ("text", "image")
@@ -74,7 +74,7 @@ class Tower(Module):
     """An encoder of texts or images, and the projection of its embeddings."""
 
     def __init__(
-        self, backbone: Backbone, projection: Module, frozen: frozenset[str], source: str | Path | None
+        self, backbone: TowerEncoder, projection: Module, frozen: frozenset[str], source: str | Path | None
     ) -> None:
         """
         :param frozen: the names of the encoder's parameters that keep their values.

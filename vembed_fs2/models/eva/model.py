@@ -41,7 +41,7 @@ from typing_extensions import override
 
 from vembed_fs2.embedding.activations import create_activation
 from vembed_fs2.embedding.head import pool
-from vembed_fs2.models.clip.model import ClipModel, ImageTower
+from vembed_fs2.models.clip.model import ClipModel, VisionTower
 from vembed_fs2.models.common.attention import PaddedLayout
 from vembed_fs2.models.common.dropout import Dropout
 from vembed_fs2.models.common.vision import PatchLayout, PatchPositionEncoder, PatchProjection, resize_positions
@@ -268,7 +268,7 @@ class MlpProjection(Projection):
 
 
 @final
-class EvaVisionTower(ImageTower):
+class EvaVisionTower(VisionTower):
     """The image Transformer of EVA or EVA-02."""
 
     def __init__(self, frontend: EvaFrontend, encoder: StandardTransformerEncoder, head: EvaHead) -> None:
