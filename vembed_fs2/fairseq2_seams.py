@@ -9,7 +9,6 @@ when a function is called: models are loaded without them.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -30,11 +29,6 @@ class OpenBatchLayout(BatchLayout):  # type: ignore[misc]  # final in fairseq2
     mask or its packed positions, which fairseq2's does not hold.
     """
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the constructor of fairseq2's class has run: it has no cheap form, so one may put it off."""
-        return "_width" in self.__dict__
-
 
 class OpenFeedForwardNetwork(StandardFeedForwardNetwork):  # type: ignore[misc]  # final in fairseq2
     """fairseq2's feed-forward network, open to subclasses.
@@ -42,20 +36,6 @@ class OpenFeedForwardNetwork(StandardFeedForwardNetwork):  # type: ignore[misc] 
     Its sharding, its names of parameters and its other options are as they
     should be; only the order in which inference computes it is ours.
     """
-
-
-def find_arch_function(resolver: DependencyResolver, config_kls: type[object], arch: str) -> Callable[..., Any] | None:
-    """Return the function that makes the configuration of a named architecture, if it can be found.
-
-    fairseq2's ``ConfigRegistrar`` keeps the function in a closure, and has no
-    way to ask for it; its docstring says how the architecture differs.
-    """
-    registration = getattr(resolver, "_registrations", {}).get((config_kls, arch))
-    provider = getattr(registration, "provider", None)
-    for cell in getattr(provider, "__closure__", None) or ():
-        if inspect.isfunction(cell.cell_contents):
-            return cell.cell_contents
-    return None
 
 
 def create_recipe_container(recipe: Recipe) -> DependencyContainer:

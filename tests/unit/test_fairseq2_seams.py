@@ -15,7 +15,6 @@ from typing import Any
 
 import fairseq2.recipe.composition
 import pytest
-import torch
 from fairseq2.error import OperationalError
 from fairseq2.models.transformer import StandardFeedForwardNetwork
 from fairseq2.nn import BatchLayout
@@ -24,8 +23,7 @@ from fairseq2.recipe import cli
 from fairseq2.recipe.base import Recipe, RecipeContext
 from fairseq2.recipe.component import ComponentManager, register_component
 from fairseq2.recipe.config import ModelSection
-from fairseq2.runtime.config_registry import ConfigRegistrar
-from fairseq2.runtime.dependency import DependencyContainer, DependencyLookup
+from fairseq2.runtime.dependency import DependencyContainer
 from fairseq2.task import Task
 from fairseq2.trainer import Trainer
 from fairseq2.utils.stopwatch import Stopwatch
@@ -38,14 +36,12 @@ from vembed_fs2.fairseq2_seams import (
     call_before,
     complete_checkpoint,
     create_recipe_container,
-    find_arch_function,
     handle_cli_errors,
     list_components,
     repair_wandb,
     seconds_since_report,
     stop_after_step,
 )
-from vembed_fs2.models.common.attention import PaddedLayout
 
 
 def public_names(owner: Any) -> set[str]:
@@ -70,30 +66,6 @@ def new_trainer(**members: Any) -> Any:
 def test_fairseq2_marks_the_class_final(opened: type[Any], closed: Any) -> None:
     assert issubclass(opened, closed)
     assert vars(closed).get("__final__") is True
-
-
-def test_a_layout_knows_whether_its_constructor_has_run() -> None:
-    layout = PaddedLayout(torch.zeros(2, 3, 4), torch.tensor([[1, 1, 0], [1, 1, 1]]))
-
-    assert not layout.is_complete
-    assert (layout.width, list(layout.seq_lens)) == (3, [2, 3])
-    assert layout.is_complete
-
-
-def test_the_function_of_an_architecture_is_found() -> None:
-    container = DependencyContainer()
-
-    @ConfigRegistrar(container, Settings)("large")
-    def large() -> Settings:
-        """It is larger."""
-        return Settings()
-
-    assert find_arch_function(container, Settings, "large") is large
-    assert find_arch_function(container, Settings, "huge") is None
-    assert public_names(ConfigRegistrar) == set()
-    assert public_names(DependencyLookup) == {"iter_keys", "kls", "maybe_get"}
-    registry = {"collection", "iter_keys", "maybe_resolve", "resolve", "resolve_optional"}
-    assert public_names(DependencyContainer) == registry | {"register", "register_instance", "register_type"}
 
 
 @dataclass

@@ -33,7 +33,7 @@ _BLOCK: Final = 256
 """Rows that are read before the images of any are decoded, in parallel."""
 
 
-class Spread:
+class Distribution:
     """The distribution of a number."""
 
     def __init__(self) -> None:
@@ -78,12 +78,12 @@ class Report:
     modes: Counter[str] = field(default_factory=Counter)
     """The number of rows of each mode."""
 
-    lengths: dict[str, Spread] = field(default_factory=dict)
+    lengths: dict[str, Distribution] = field(default_factory=dict)
     """The lengths of texts in characters, by role."""
 
     num_images: int = 0
-    widths: Spread = field(default_factory=Spread)
-    heights: Spread = field(default_factory=Spread)
+    widths: Distribution = field(default_factory=Distribution)
+    heights: Distribution = field(default_factory=Distribution)
     """The sizes of the images that were decoded, in pixels, upright."""
 
     num_negatives: Counter[int] = field(default_factory=Counter)
@@ -185,7 +185,7 @@ def _count_content(report: Report, example: Example) -> None:
     for role, item in _items(example):
         report.num_images += len(item.images)
         if item.text is not None:
-            report.lengths.setdefault(role, Spread()).add(len(item.text))
+            report.lengths.setdefault(role, Distribution()).add(len(item.text))
     report.num_negatives[len(example.negatives)] += 1
     report.num_scored += bool(example.scores)
     if example.label is not None:

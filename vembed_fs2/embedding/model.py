@@ -6,7 +6,7 @@ Shapes: N rows, T texts, P images, L tokens, D embedding size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -100,6 +100,13 @@ class EmbeddingModel(Module, ABC):
 
     modalities: frozenset[Modality]
     """What a row may hold."""
+
+    towers: Mapping[Modality, Sequence[str]] | None = None
+    """
+    The names of the modules that encode each modality alone, such as
+    ``{"text": ["text"], "image": ["vision"]}``: a composed model can have one tower without the other. ``None`` for
+    joint encoders, which have no towers, and for models of one modality, which need no names.
+    """
 
     max_text_length: int | None = None
     """The longest text in tokens, special tokens included."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,7 +15,7 @@ from fairseq2.runtime.dependency import DependencyLookup, DependencyResolver
 
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import VembedError
-from vembed_fs2.fairseq2_seams import find_arch_function
+from vembed_fs2.models.archs import get_arch_summary
 from vembed_fs2.models.family import get_checkpoint_format
 from vembed_fs2.models.support import FamilySupport, get_family_support
 
@@ -95,9 +94,7 @@ def arch_names(family: ModelFamily, resolver: DependencyResolver) -> list[str]:
 
 def arch_summary(family: ModelFamily, arch: str, resolver: DependencyResolver) -> str:
     """The first line of the docstring of an architecture's function; empty if there is none."""
-    function = find_arch_function(resolver, family.config_kls, arch)
-    text = "" if function is None else inspect.getdoc(function) or ""
-    return text.partition("\n")[0].replace("``", "")
+    return get_arch_summary(family.config_kls, arch, resolver)
 
 
 def family_cards(name: str, resolver: DependencyResolver) -> list[AssetCard]:

@@ -85,7 +85,7 @@ def register_family(
 
     The model can then be loaded from asset cards, trained with the recipes and
     sharded with FSDP2 layer by layer (see :meth:`EmbeddingModel.layer_stacks`).
-    Architectures are registered with :class:`fairseq2.runtime.config_registry.ConfigRegistrar`.
+    Architectures are registered with :class:`~vembed_fs2.models.archs.ArchRegistrar`.
 
     :param factory: creates the model, of a configuration that is valid: what
         ``config_kls`` has as ``validate() -> ValidationResult`` is checked before.

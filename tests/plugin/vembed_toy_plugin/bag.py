@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fairseq2.nn import Linear, StandardEmbedding
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 from fairseq2.utils.validation import ValidationResult
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch.nn.functional import gelu
 from vembed_fs2 import EmbeddingModel, EncoderBatch, register_family
 from vembed_fs2.embedding.head import Head, States, validate_head
 from vembed_fs2.embedding.model import EmbeddingModelConfig, HeadConfig
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.family import PlainCheckpointFormat
 
 TOY_BAG_FAMILY: Final = "toy_bag"
@@ -98,7 +98,7 @@ def register_toy_bag(container: DependencyContainer) -> None:
         checkpoint_format=TOY_BAG_FORMAT,
     )
 
-    arch = ConfigRegistrar(container, ToyBagConfig)
+    arch = ArchRegistrar(container, ToyBagConfig)
 
     @arch("tiny")
     def tiny() -> ToyBagConfig:

@@ -27,6 +27,27 @@ _SOUNDS: Final = frozenset({"input_features", "input_values"})
 """What models of sound call their inputs; some read texts as well (CLAP)."""
 
 
+COUNT_FROM_PADDING: Final = frozenset(
+    {
+        "altclip",
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "lilt",
+        "longformer",
+        "luke",
+        "markuplm",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
+"""RoBERTa and what comes of it: models whose positions are counted from the one after the padding's."""
+
 _PROBE_VALUES: Final = 2**22
 """The values of a matrix that are not zero in a probe: over 1000 rows of a table, where probes have their inputs."""
 
@@ -92,13 +113,18 @@ class Backbone:
         length = getattr(self.text_config, "max_position_embeddings", None)
         if not isinstance(length, int) or length < 1:
             return None
-        # RoBERTa and what comes of it count positions from the one after the padding's.
+
         offset = (self.text_config.pad_token_id or 0) + 1 if self._counts_from_padding else 0
+
         return length - offset
 
     @property
     def _counts_from_padding(self) -> bool:
-        return "create_position_ids_from_input_ids" in inspect.getsource(inspect.getmodule(self.kls) or self.kls)
+        if self.kls.__module__.startswith("transformers.models."):
+            return self.config.model_type in COUNT_FROM_PADDING
+
+        # Code of a model's own, which is mostly a copy of one of these.
+        return hasattr(inspect.getmodule(self.kls), "create_position_ids_from_input_ids")
 
     @property
     def image_size(self) -> tuple[int, int]:

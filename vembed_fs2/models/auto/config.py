@@ -1,4 +1,4 @@
-"""The configuration of auto models."""
+"""The configuration of wrapped models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AUTO_FAMILY: Final = FALLBACK_FAMILY
 
 @dataclass(kw_only=True)
 class AutoModelConfig(EmbeddingModelConfig):
-    """Holds the configuration of a model of transformers, and what follows it."""
+    """The configuration of a model of transformers, and of what follows it."""
 
     hf_config: dict[str, object] = field(default_factory=dict)
     """The content of ``config.json``."""

@@ -1,7 +1,10 @@
+"""How a model of transformers is wrapped: heads, and what its embeddings depend on."""
+
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -10,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from vembed_fs2.embedding.head import Head, HeadConfig, ImageHeadConfig, validate_head
+from vembed_fs2.embedding.model import Modality
 from vembed_fs2.errors import ConfigError, ModelLoadError
 from vembed_fs2.models.auto.backbone import Backbone, unfit
 from vembed_fs2.models.auto.config import AUTO_FAMILY, AutoModelConfig
@@ -83,26 +87,54 @@ def wrap_model(
     """
     model = AutoEmbeddingModel(wrapped.eval(), backbone)
     probe = wrapped if probe is None else probe.eval()
-    used: set[str] = set()
+    used: dict[Modality, frozenset[str]] = {}
     calls: Counter[str] = Counter()
+
     if "text" in backbone.modalities:
         trace = trace_text(backbone, probe)
         _add_head(model, config.head or default_head(backbone), "head", trace)
-        used |= trace.used_parameters(model.head.config)
+        used["text"] = trace.used_parameters(model.head.config)
         calls += trace.calls
+
     if "image" in backbone.modalities:
         trace = trace_image(backbone, probe)
         _add_head(model, config.image_head or default_image_head(trace), "image_head", trace)
         model.num_prefix_tokens = trace.num_prefix_tokens
         model.tokens_per_image = _count_tokens(backbone, trace)
         model.image_shape = (backbone.num_channels, *backbone.image_size)
-        used |= trace.used_parameters(model.head.config)
+        used["image"] = trace.used_parameters(model.head.config)
         calls += trace.calls
+
+    if backbone.is_dual:
+        model.towers = find_towers(model, {k: {f"wrapped.{name}" for name in names} for k, names in used.items()})
+
+    all_used = frozenset[str]().union(*used.values())
     for name, parameter in wrapped.named_parameters():
-        if name not in used:
+        if name not in all_used:
             parameter.requires_grad_(False)
+
     model.set_layer_stacks(list(find_layer_stacks(wrapped, calls)))
     return model
+
+
+def find_towers(model: Module, used: Mapping[Modality, Collection[str]]) -> dict[Modality, list[str]]:
+    """Find the modules that encode a modality alone, by the parameters that its embeddings depend on.
+
+    :param used: the names of these parameters.
+    :returns: the names of the outermost such modules.
+    """
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    towers: dict[Modality, list[str]] = {}
+    for modality in used:
+        others = {name for other, names in used.items() if other != modality for name in names}
+        tower = towers[modality] = []
+        for name, module in model.named_modules():
+            held = {first_names[id(parameter)] for parameter in module.parameters()}
+            is_inside = name.startswith(tuple(f"{outer}." for outer in tower))
+            if not is_inside and held.intersection(used[modality]) and held.isdisjoint(others):
+                tower.append(name)
+
+    return towers
 
 
 def _add_head(model: AutoEmbeddingModel, config: HeadConfig, field: str, trace: Trace) -> None:

@@ -26,7 +26,7 @@ from vembed_fs2.formats.folder import ModelFolder
 from vembed_fs2.models.auto.backbone import Backbone, find_backbone
 from vembed_fs2.models.auto.config import AUTO_FAMILY, AutoModelConfig
 from vembed_fs2.models.auto.factory import create_auto_model, default_head, default_image_head
-from vembed_fs2.models.auto.model import MOVED, AutoEmbeddingModel
+from vembed_fs2.models.auto.model import OWN_PARAMETERS, AutoEmbeddingModel
 from vembed_fs2.models.auto.trace import trace_image
 from vembed_fs2.models.family import CheckpointFormat
 
@@ -177,7 +177,7 @@ def _check_unexpected(keys: Iterable[str], backbone: Backbone) -> None:
 def _check_missing(keys: Iterable[str], config: AutoModelConfig, model: AutoEmbeddingModel) -> None:
     """Allow only what no embedding depends on, and buffers that are the same in all models."""
     counted = {name for name, buffer in model.wrapped.named_buffers() if not buffer.is_floating_point()}
-    missing = [key for key in keys if key not in counted and key not in MOVED]
+    missing = [key for key in keys if key not in counted and key not in OWN_PARAMETERS]
     if missing:
         with torch.device("meta"):
             blank = create_auto_model(config)

@@ -22,7 +22,7 @@ from vembed_fs2.errors import DataError
 from vembed_fs2.models.auto.backbone import Backbone
 from vembed_fs2.models.auto.run import run_image, run_text
 
-MOVED: Final = (LOGIT_SCALE, LOGIT_BIAS)
+OWN_PARAMETERS: Final = (LOGIT_SCALE, LOGIT_BIAS)
 """Parameters of transformers' dual encoders that are this model's own: objectives train them."""
 
 _WRAPPER: Final = "_checkpoint_wrapped_module."
@@ -59,7 +59,7 @@ class AutoEmbeddingModel(EmbeddingModel):
                 buffer.copy_(value)
 
     def _take_temperature(self, wrapped: Module) -> None:
-        for name in MOVED:
+        for name in OWN_PARAMETERS:
             parameter = getattr(wrapped, name, None)
             if isinstance(parameter, Parameter) and parameter.numel() == 1:
                 delattr(wrapped, name)

@@ -1,6 +1,8 @@
+"""Checkpoints of transformers' BERT and of its relatives, read and written."""
+
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, final
 
 from fairseq2.models import ModelHubAccessor
@@ -15,7 +17,8 @@ from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Rule
 from vembed_fs2.models.bert.config import BERT_FAMILY, BertConfig
 from vembed_fs2.models.bert.model import BertModel
 from vembed_fs2.models.bert.variants import VARIANTS
-from vembed_fs2.models.family import CheckpointFormat, drop_learned
+from vembed_fs2.models.common.interop import BackboneCheckpointFormat
+from vembed_fs2.models.family import drop_learned
 
 # Fields that change what transformers' models compute, and the values at which they do not.
 _FIXED: Final[dict[str, tuple[object, ...]]] = {
@@ -34,7 +37,7 @@ _OLD_NAMES: Final = {r"\.gamma$": ".weight", r"\.beta$": ".bias"}
 
 
 @final
-class BertCheckpointFormat(CheckpointFormat):
+class BertCheckpointFormat(BackboneCheckpointFormat):
     """Reads and writes checkpoints of ``transformers.BertModel`` and of its relatives."""
 
     model_types = tuple(VARIANTS)
@@ -71,10 +74,6 @@ class BertCheckpointFormat(CheckpointFormat):
             rules.append(Drop(theirs=r"pooler\..*"))
         rules += [Rename(theirs, ours) for theirs, ours in variant.names.items()]
         return KeyMap(*rules, prefixes=[f"{variant.prefix}."], old_names=_OLD_NAMES)
-
-    @override
-    def has_our_names(self, keys: Collection[str], config: object) -> bool:
-        return any(key.startswith("frontend.") for key in keys)
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.clip.config import ClipConfig
 
 
 def register_clip_archs(container: DependencyContainer) -> None:
     """Register the architectures, the base first; the others say how they differ from it."""
-    arch = ConfigRegistrar(container, ClipConfig)
+    arch = ArchRegistrar(container, ClipConfig)
 
     @arch("vit_base_patch32")
     def vit_base_patch32() -> ClipConfig:

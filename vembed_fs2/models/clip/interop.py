@@ -1,56 +1,59 @@
-"""CLIP checkpoints of Hugging Face transformers, read and written."""
+"""Checkpoints of transformers' CLIP, read and written."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, final
 
+from fairseq2.models import ModelHubAccessor
 from fairseq2.models.hg import HuggingFaceConfig
 from fairseq2.utils.config import cast_config_type
-from fairseq2.utils.validation import StandardObjectValidator, ValidationError
 from typing_extensions import override
 
 from vembed_fs2.embedding.learned import LOGIT_SCALE
 from vembed_fs2.embedding.model import HeadConfig
-from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.formats.hf_config import create_dual_rules, read_fields, refuse_dual_options, write_fields
+from vembed_fs2.errors import VembedError
+from vembed_fs2.formats.hf_config import (
+    create_dual_rules,
+    read_fields,
+    refuse_dual_options,
+    resolve_hf_config,
+    validate_hf_config,
+    write_fields,
+)
 from vembed_fs2.formats.key_map import SCALAR, Drop, KeyMap, Reshape, Rule
-from vembed_fs2.models.clip.config import ClipConfig, ClipTextConfig, ClipVisionConfig
-from vembed_fs2.models.clip.model import LEGACY_EOS_ID
+from vembed_fs2.models.clip.config import CLIP_FAMILY, ClipConfig, ClipTextConfig, ClipVisionConfig
+from vembed_fs2.models.clip.model import LEGACY_EOS_ID, ClipModel
+from vembed_fs2.models.common.interop import (
+    PIXEL_FIELDS,
+    TOKEN_FIELDS,
+    TOWER_FIELDS,
+    DualCheckpointFormat,
+    refuse_dense_layers,
+)
 from vembed_fs2.models.common.vision import as_pair
-from vembed_fs2.models.family import CheckpointFormat, drop_learned
+from vembed_fs2.models.family import drop_learned
 
-_TOWER_FIELDS: Final = {
-    "hidden_size": "model_dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_attn_heads",
-    "intermediate_size": "ffn_inner_dim",
-    "hidden_act": "activation",
-    "layer_norm_eps": "layer_norm_eps",
-    "attention_dropout": "attn_dropout_p",
+_TOWER_FIELDS: Final = TOWER_FIELDS | {
     "initializer_range": "init_range",
     "initializer_factor": "init_factor",
     "projection_dim": "single_tower_dim",
 }
 
-_TEXT_FIELDS: Final = _TOWER_FIELDS | {
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_seq_len",
-    "pad_token_id": "pad_idx",
-    "bos_token_id": "bos_idx",
-    "eos_token_id": "eos_idx",
-}
+_TEXT_FIELDS: Final = _TOWER_FIELDS | TOKEN_FIELDS
 
-_VISION_FIELDS: Final = _TOWER_FIELDS | {
-    "num_channels": "num_channels",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-}
+_VISION_FIELDS: Final = _TOWER_FIELDS | PIXEL_FIELDS
 
 _OPTIONAL: Final = ("pad_token_id", "bos_token_id")
 
 _FIELDS: Final = {"projection_dim": "projection_dim", "logit_scale_init_value": "logit_scale_init"}
+
+_OUR_NAMES: Final = {
+    **{ours: name for name, ours in (_TEXT_FIELDS | _VISION_FIELDS).items()},
+    "text": "text_config",
+    "vision": "vision_config",
+}
+"""What config.json calls our fields."""
 
 _KEYS: Final = {
     "text_model.embeddings.token_embedding.": "text.frontend.embed.",
@@ -76,7 +79,7 @@ _RULES: Final[Sequence[Rule]] = (
 
 
 @final
-class ClipCheckpointFormat(CheckpointFormat):
+class ClipCheckpointFormat(DualCheckpointFormat):
     """Reads and writes ``CLIPModel``."""
 
     model_types = ("clip",)
@@ -87,18 +90,14 @@ class ClipCheckpointFormat(CheckpointFormat):
     def from_hf_config(
         self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
     ) -> ClipConfig:
-        # transformers knows the defaults of absent fields, and how the older `*_config_dict` fields override.
-        from transformers import CLIPConfig
+        refuse_dense_layers(head, "CLIP")
 
-        if head is not None and head.dense:
-            raise ModelLoadError("Dense modules after a CLIP model are not supported.")
-        try:
-            resolved = CLIPConfig(**deepcopy(dict(hf_config))).to_dict()
-        except (TypeError, ValueError, AttributeError) as ex:
-            raise ModelLoadError(f"config.json is not a valid CLIP configuration: {ex}.") from None
+        # transformers knows how the older `*_config_dict` fields override.
+        resolved = resolve_hf_config(hf_config, "CLIPConfig")
         text, vision = resolved["text_config"], resolved["vision_config"]
         for where, values in (("", resolved), ("text_config.", text), ("vision_config.", vision)):
             refuse_dual_options(where, values, "CLIP")
+
         config = ClipConfig(
             text=ClipTextConfig(
                 **read_fields(text, _TEXT_FIELDS, ClipTextConfig(), "text_config.", optional=_OPTIONAL)
@@ -106,17 +105,14 @@ class ClipCheckpointFormat(CheckpointFormat):
             vision=ClipVisionConfig(**read_fields(vision, _VISION_FIELDS, ClipVisionConfig(), "vision_config.")),
             **read_fields(resolved, _FIELDS, ClipConfig(), ""),
         )
-        _validate(config)
+        validate_hf_config(config, _OUR_NAMES)
+
         return config
 
     @override
     def key_map(self, config: object) -> KeyMap:
         # transformers' CLIP has a temperature, but no place for what else objectives need.
         return KeyMap(*_RULES, drop_learned(config, kept=[LOGIT_SCALE]))
-
-    @override
-    def has_our_names(self, keys: Collection[str], config: object) -> bool:
-        return not any(key.startswith(("text_model.", "vision_model.")) for key in keys)
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
@@ -158,13 +154,4 @@ def _find_inexpressible(config: ClipConfig) -> list[str]:
     return [name for name, is_expressible in expressible.items() if not is_expressible]
 
 
-def _validate(config: ClipConfig) -> None:
-    try:
-        StandardObjectValidator().validate(config)
-    except ValidationError as ex:
-        message = str(ex)
-        for hf_name, name in (
-            _TEXT_FIELDS | _VISION_FIELDS | {"text_config": "text", "vision_config": "vision"}
-        ).items():
-            message = message.replace(f"`{name}`", f"`{hf_name}`")
-        raise ModelLoadError(f"config.json is not a valid CLIP configuration: {message}") from None
+get_clip_model_hub = ModelHubAccessor(CLIP_FAMILY, kls=ClipModel, config_kls=ClipConfig)

@@ -176,7 +176,7 @@ class ClipVisionFrontend(Module):
         __call__ = forward
 
 
-class ImageTower(Module, ABC):
+class VisionTower(Module, ABC):
     """An image Transformer that projects to the space of a :class:`ClipModel`."""
 
     encoder: StandardTransformerEncoder
@@ -194,7 +194,7 @@ class ImageTower(Module, ABC):
 
 
 @final
-class ClipVisionTower(ImageTower):
+class ClipVisionTower(VisionTower):
     """A Vision Transformer; the state of the class token, or the mean of the patches', is the image."""
 
     def __init__(
@@ -243,7 +243,7 @@ class ClipModel(EmbeddingModel):
     def __init__(
         self,
         text: ClipTextTower,
-        vision: ImageTower,
+        vision: VisionTower,
         logit_scale_init: float,
         train_logit_scale: bool,
         head: HeadConfig | None = None,
@@ -256,6 +256,7 @@ class ClipModel(EmbeddingModel):
         super().__init__()
         self.text = text
         self.vision = vision
+        self.towers = {"text": ["text"], "image": ["vision"]}
         self.head = Head(head or HeadConfig(pooling="pooler"), text.proj.output_dim)
         self.max_text_length = text.frontend.pos_embed.num_embeddings
         self.add_learned_parts([LearnedPart(name=LOGIT_SCALE, mean=logit_scale_init, is_trained=train_logit_scale)])

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE
 from vembed_fs2.errors import ModelLoadError, VembedError
+from vembed_fs2.formats.checkpoint import config_errors, drop_learned
 from vembed_fs2.formats.key_map import SCALAR, TRANSPOSED, KeyMap, Rename, Reshape, Rule, Split
 from vembed_fs2.formats.open_clip import (
     BLOCK_OPTIONS,
@@ -22,7 +23,6 @@ from vembed_fs2.formats.open_clip import (
 )
 from vembed_fs2.models.clip.config import ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig
 from vembed_fs2.models.clip.model import LEGACY_EOS_ID
-from vembed_fs2.models.family import config_errors, drop_learned
 
 _TOWER_DEFAULTS: Final = {
     "width": 512,
@@ -124,9 +124,18 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> ClipConfig:
         logit_scale_init=options["init_logit_scale"],
         logit_bias_init=read_number(options["init_logit_bias"], "init_logit_bias"),
     )
+    check_config(config)
+
+    return config
+
+
+def check_config(config: object) -> None:
+    """Check a configuration that was made of ``model_cfg``.
+
+    :raises ModelLoadError: it is not valid; the message has our names of the fields.
+    """
     if errors := config_errors(config):
         raise ModelLoadError(f"`model_cfg` is not valid. {' '.join(errors)}")
-    return config
 
 
 def text_config_from_open_clip(model_cfg: Mapping[str, Any]) -> ClipTextConfig:

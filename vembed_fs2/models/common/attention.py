@@ -5,6 +5,7 @@ Shapes: N sequences, S tokens, H heads, K head size.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Final, final
 
 import torch
@@ -37,14 +38,28 @@ _MATMUL_WIDTH: Final = 1024
 _PACKED_FROM: Final = 0.1
 
 
+def _of_full(name: str) -> Any:
+    """Make a property that is the one of that name of the full layout."""
+    return property(lambda self: getattr(self.full(), name))
+
+
 class PaddedLayout(OpenBatchLayout):  # type: ignore[misc]  # its base is final
     """A batch layout that is known by its mask.
 
     fairseq2's layout holds the lengths as Python integers, for which the host
     has to wait for the device, and writes its position table one row at a time.
-    Attention needs neither where it has the mask, so this layout works them out
-    when something first asks for them (Flash Attention does).
+    Attention needs neither if it has the mask, so this layout wraps a full one,
+    which it makes when something first asks for it (Flash Attention does).
     """
+
+    seq_begin_indices = _of_full("seq_begin_indices")
+    seq_begin_indices_pt = _of_full("seq_begin_indices_pt")
+    seq_lens = _of_full("seq_lens")
+    seq_lens_pt = _of_full("seq_lens_pt")
+    min_seq_len = _of_full("min_seq_len")
+    max_seq_len = _of_full("max_seq_len")
+    position_indices = _of_full("position_indices")
+    padded = _of_full("padded")
 
     mask: Tensor | None
     """True for tokens; ``None`` if nothing is padded. *Shape:* ``[N, S]``, bool."""
@@ -54,22 +69,40 @@ class PaddedLayout(OpenBatchLayout):  # type: ignore[misc]  # its base is final
         :param seqs: the padded sequences. *Shape:* ``[N, S, *]``.
         :param mask: True for tokens, which precede the padding. *Shape:* ``[N, S]``.
         """
+        # Not the constructor of the base class, which waits for the device.
         self._shape = (seqs.size(0), seqs.size(1))
         self._device = seqs.device
+        self._full: BatchLayout | None = None
+
         if mask is not None:
             mask = mask.bool()
             # Free on the CPU, and worth a faster kernel.
             if mask.device == CPU and bool(mask.all()):
                 mask = None
+
         self.mask = mask
 
-    def __getattr__(self, name: str) -> Any:
-        # The attributes of the base class, at their first use.
-        if not name.startswith("_") or name.startswith("__") or self.is_complete:
-            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-        seq_lens = None if self.mask is None else self.mask.sum(1).tolist()
-        super().__init__(self._shape, seq_lens, device=self._device)
-        return getattr(self, name)
+    def full(self) -> BatchLayout:
+        """Return fairseq2's own layout, the same one each time."""
+        if self._full is None:
+            seq_lens = None if self.mask is None else self.mask.sum(1).tolist()
+            self._full = BatchLayout(self._shape, seq_lens, device=self._device)
+
+        return self._full
+
+    @property
+    @override
+    def width(self) -> int:
+        return self._shape[1]
+
+    @property
+    @override
+    def packed(self) -> bool:
+        return False
+
+    @override
+    def __repr__(self) -> str:
+        return repr(self.full())
 
 
 class PackedLayout(OpenBatchLayout):  # type: ignore[misc]  # its base is final
@@ -125,14 +158,18 @@ def should_pack(mask: Tensor, *, needed: bool) -> bool:
     return int(mask.sum()) < (1.0 - _PACKED_FROM) * mask.numel()
 
 
-@final
-class PaddedSDPA(SDPA):
-    """Scaled dot-product attention of every token to all tokens of its sequence, or (causal) to those before it."""
+class EncoderSDPA(SDPA):
+    """Base of the attention of encoders, which looks at the layout of the keys and gives no weights."""
 
-    def __init__(self, *, dropout_p: float = 0.0, causal: bool = False) -> None:
+    takes_packed: bool = False
+    """If ``True``, :meth:`attend` takes packed sequences; else they are padded before it and packed after it."""
+
+    def __init__(self, *, dropout_p: float = 0.0) -> None:
+        """
+        :param dropout_p: the dropout probability on attention weights.
+        """
         super().__init__()
         self.dropout_p = dropout_p
-        self.causal = causal
 
     @override
     def forward(
@@ -147,31 +184,53 @@ class PaddedSDPA(SDPA):
         needs_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         if needs_weights:
-            raise NotSupportedError(f"`{PaddedSDPA}` does not support `needs_weights`.")
-        if isinstance(k_layout, PackedLayout):
-            return attend_padded(self, q, k, v, k_layout, bias_cache), None
-        # Padding follows the tokens, so a causal token does not see it anyway.
-        mask = None if self.causal else _key_mask(k, k_layout)
+            raise NotSupportedError(f"`{type(self)}` does not support `needs_weights`.")
+
         dropout_p = self.dropout_p if self.training else 0.0
-        bias = None if mask is None else mask[:, None, None, :]
-        return attend(q, k, v, bias, dropout_p=dropout_p, causal=self.causal), None
+        if not isinstance(k_layout, PackedLayout) or self.takes_packed:
+            return self.attend(q, k, v, k_layout, dropout_p), None
+
+        q, k, v = (k_layout.pad(x) for x in (q, k, v))
+        attns = self.attend(q, k, v, PaddedLayout(q, k_layout.mask), dropout_p)
+
+        return k_layout.pack(attns), None
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout, dropout_p: float) -> Tensor:
+        """Compute scaled dot-product attention.
+
+        :param q: *Shape:* ``[N, S, H, K]``; ``[tokens, H, K]`` if the batch is packed.
+        :param k: as is ``v``, *Shape:* ``[N, S_kv, H, K]``; ``[tokens, H, K]`` if the batch is packed.
+        :param layout: the layout of the keys.
+        :param dropout_p: 0 unless the module is in training.
+        :returns: *Shape:* as is ``q``.
+        :raises NotSupportedError: the attention does not take the layout.
+        """
 
     @override
     def extra_repr(self) -> str:
-        return f"dropout_p={self.dropout_p:G}, causal={self.causal}"
+        return f"dropout_p={self.dropout_p:G}"
 
 
-def attend_padded(
-    sdpa: SDPA, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, bias_cache: AttentionBiasCache
-) -> Tensor:
-    """Compute the attention of packed sequences by one that takes padded ones.
+@final
+class PaddedSDPA(EncoderSDPA):
+    """Scaled dot-product attention of every token to all tokens of its sequence, or (causal) to those before it."""
 
-    :param q: as are ``k`` and ``v``, *Shape:* ``[tokens, H, K]``.
-    :returns: *Shape:* the same.
-    """
-    q, k, v = (layout.pad(x) for x in (q, k, v))
-    padded = PaddedLayout(q, layout.mask)
-    return layout.pack(sdpa(q, padded, k, padded, v, bias_cache)[0])
+    def __init__(self, *, dropout_p: float = 0.0, causal: bool = False) -> None:
+        super().__init__(dropout_p=dropout_p)
+        self.causal = causal
+
+    @override
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout, dropout_p: float) -> Tensor:
+        # Padding follows the tokens, so a causal token does not see it anyway.
+        mask = None if self.causal else _key_mask(k, layout)
+        bias = None if mask is None else mask[:, None, None, :]
+
+        return attend(q, k, v, bias, dropout_p=dropout_p, causal=self.causal)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, causal={self.causal}"
 
 
 def attend(

@@ -1,17 +1,18 @@
 """What image Transformers share: patches, positions, residual branches, pooling.
 
-Shapes: P images, S prefix tokens (class, registers) and patches, K chosen
-patches, M model size, D embedding size, C x H x W pixels, h x w patches.
+Shapes: P images, S prefix tokens (class, registers) and patches, M model size,
+H heads, C x H x W pixels, h x w patches.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal, final
 
 import torch
 import torch.nn as nn
-from fairseq2.nn import ResidualConnect
+from fairseq2.nn import BatchLayout, IncrementalStateBag, PositionEncoder, ResidualConnect
 from torch import Tensor
 from torch.nn import Conv2d, Module, Parameter
 from torch.nn.functional import interpolate
@@ -73,6 +74,26 @@ class PatchLayout(PaddedLayout):  # type: ignore[misc]  # final in fairseq2
     def __init__(self, seqs: Tensor, rotation: tuple[Tensor, Tensor]) -> None:
         super().__init__(seqs, None)
         self.rotation = rotation
+
+
+class PatchPositionEncoder(PositionEncoder):
+    """Base of rotary encoders of patches, whose angles the layout of the batch holds (:class:`PatchLayout`)."""
+
+    @override
+    def forward(
+        self, seqs: Tensor, seqs_layout: BatchLayout, *, state_bag: IncrementalStateBag | None = None
+    ) -> Tensor:
+        """
+        :param seqs: queries or keys. *Shape:* ``[P, S, H, head size]``.
+        :returns: *Shape:* the same, of the same data type.
+        """
+        assert isinstance(seqs_layout, PatchLayout)
+
+        return self.rotate(seqs, *seqs_layout.rotation).type_as(seqs)
+
+    @abstractmethod
+    def rotate(self, seqs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate queries or keys. *Shape:* that of ``seqs``; cosines and sines ``[S, 1, head size]``."""
 
 
 @final

@@ -1,4 +1,4 @@
-"""Composed models: their configuration, and how two encoders of any families become one model."""
+"""How the modules of composed models are put together, of two encoders of any families."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from vembed_fs2.embedding.head import Head, States
 from vembed_fs2.embedding.inputs import ImageInputs
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch, Modality
 from vembed_fs2.models.common.dropout import Dropout
-from vembed_fs2.models.composed.backbone import Backbone
+from vembed_fs2.models.composed.backbone import TowerEncoder
 from vembed_fs2.models.composed.freezing import plain_name, stop_dropout
 
 MODALITIES: Final[tuple[Modality, ...]] = ("text", "image")
@@ -76,7 +76,7 @@ class Tower(Module):
     """An encoder of texts or images, and the projection of its embeddings."""
 
     def __init__(
-        self, backbone: Backbone, projection: Module, frozen: frozenset[str], source: str | Path | None
+        self, backbone: TowerEncoder, projection: Module, frozen: frozenset[str], source: str | Path | None
     ) -> None:
         """
         :param frozen: the names of the encoder's parameters that keep their values.
@@ -128,6 +128,7 @@ class ComposedModel(EmbeddingModel):
         super().__init__()
         self.text = text
         self.image = image
+        self.towers = {"text": ["text"], "image": ["image"]}
         self.head = head
         self.max_text_length = text.backbone.max_text_length
         self.text_padding = text.backbone.text_padding

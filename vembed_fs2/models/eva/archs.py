@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.eva.config import EvaConfig
 
 
 def register_eva_archs(container: DependencyContainer) -> None:
     """Register the architectures, the base first; the others say how they differ from it."""
-    arch = ConfigRegistrar(container, EvaConfig)
+    arch = ArchRegistrar(container, EvaConfig)
 
     @arch("eva02_base_patch16")
     def eva02_base_patch16() -> EvaConfig:

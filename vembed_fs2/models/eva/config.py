@@ -21,7 +21,7 @@ from vembed_fs2.models.common.checks import (
     check_probabilities,
     to_result,
 )
-from vembed_fs2.models.common.dual import TransformerSizes
+from vembed_fs2.models.common.config import TransformerSizes
 from vembed_fs2.models.eva.model import EvaPooling
 
 EVA_FAMILY: Final = "vembed_eva"

@@ -26,10 +26,8 @@ from fairseq2.models.transformer import (
 )
 from fairseq2.nn import (
     BatchLayout,
-    IncrementalStateBag,
     LayerNorm,
     Linear,
-    PositionEncoder,
     Projection,
     ResidualConnect,
     RowShardedLinear,
@@ -43,10 +41,10 @@ from typing_extensions import override
 
 from vembed_fs2.embedding.activations import create_activation
 from vembed_fs2.embedding.head import HeadConfig, States, pool
-from vembed_fs2.models.clip.model import ClipModel, ImageTower
+from vembed_fs2.models.clip.model import ClipModel, VisionTower
 from vembed_fs2.models.common.attention import PaddedLayout
 from vembed_fs2.models.common.dropout import Dropout
-from vembed_fs2.models.common.vision import PatchLayout, PatchProjection, resize_positions
+from vembed_fs2.models.common.vision import PatchLayout, PatchPositionEncoder, PatchProjection, resize_positions
 
 EvaPooling: TypeAlias = Literal["cls", "mean", "max", "mean_max"]
 
@@ -57,19 +55,15 @@ _ROPE_THETA: Final = 10_000.0
 
 
 @final
-class GridRotaryEncoder(PositionEncoder):
-    """Rotates pairs of neighbouring elements of queries and keys by the angles that the layout of the batch holds."""
+class GridRotaryEncoder(PatchPositionEncoder):
+    """Rotates pairs of neighbouring elements of queries and keys, in float32."""
 
     @override
-    def forward(
-        self, seqs: Tensor, seqs_layout: BatchLayout, *, state_bag: IncrementalStateBag | None = None
-    ) -> Tensor:
-        assert isinstance(seqs_layout, PatchLayout)
-        cos_S1K, sin_S1K = seqs_layout.rotation
+    def rotate(self, seqs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x_PSHK = seqs.float()
         turned_PSHK = torch.stack([-x_PSHK[..., 1::2], x_PSHK[..., ::2]], dim=-1).flatten(-2)
-        x_PSHK = x_PSHK * cos_S1K + turned_PSHK * sin_S1K
-        return x_PSHK.type_as(seqs)
+
+        return x_PSHK * cos + turned_PSHK * sin
 
 
 @final
@@ -281,7 +275,7 @@ class MlpProjection(Projection):
 
 
 @final
-class EvaVisionTower(ImageTower):
+class EvaVisionTower(VisionTower):
     """The image Transformer of EVA or EVA-02."""
 
     def __init__(self, frontend: EvaFrontend, encoder: StandardTransformerEncoder, head: EvaHead) -> None:

@@ -18,6 +18,7 @@ from vembed_fs2.formats.open_clip import (
     timm_name,
 )
 from vembed_fs2.models.clip.open_clip import (
+    check_config,
     list_learned_rules,
     list_text_rules,
     text_config_from_open_clip,
@@ -25,7 +26,6 @@ from vembed_fs2.models.clip.open_clip import (
 )
 from vembed_fs2.models.eva.config import EvaConfig, EvaVisionConfig
 from vembed_fs2.models.eva.model import EvaPooling
-from vembed_fs2.models.family import config_errors
 
 _BASE: Final = EvaVisionConfig()
 
@@ -165,8 +165,8 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> EvaConfig:
         logit_scale_init=options["init_logit_scale"],
         logit_bias_init=None if options["init_logit_bias"] is None else float(options["init_logit_bias"]),
     )
-    if errors := config_errors(config):
-        raise ModelLoadError(f"`model_cfg` is not valid. {' '.join(errors)}")
+    check_config(config)
+
     return config
 
 

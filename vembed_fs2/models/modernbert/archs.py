@@ -1,14 +1,16 @@
+"""The named architectures of ModernBERT models."""
+
 from __future__ import annotations
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.modernbert.config import ModernBertConfig
 
 
 def register_modernbert_archs(container: DependencyContainer) -> None:
-    """Register the named architectures."""
-    arch = ConfigRegistrar(container, ModernBertConfig)
+    """Register the architectures, the base first; the others say how they differ from it."""
+    arch = ArchRegistrar(container, ModernBertConfig)
 
     @arch("modernbert_base")
     def modernbert_base() -> ModernBertConfig:

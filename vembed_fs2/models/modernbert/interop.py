@@ -1,6 +1,8 @@
+"""Checkpoints of transformers' ModernBERT, read and written."""
+
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, final
 
 from fairseq2.models import ModelHubAccessor
@@ -12,7 +14,8 @@ from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.hf_config import read_field, refuse_other_values, resolve_hf_config, validate_hf_config
 from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Rule, Split
-from vembed_fs2.models.family import CheckpointFormat, drop_learned
+from vembed_fs2.models.common.interop import TEXT_FIELDS, BackboneCheckpointFormat
+from vembed_fs2.models.family import drop_learned
 from vembed_fs2.models.modernbert.config import MODERNBERT_FAMILY, ModernBertConfig
 from vembed_fs2.models.modernbert.model import ModernBertModel
 
@@ -35,13 +38,7 @@ _RULES: Final[Sequence[Rule]] = (
 
 # The fields of config.json, what they are called here, and their types.
 _FIELDS: Final[dict[str, tuple[str, type]]] = {
-    "hidden_size": ("model_dim", int),
-    "max_position_embeddings": ("max_seq_len", int),
-    "vocab_size": ("vocab_size", int),
-    "pad_token_id": ("pad_idx", int),
-    "num_hidden_layers": ("num_layers", int),
-    "num_attention_heads": ("num_attn_heads", int),
-    "intermediate_size": ("ffn_inner_dim", int),
+    **TEXT_FIELDS,
     "hidden_activation": ("activation", str),
     "global_attn_every_n_layers": ("global_attn_interval", int),
     "local_attention": ("local_attn_window", int),
@@ -75,7 +72,7 @@ _FIXED: Final[dict[str, tuple[object, ...]]] = {
 
 
 @final
-class ModernBertCheckpointFormat(CheckpointFormat):
+class ModernBertCheckpointFormat(BackboneCheckpointFormat):
     """Reads and writes checkpoints of ``transformers.ModernBertModel``."""
 
     model_types = ("modernbert",)
@@ -99,10 +96,6 @@ class ModernBertCheckpointFormat(CheckpointFormat):
     def key_map(self, config: object) -> KeyMap:
         # transformers' ModernBERT has no place for what only objectives need.
         return KeyMap(*_RULES, drop_learned(config), prefixes=["model."])
-
-    @override
-    def has_our_names(self, keys: Collection[str], config: object) -> bool:
-        return any(key.startswith("frontend.") for key in keys)
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:

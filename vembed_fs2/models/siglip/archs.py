@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.siglip.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
 _GEMMA_VOCAB: Final = 256_000
@@ -17,7 +17,7 @@ def register_siglip_archs(container: DependencyContainer) -> None:
     """Register the architectures, the base first; the others say how they differ from it."""
     _register_siglip(container)
     _register_siglip2(container)
-    arch = ConfigRegistrar(container, SiglipConfig)
+    arch = ArchRegistrar(container, SiglipConfig)
 
     @arch("tiny")
     def tiny() -> SiglipConfig:
@@ -31,7 +31,7 @@ def register_siglip_archs(container: DependencyContainer) -> None:
 
 
 def _register_siglip(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, SiglipConfig)
+    arch = ArchRegistrar(container, SiglipConfig)
 
     @arch("base_patch16_224")
     def base_patch16_224() -> SiglipConfig:
@@ -80,7 +80,7 @@ def _register_siglip(container: DependencyContainer) -> None:
 
 
 def _register_siglip2(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, SiglipConfig)
+    arch = ArchRegistrar(container, SiglipConfig)
 
     @arch("siglip2_base_patch32_256")
     def siglip2_base_patch32_256() -> SiglipConfig:

@@ -13,8 +13,8 @@ from torch.nn import Conv2d
 
 from vembed_fs2.models.common.attention import create_sdpa
 from vembed_fs2.models.common.checks import require_valid
-from vembed_fs2.models.common.dual import TowerBuilder, create_embedding, create_text_frontend
-from vembed_fs2.models.common.factory import ModelFactory
+from vembed_fs2.models.common.dual import TowerBuilder, create_text_frontend
+from vembed_fs2.models.common.factory import ModelFactory, create_embedding
 from vembed_fs2.models.common.vision import PatchProjection
 from vembed_fs2.models.siglip.config import SiglipConfig, SiglipTextConfig, SiglipTowerConfig, SiglipVisionConfig
 from vembed_fs2.models.siglip.model import (

@@ -11,6 +11,7 @@ size, D embedding size, C x H x W pixels, h x w patches.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from math import isqrt
 from typing import TYPE_CHECKING, final
 
@@ -77,18 +78,31 @@ class SiglipTextTower(Module):
         return pad(ids_TL, (0, missing), value=self.pad_id), pad(mask_TL, (0, missing))
 
 
-@final
-class SiglipImageFrontend(Module):
-    """Cuts images of one size into patches and adds positions."""
+class SiglipFrontend(Module, ABC):
+    """Makes the inputs of the image Transformer: patches, and the positions that are added to them."""
 
-    def __init__(self, patch_proj: PatchProjection, pos_embed: StandardEmbedding) -> None:
+    def __init__(self, patch_proj: Module, pos_embed: StandardEmbedding) -> None:
         super().__init__()
         self.patch_proj = patch_proj
         self.pos_embed = pos_embed
 
+    @abstractmethod
     @override
     def forward(self, batch: EncoderBatch) -> tuple[Tensor, PaddedLayout]:
-        """Return the inputs of the Transformer, ``[P, S, M]``."""
+        """Return the inputs of the Transformer, ``[P, S, M]``, and where they are padding."""
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+@final
+class SiglipImageFrontend(SiglipFrontend):
+    """Cuts images of one size into patches and adds positions."""
+
+    patch_proj: PatchProjection
+
+    @override
+    def forward(self, batch: EncoderBatch) -> tuple[Tensor, PaddedLayout]:
         assert batch.images is not None
         x_PCHW = batch.images.values
         if x_PCHW.ndim != 4:
@@ -98,22 +112,15 @@ class SiglipImageFrontend(Module):
         seqs_PSM = x_PMhw.flatten(2).transpose(1, 2) + positions_SM
         return seqs_PSM, PaddedLayout(seqs_PSM, None)
 
-    if TYPE_CHECKING:
-        __call__ = forward
-
 
 @final
-class SiglipPatchFrontend(Module):
+class SiglipPatchFrontend(SiglipFrontend):
     """Adds positions to images of any size, which are cut into patches already (NaFlex)."""
 
-    def __init__(self, patch_proj: Linear, pos_embed: StandardEmbedding) -> None:
-        super().__init__()
-        self.patch_proj = patch_proj
-        self.pos_embed = pos_embed
+    patch_proj: Linear
 
     @override
     def forward(self, batch: EncoderBatch) -> tuple[Tensor, PaddedLayout]:
-        """Return the inputs of the Transformer, ``[P, S, M]``, and where they are padding."""
         images, patch_dim = batch.images, self.patch_proj.input_dim
         assert images is not None
         if images.grids is None or images.values.size(1) != patch_dim:
@@ -137,9 +144,6 @@ class SiglipPatchFrontend(Module):
             for h, w in dict.fromkeys(shapes)
         }
         return torch.stack([tables[shape] for shape in shapes])
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 def _grid(pos_embed: StandardEmbedding) -> Tensor:
@@ -189,7 +193,7 @@ class SiglipVisionTower(Module):
 
     def __init__(
         self,
-        frontend: SiglipImageFrontend | SiglipPatchFrontend,
+        frontend: SiglipFrontend,
         encoder: StandardTransformerEncoder,
         head: SiglipAttentionPool,
     ) -> None:
@@ -242,6 +246,8 @@ class SiglipModel(EmbeddingModel):
             self.max_text_length = text.frontend.pos_embed.num_embeddings
             modalities.add("text")
         self.modalities = frozenset(modalities)
+        if len(modalities) > 1:
+            self.towers = {"text": ["text"], "image": ["vision"]}
         self.head = Head(head or HeadConfig(pooling="pooler"), embedding_dim)
         inits = ((LOGIT_SCALE, logit_scale_init), (LOGIT_BIAS, logit_bias_init))
         self.add_learned_parts([LearnedPart(name=name, mean=init) for name, init in inits if init is not None])

@@ -17,12 +17,12 @@ from vembed_fs2.formats.open_clip import (
 )
 from vembed_fs2.models.clip.config import ClipTextConfig
 from vembed_fs2.models.clip.open_clip import (
+    check_config,
     list_learned_rules,
     list_text_rules,
     text_config_from_open_clip,
     text_config_to_open_clip,
 )
-from vembed_fs2.models.family import config_errors
 from vembed_fs2.models.siglip.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
 _SIZES: Final = {
@@ -95,6 +95,18 @@ _KEYS: Final = {
     "attn_pool.mlp.fc2.": "vision.head.ffn.output_proj.",
 }
 
+_TEXT_FIELDS: Final = (
+    "model_dim",
+    "num_layers",
+    "num_attn_heads",
+    "ffn_inner_dim",
+    "activation",
+    "layer_norm_eps",
+    "vocab_size",
+    "max_seq_len",
+    "pad_idx",
+)
+
 _TRUNK: Final = "visual.trunk."
 
 _LAYER: Final = "vision.encoder.layers.*"
@@ -127,8 +139,8 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> SiglipConfig:
     )
     if config.logit_bias_init is None:
         raise ModelLoadError("`init_logit_bias` must be set for a SigLIP model.")
-    if errors := config_errors(config):
-        raise ModelLoadError(f"`model_cfg` is not valid. {' '.join(errors)}")
+    check_config(config)
+
     return config
 
 
@@ -143,18 +155,13 @@ def _read_text(model_cfg: Mapping[str, Any]) -> SiglipTextConfig:
         if not is_supported:
             value = model_cfg["text_cfg"].get(name)
             raise ModelLoadError(f"`text_cfg.{name}` is {value!r}, which is not supported for SigLIP models.")
-    return SiglipTextConfig(
-        model_dim=text.model_dim,
-        num_layers=text.num_layers,
-        num_attn_heads=text.num_attn_heads,
-        ffn_inner_dim=text.ffn_inner_dim,
-        activation=text.activation,
-        layer_norm_eps=text.layer_norm_eps,
-        vocab_size=text.vocab_size,
-        max_seq_len=text.max_seq_len,
-        projection_dim=text.single_tower_dim,
-        pad_idx=text.pad_idx,
-    )
+
+    return SiglipTextConfig(**_text_values(text), projection_dim=text.single_tower_dim)
+
+
+def _text_values(text: ClipTextConfig | SiglipTextConfig) -> dict[str, Any]:
+    """The values of the fields that the text Transformers of CLIP and SigLIP share."""
+    return {name: getattr(text, name) for name in _TEXT_FIELDS}
 
 
 def _read_vision(vision_cfg: Mapping[str, Any]) -> SiglipVisionConfig:
@@ -180,20 +187,7 @@ def config_to_open_clip(config: SiglipConfig) -> dict[str, Any]:
     if text is None or vision is None or config.naflex:
         raise VembedError("open_clip has no SigLIP models with `naflex`, nor with one Transformer only.")
     text_cfg = text_config_to_open_clip(
-        ClipTextConfig(
-            model_dim=text.model_dim,
-            num_layers=text.num_layers,
-            num_attn_heads=text.num_attn_heads,
-            ffn_inner_dim=text.ffn_inner_dim,
-            activation=text.activation,
-            layer_norm_eps=text.layer_norm_eps,
-            vocab_size=text.vocab_size,
-            max_seq_len=text.max_seq_len,
-            pad_idx=text.pad_idx,
-            pooling="last",
-            causal=False,
-            proj_bias=True,
-        )
+        ClipTextConfig(**_text_values(text), pooling="last", causal=False, proj_bias=True)
     )
     return {
         "embed_dim": vision.model_dim,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
 from vembed_fs2.embedding.head import ImageHeadConfig
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.vit.config import VitConfig
 
 
@@ -19,7 +19,7 @@ def register_vit_archs(container: DependencyContainer) -> None:
 
 
 def _register_vit(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, VitConfig)
+    arch = ArchRegistrar(container, VitConfig)
 
     @arch("vit_base_patch16")
     def vit_base_patch16() -> VitConfig:
@@ -33,7 +33,7 @@ def _register_vit(container: DependencyContainer) -> None:
 
 
 def _register_mae(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, VitConfig)
+    arch = ArchRegistrar(container, VitConfig)
 
     @arch("mae_base_patch16")
     def mae_base_patch16() -> VitConfig:
@@ -58,7 +58,7 @@ def _register_mae(container: DependencyContainer) -> None:
 
 
 def _register_dinov2(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, VitConfig)
+    arch = ArchRegistrar(container, VitConfig)
 
     @arch("dinov2_small_patch14")
     def dinov2_small_patch14() -> VitConfig:
@@ -102,7 +102,7 @@ def _register_dinov2(container: DependencyContainer) -> None:
 
 
 def _register_dinov3(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, VitConfig)
+    arch = ArchRegistrar(container, VitConfig)
 
     @arch("dinov3_small_patch16")
     def dinov3_small_patch16() -> VitConfig:
@@ -148,7 +148,7 @@ def _register_dinov3(container: DependencyContainer) -> None:
 
 
 def _register_tiny(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, VitConfig)
+    arch = ArchRegistrar(container, VitConfig)
 
     @arch("tiny")
     def tiny() -> VitConfig:

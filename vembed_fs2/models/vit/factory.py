@@ -10,7 +10,6 @@ from fairseq2.models.transformer import (
     StandardMultiheadAttention,
     StandardTransformerEncoder,
     StandardTransformerEncoderLayer,
-    TransformerNormOrder,
 )
 from fairseq2.nn import Linear, StandardLayerNorm
 from torch import Tensor
@@ -19,8 +18,9 @@ from torch.nn import Conv2d
 from vembed_fs2.embedding.activations import create_activation
 from vembed_fs2.embedding.head import Head
 from vembed_fs2.models.common.attention import create_sdpa
-from vembed_fs2.models.common.dropout import Dropout
-from vembed_fs2.models.common.feed_forward import FusedFeedForwardNetwork
+from vembed_fs2.models.common.checks import require_valid
+from vembed_fs2.models.common.factory import ModelFactory
+from vembed_fs2.models.common.layers import create_ffn, create_layer
 from vembed_fs2.models.common.vision import BranchResidual, LayerScale, PatchProjection, as_pair
 from vembed_fs2.models.vit.config import VitConfig
 from vembed_fs2.models.vit.model import (
@@ -33,16 +33,11 @@ from vembed_fs2.models.vit.model import (
 )
 
 
-def create_vit_model(config: VitConfig) -> VitModel:
-    """Create a Vision Transformer with initial weights as transformers draws them."""
-    return VitFactory(config).create_model()
-
-
-class VitFactory:
+class VitFactory(ModelFactory[VitConfig]):
     """Creates the modules of a Vision Transformer."""
 
     def __init__(self, config: VitConfig) -> None:
-        self._config = config
+        super().__init__(config)
         self._is_mae = config.model_type == "vit_mae"
         self._is_dino = config.model_type.startswith("dino")
 
@@ -105,20 +100,16 @@ class VitFactory:
         return StandardTransformerEncoder(layers, self.create_layer_norm())
 
     def create_layer(self) -> StandardTransformerEncoderLayer:
-        layer = StandardTransformerEncoderLayer(
+        dropout_p = self._config.dropout_p
+
+        return create_layer(
             self.create_self_attention(),
-            self.create_layer_norm(),
             self.create_ffn(),
-            self.create_layer_norm(),
-            norm_order=TransformerNormOrder.PRE,
-            self_attn_residual=self.create_residual(),
-            ffn_residual=self.create_residual(),
+            self.create_layer_norm,
+            create_residual=self.create_residual,
+            attn_dropout_p=dropout_p,
+            ffn_dropout_p=0.0 if self._is_dino else dropout_p,
         )
-        if self._config.dropout_p > 0.0:
-            layer.self_attn_dropout = Dropout(self._config.dropout_p)
-            if not self._is_dino:
-                layer.ffn_dropout = Dropout(self._config.dropout_p)
-        return layer
 
     def create_residual(self) -> BranchResidual:
         config = self._config
@@ -147,21 +138,19 @@ class VitFactory:
 
     def create_ffn(self) -> FeedForwardNetwork:
         config = self._config
-        activation = create_activation(config.activation, field="activation")
         if not config.gated_ffn:
-            return FusedFeedForwardNetwork(
-                config.model_dim,
-                config.inner_dim,
-                config.ffn_bias,
-                inner_activation=activation,
-                proj_init_fn=self.init_projection,
+            return create_ffn(
+                config.model_dim, config.inner_dim, config.activation, self.init_projection, bias=config.ffn_bias
             )
+
+        # DINOv2's does not ask the configuration.
+        activation = config.activation if config.model_type == "dinov3_vit" else "silu"
+
         return GLUFeedForwardNetwork(
             config.model_dim,
             config.inner_dim,
             config.ffn_bias,
-            # DINOv2's does not ask the configuration.
-            gate_activation=activation if config.model_type == "dinov3_vit" else create_activation("silu"),
+            gate_activation=create_activation(activation, field="activation"),
             inner_dim_scale=1.0,
             proj_init_fn=self.init_projection,
         )
@@ -215,3 +204,13 @@ class VitFactory:
                 nn.init.zeros_(frontend.registers)
         if frontend.mask_embed is not None:
             nn.init.zeros_(frontend.mask_embed)
+
+
+def create_vit_model(config: VitConfig) -> VitModel:
+    """Create a Vision Transformer with initial weights as transformers draws them.
+
+    :raises ConfigError: ``config`` is not valid.
+    """
+    require_valid(config, "Vision Transformer")
+
+    return VitFactory(config).create_model()

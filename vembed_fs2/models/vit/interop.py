@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, cast, final
 
 from fairseq2.models import ModelHubAccessor
@@ -17,7 +17,8 @@ from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.hf_config import read_field, resolve_hf_config, validate_hf_config
 from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Reshape, Rule, Split, leading_dims
-from vembed_fs2.models.family import CheckpointFormat, drop_learned
+from vembed_fs2.models.common.interop import PIXEL_FIELDS, BackboneCheckpointFormat
+from vembed_fs2.models.family import drop_learned
 from vembed_fs2.models.vit.config import VIT_FAMILY, VitConfig, VitType
 from vembed_fs2.models.vit.model import VitModel
 
@@ -28,9 +29,7 @@ _COMMON: Final = {
     "hidden_act": "activation",
     "layer_norm_eps": "layer_norm_eps",
     "initializer_range": "init_std",
-    "num_channels": "num_channels",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
+    **PIXEL_FIELDS,
 }
 
 _DROPOUT: Final = {
@@ -160,7 +159,7 @@ _SIZES: Final = ("image_size", "patch_size")
 
 
 @final
-class VitCheckpointFormat(CheckpointFormat):
+class VitCheckpointFormat(BackboneCheckpointFormat):
     """Reads and writes transformers' models of five types: ViT, MAE, DINOv2 without and with registers, DINOv3."""
 
     model_types = tuple(_FORMATS)
@@ -199,10 +198,6 @@ class VitCheckpointFormat(CheckpointFormat):
             *_list_layers(config),
         ]
         return KeyMap(*rules, prefixes=[_prefix_of(config.model_type)])
-
-    @override
-    def has_our_names(self, keys: Collection[str], config: object) -> bool:
-        return any(key.startswith("frontend.") for key in keys)
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:

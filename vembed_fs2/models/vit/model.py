@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 
 import torch
 from fairseq2.models.transformer import StandardTransformerEncoder
-from fairseq2.nn import BatchLayout, IncrementalStateBag, PositionEncoder, Projection
+from fairseq2.nn import Projection
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 from typing_extensions import override
@@ -28,7 +28,7 @@ from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.errors import DataError
 from vembed_fs2.models.common.attention import PaddedLayout
 from vembed_fs2.models.common.dropout import Dropout
-from vembed_fs2.models.common.vision import PatchLayout, PatchProjection, resize_positions
+from vembed_fs2.models.common.vision import PatchLayout, PatchPositionEncoder, PatchProjection, resize_positions
 
 
 class PatchGrid(NamedTuple):
@@ -232,18 +232,15 @@ def _centers(num: int, device: torch.device) -> Tensor:
 
 
 @final
-class PatchRotaryEncoder(PositionEncoder):
-    """Rotates queries and keys by the angles that the layout of the batch holds (:class:`PatchLayout`)."""
+class PatchRotaryEncoder(PatchPositionEncoder):
+    """Rotates the halves of queries and keys."""
 
     @override
-    def forward(
-        self, seqs: Tensor, seqs_layout: BatchLayout, *, state_bag: IncrementalStateBag | None = None
-    ) -> Tensor:
-        assert isinstance(seqs_layout, PatchLayout)
-        cos_S1K, sin_S1K = seqs_layout.rotation
+    def rotate(self, seqs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = seqs.chunk(2, dim=-1)
-        rotated = torch.cat([-second, first], dim=-1)
-        return (seqs * cos_S1K + rotated * sin_S1K).type_as(seqs)
+        turned = torch.cat([-second, first], dim=-1)
+
+        return seqs * cos + turned * sin
 
 
 @final
