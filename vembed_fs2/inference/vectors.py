@@ -55,7 +55,7 @@ class VectorOptions:
         if precision not in get_args(Precision):
             raise VembedError(f"`precision` must be one of {', '.join(get_args(Precision))}, but is {precision!r}.")
 
-        is_multi_vector = model.similarity == "maxsim"
+        is_multi_vector = model.is_multi_vector
         if is_multi_vector and precision != "float32":
             raise VembedError(f"`precision` of a multi-vector model must be float32, but is {precision!r}.")
 
