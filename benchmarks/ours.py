@@ -25,7 +25,7 @@ def main() -> None:
     embedder.model.train(settings["dropout"])
     rows = [json.loads(line) for line in Path(settings["data"]).read_text(encoding="utf-8").splitlines()]
     batches = [embedder.processor([Item(row[role]) for row in rows]) for role in ("query", "positive")]
-    about = {"name": f"vembed_fs2 {__version__}", "lengths": [n for batch in batches for n in batch.costs()]}
+    about = {"name": f"vembed_fs2 {__version__}", "lengths": [n for batch in batches for n in batch.profile().costs()]}
     for batch in batches:
         batch.to(device)
     serve(make_steps(embedder, batches, settings), embedder.model, device, about)

@@ -93,7 +93,7 @@ def measure(step: _Step, pairs: list[tuple[str, str]], memory: PeakMemory, repea
     """Return a row of the table."""
     embedder = step.embedder
     batches = prepare(embedder, pairs)
-    tokens = sum(sum(batch.costs()) for batch in batches)
+    tokens = sum(sum(batch.profile().costs()) for batch in batches)
     memory.reset()
     times = [timed(embedder.device, lambda: step.run(batches))[0] for _ in range(repeats)]
     seconds = statistics.median(times)

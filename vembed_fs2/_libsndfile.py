@@ -12,7 +12,7 @@ def preload_libsndfile() -> None:
     """Load the libsndfile that the ``soundfile`` wheel bundles.
 
     ``fairseq2n`` links to ``libsndfile.so.1``. The bundled library carries that
-    name, so loading it first satisfies the link. Where the wheel bundles none
+    name, so loading it first satisfies the link. If the wheel bundles none
     (a source install), the system's library is used and nothing is done here.
     """
     spec = find_spec("_soundfile_data")

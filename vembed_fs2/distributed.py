@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import fields, is_dataclass
-from functools import partial
-from types import FunctionType, MethodType, SimpleNamespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -17,8 +14,13 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
+from vembed_fs2.reachable import find_reachable
+
 # Gradients are reduced in flat buffers of about this many elements.
 _BUCKET_SIZE: Final = 8 * 2**20
+
+# All sets of texts, images and features that a row can hold.
+_NUM_KINDS: Final = 8
 
 
 class GradSync:
@@ -68,10 +70,11 @@ class GradSync:
         return values if self.tensor_parallel is None else all_max(values, self.tensor_parallel)
 
     def agree_counts(self, counts: dict[int, int]) -> dict[int, int]:
-        """Return the maximum over ranks of the number of chunks of each kind (0 to 3)."""
-        if not set(counts) <= set(range(4)):
-            raise ValueError(f"The kinds of rows must be from 0 to 3, but are {sorted(counts)}.")
-        agreed = self.agree_max([counts.get(kind, 0) for kind in range(4)])
+        """Return the maximum over ranks of the number of chunks of each kind (0 to 7)."""
+        if not set(counts) <= set(range(_NUM_KINDS)):
+            raise ValueError(f"The kinds of rows must be from 0 to {_NUM_KINDS - 1}, but are {sorted(counts)}.")
+
+        agreed = self.agree_max([counts.get(kind, 0) for kind in range(_NUM_KINDS)])
         return {kind: n for kind, n in enumerate(agreed) if n > 0}
 
 
@@ -154,9 +157,9 @@ class FsdpSync(GradSync):
     def _unify_gradient_types(self) -> None:
         """Let all parameters of a group have accumulated gradients, if some have.
 
-        In mixed precision accumulated gradients are float32, and those of
-        parameters that only the last chunk uses (of one tower, say) are not;
-        FSDP2 refuses to reduce both together.
+        In mixed precision accumulated gradients are float32. Gradients of
+        parameters that only the last chunk uses, for example one tower's, are not,
+        and FSDP2 refuses to reduce both together.
         """
         root: Any = self._module  # Also a `Module`, which its type does not say.
         for module in root.modules():
@@ -183,14 +186,14 @@ def grad_sync_of(encoder: Callable[..., Any]) -> GradSync:
     :raises TypeError: it uses FSDP1, which cannot accumulate gradients over chunks.
     """
     sync = _data_parallel_sync(encoder)
-    split = next(_modules_of_kind(encoder, _is_split, set()), None)
+    split = next(find_reachable(encoder, _is_split), None)
     if split is not None:
         sync.split_over(split.tp_gang.as_process_group())
     return sync
 
 
 def _data_parallel_sync(encoder: Callable[..., Any]) -> GradSync:
-    found = list({id(m): m for m in _modules_of_kind(encoder, _is_data_parallel, set())}.values())
+    found = list({id(m): m for m in find_reachable(encoder, _is_data_parallel)}.values())
     if len(found) > 1:
         raise ValueError(
             f"The encoder uses {len(found)} DDP or FSDP2 modules. Give each an encoder of its own, which holds no dict"
@@ -210,92 +213,6 @@ def _is_data_parallel(module: Any) -> bool:
 def _is_split(module: Any) -> bool:
     """Whether this is one of fairseq2's layers that are split over tensor parallel ranks."""
     return isinstance(module, Module) and getattr(getattr(module, "tp_gang", None), "size", 1) > 1
-
-
-def _modules_of_kind(source: Any, is_wanted: Callable[[Any], bool], seen: set[int]) -> Iterator[Any]:
-    """The outermost modules of a kind that a callable can reach."""
-    if id(source) in seen:
-        return
-    seen.add(id(source))
-    if is_wanted(source):
-        yield source
-        return
-    for value in _parts_of(source):
-        yield from _modules_of_kind(value, is_wanted, seen)
-
-
-def _parts_of(source: Any) -> Iterable[Any]:
-    """What a callable, a container or a dataclass holds that may be, or may hold, a module."""
-    if isinstance(source, Module):
-        return (*source.children(), *_holders_of(source))
-    if isinstance(source, MethodType):
-        return (source.__func__, source.__self__, *_attributes_of(source.__self__))
-    if isinstance(source, FunctionType):
-        return _used_by(source)
-    if isinstance(source, partial):
-        return (source.func, *source.args, *source.keywords.values())
-    if isinstance(source, _CONTAINERS):
-        return _elements_of(source)
-    if callable(source) or _is_record(source):
-        return _attributes_of(source)
-    return ()
-
-
-_CONTAINERS: Final = (dict, list, tuple, set, frozenset)
-
-_PLAIN: Final = frozenset([bool, int, float, str, bytes, type(None), Tensor, Parameter])
-"""What most attributes are; told apart from containers at once."""
-
-_MANY: Final = 1000
-"""Containers with more elements hold data: nothing is sought in containers within them. This is asked in each step."""
-
-_OWN_ATTRIBUTES: Final = frozenset(vars(Module()))
-"""Where a module keeps its parameters, children and hooks."""
-
-
-def _elements_of(container: Any) -> list[Any]:
-    values = container.values() if isinstance(container, dict) else container
-    is_data = len(container) > _MANY
-    return [v for v in values if callable(v) or (not is_data and _is_holder(v))]
-
-
-def _attributes_of(source: Any) -> list[Any]:
-    return [*(v for v in _attributes(source).values() if isinstance(v, Module)), *_holders_of(source)]
-
-
-def _holders_of(source: Any) -> list[Any]:
-    return [v for name, v in _attributes(source).items() if _is_holder(v) and name not in _OWN_ATTRIBUTES]
-
-
-def _attributes(source: Any) -> dict[str, Any]:
-    if _is_record(source) and not hasattr(source, "__dict__"):  # A dataclass with slots.
-        return {f.name: getattr(source, f.name, None) for f in fields(source)}
-    return getattr(source, "__dict__", {})
-
-
-def _is_holder(value: Any) -> bool:
-    return type(value) not in _PLAIN and (isinstance(value, _CONTAINERS) or _is_record(value))
-
-
-def _is_record(source: Any) -> bool:
-    return is_dataclass(type(source)) or isinstance(source, SimpleNamespace)
-
-
-def _used_by(function: FunctionType) -> Iterator[Any]:
-    """What a function closes over, and the modules, containers of them and neighbouring functions that it names."""
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # Not assigned yet.
-            yield cell.cell_contents
-    for name in function.__code__.co_names:
-        value = function.__globals__.get(name)
-        if (
-            isinstance(value, Module)
-            or _is_holder(value)
-            or getattr(value, "__globals__", None) is function.__globals__
-        ):
-            yield value
 
 
 def average_gradients(parameters: Sequence[Parameter], group: ProcessGroup | None = None) -> None:

@@ -86,7 +86,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rmdir()
         temporary.rename(path)
-    except SafetensorError as ex:  # Of a full disk, too: it is no `OSError`.
+    except SafetensorError as ex:  # A full disk raises it as well; it is not an `OSError`.
         raise VembedError(f"{path} cannot be written: {ex}.") from ex
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from fairseq2.device import SupportsDeviceTransfer
 from torch import Tensor
 from typing_extensions import override
 
-from vembed_fs2.data.example import Example, Item
+from vembed_fs2.data.example import Example
 from vembed_fs2.data.schema import content_id, label_id
 from vembed_fs2.embedding.model import EncoderBatch
 from vembed_fs2.errors import DataError
 from vembed_fs2.losses import RowInfo
 from vembed_fs2.processing.processor import Processor
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -47,8 +49,13 @@ class ContrastiveBatch(SupportsDeviceTransfer):
                 part.to(device, non_blocking=non_blocking)
 
 
-Loaded: TypeAlias = tuple[Example, Example, Example]
-"""A row as it was, and as the model and the teacher take it: with pixel values in place of images."""
+@dataclass(frozen=True)
+class LoadedRow:
+    """A row, with its items as the model and the teacher take them: query, positive, negatives."""
+
+    example: Example
+    items: tuple[Any, ...]
+    teacher_items: tuple[Any, ...]
 
 
 class Collator:
@@ -57,60 +64,52 @@ class Collator:
     :param teacher: prepares the same rows for a teacher.
     """
 
-    def __init__(self, processor: Processor, teacher: Processor | None = None) -> None:
+    def __init__(self, processor: Processor[Any], teacher: Processor[Any] | None = None) -> None:
         self._processor = processor
         self._teacher = teacher
 
-    def load(self, example: Example) -> Loaded:
+    def load(self, example: Example) -> LoadedRow:
         """Read and transform the images of a row.
 
         :raises DataError: an image cannot be read; the message names file and line.
         """
         try:
-            prepared = _prepare_row(self._processor, example)
-            return example, prepared, example if self._teacher is None else _prepare_row(self._teacher, example)
+            items = tuple(self._processor.prepare(item) for item in example.items)
+            teacher_items = () if self._teacher is None else tuple(map(self._teacher.prepare, example.items))
         except DataError as ex:
             raise DataError(f"{example.source}: {ex}") from ex
 
-    def __call__(self, rows: Sequence[Loaded]) -> ContrastiveBatch:
-        batch = ContrastiveBatch(*_encode(self._processor, [r[1] for r in rows]), _row_info([r[0] for r in rows]))
+        return LoadedRow(example, items, teacher_items)
+
+    def __call__(self, rows: Sequence[LoadedRow]) -> ContrastiveBatch:
+        query, document = _collate(self._processor, [row.items for row in rows])
+        batch = ContrastiveBatch(query, document, _row_info([row.example for row in rows]))
+
         if self._teacher is not None:
-            batch.teacher_query, batch.teacher_document = _encode(self._teacher, [r[2] for r in rows])
+            teacher_items = [row.teacher_items for row in rows]
+            batch.teacher_query, batch.teacher_document = _collate(self._teacher, teacher_items)
         return batch
 
 
-def _prepare_row(processor: Processor, example: Example) -> Example:
-    def prepare(item: Item) -> Item:
-        if not item.images:
-            return item
-        # The processor takes pixel values for images; nothing else sees these items.
-        pixels: tuple[Any, ...] = tuple(processor.prepare_image(i) for i in item.images)
-        return replace(item, images=pixels)
-
-    assert example.positive is not None
-    negatives = tuple(prepare(n) for n in example.negatives)
-    return replace(example, query=prepare(example.query), positive=prepare(example.positive), negatives=negatives)
+def _collate(processor: Processor[Any], rows: Sequence[tuple[Any, ...]]) -> tuple[EncoderBatch, EncoderBatch]:
+    queries = [items[0] for items in rows]
+    return processor.collate(queries, role="query"), processor.collate(_documents(rows), role="document")
 
 
-def _encode(processor: Processor, examples: Sequence[Example]) -> tuple[EncoderBatch, EncoderBatch]:
-    query = processor([e.query for e in examples], prompt=processor.prompt_for("query"))
-    return query, processor(_documents(examples), prompt=processor.prompt_for("document"))
+def _documents(rows: Sequence[tuple[_T, ...]]) -> list[_T]:
+    """The positive of each row, then all negatives."""
+    return [*(items[1] for items in rows), *(negative for items in rows for negative in items[2:])]
 
 
 def _row_info(examples: Sequence[Example]) -> RowInfo:
-    # Identity is that of the data, not of decoded pixels.
+    # Rows are told apart by their data, not by decoded pixels.
     return RowInfo(
         torch.tensor([content_id(e.query) for e in examples]),
-        torch.tensor([content_id(d) for d in _documents(examples)]),
+        torch.tensor([content_id(document) for document in _documents([e.items for e in examples])]),
         torch.tensor([0 if e.label is None else label_id(e.label) for e in examples]),
         torch.tensor([row for row, e in enumerate(examples) for _ in e.negatives], dtype=torch.int64),
         _scores(examples),
     )
-
-
-def _documents(examples: Sequence[Example]) -> list[Item]:
-    positives = [e.positive for e in examples if e.positive is not None]
-    return [*positives, *(n for e in examples for n in e.negatives)]
 
 
 def _scores(examples: Sequence[Example]) -> Tensor:

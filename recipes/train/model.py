@@ -21,7 +21,7 @@ from vembed_fs2.hub.towers import refuse_sources, resolve_towers
 from vembed_fs2.inference.embedder import load_processor
 from vembed_fs2.models.composed import ComposedConfig, ComposedModel
 from vembed_fs2.models.composed.interop import forget_sources
-from vembed_fs2.processing.processor import Processor
+from vembed_fs2.processing.towers import TowerProcessor
 from vembed_fs2.recipes.layers import structure
 from vembed_fs2.recipes.train.config import EmbeddingModelSection, TrainConfig
 from vembed_fs2.recipes.train.objective import check_vectors, create_blank
@@ -141,7 +141,7 @@ def _not_known(key: str, name: str, known: Iterable[str]) -> str:
 
 def create_processor(
     config: TrainConfig, model: EmbeddingModel, gangs: Gangs, *, max_length: int | None = None
-) -> Processor:
+) -> TowerProcessor:
     """Load the processor of the model, changed as the configuration says.
 
     :param max_length: the longest text, if it is not the configuration's.

@@ -118,9 +118,8 @@ def check_row(example: Example, loss: Objective, modalities: Mapping[str, Collec
 
 def check_modalities(example: Example, modalities: Mapping[str, Collection[str]]) -> None:
     """:raises DataError: the row holds what a model cannot read."""
-    items = [example.query, *filter(None, [example.positive]), *example.negatives]
     for held, article in (("text", "a"), ("image", "an")):
-        if any(item.images if held == "image" else item.text is not None for item in items):
+        if any(item.images if held == "image" else item.text is not None for item in example.items):
             for reader, readable in modalities.items():
                 if held not in readable:
                     raise DataError(f"{example.source}: the row has {article} {held}, but {reader} reads none.")

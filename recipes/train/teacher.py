@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from fairseq2.gang import Gangs
@@ -26,7 +26,7 @@ class Teacher:
     ranks encode their own rows, and need not run the same number of chunks.
     """
 
-    def __init__(self, model: EmbeddingModel, processor: Processor, grad_cache: GradCacheSection) -> None:
+    def __init__(self, model: EmbeddingModel, processor: Processor[Any], grad_cache: GradCacheSection) -> None:
         """:raises ConfigError: the model gives several vectors per row."""
         if model.similarity == "maxsim":
             raise ConfigError("a teacher must give one vector per row.", where="`teacher`")
@@ -41,9 +41,9 @@ class Teacher:
 
         *Returns:* float32, of unit length if the model's embeddings are meant to be. ``[N, T]``.
         """
-        costs, kinds = batch.costs(), batch.kinds()
+        profile = batch.profile()
         embeddings: Tensor | None = None
-        for chunk in plan_chunks(costs, kinds, self._chunk_tokens, self._chunk_patches):
+        for chunk in plan_chunks(profile, self._chunk_tokens, self._chunk_patches):
             values = self._model(batch.select(chunk.rows)).values.float()
             if embeddings is None:
                 embeddings = values.new_empty(batch.num_rows, values.size(1))

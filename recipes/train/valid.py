@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, final
+from typing import Any, Final, NamedTuple, final
 
 import fairseq2.recipe  # noqa: F401  (before the evaluator, which imports it in a circle)
 import torch
@@ -20,7 +20,7 @@ from fairseq2.metrics.aggregation import Sum
 from torch import Tensor
 from typing_extensions import Self, override
 
-from vembed_fs2.data.example import Item
+from vembed_fs2.data.example import Item, Role
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.evaluation.retrieval import evaluate_retrieval
@@ -56,9 +56,9 @@ class ValidReader(DataReader[ValidBatch]):
     """
 
     def __init__(
-        self, task: RetrievalTask, processor: Processor, *, batch_size: int, chunk_tokens: int, gather: RowGather
+        self, task: RetrievalTask, processor: Processor[Any], *, batch_size: int, chunk_tokens: int, gather: RowGather
     ) -> None:
-        self._items: dict[str, Sequence[Item]] = {"query": task.queries, "document": task.corpus}
+        self._items: dict[Role, Sequence[Item]] = {"query": task.queries, "document": task.corpus}
         self._processor = processor
         self._batch_size = batch_size
         self._chunk_tokens = chunk_tokens
@@ -78,15 +78,17 @@ class ValidReader(DataReader[ValidBatch]):
         size, last = self._gather.size, len(rows) - 1
         return [rows[min(i + self._gather.rank, last)] for i in range(0, len(rows), size)]
 
-    def _read_block(self, role: str, indices: Sequence[int]) -> Iterator[ValidBatch]:
+    def _read_block(self, role: Role, indices: Sequence[int]) -> Iterator[ValidBatch]:
         items = self._items[role]
-        inputs = self._processor([items[i] for i in indices], prompt=self._processor.prompt_for(role))
-        costs, kinds = inputs.costs(), inputs.kinds()
+        inputs = self._processor([items[i] for i in indices], role=role)
+        profile = inputs.profile()
         chunks = [
-            part for c in plan_chunks(costs, kinds, self._chunk_tokens) for part in _cut(c, self._batch_size, costs)
+            part
+            for c in plan_chunks(profile, self._chunk_tokens)
+            for part in _cut(c, self._batch_size, profile.costs())
         ]
         count = max(self._gather.counts(len(chunks)))
-        for chunk in match_counts(chunks, {kinds[0]: count}, costs):
+        for chunk in match_counts(chunks, {profile.kinds[0]: count}, profile):
             rows = chunk.rows
             yield ValidBatch(role, torch.tensor([indices[r] for r in rows]), inputs.select(rows))
 

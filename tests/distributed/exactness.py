@@ -233,10 +233,10 @@ def reference(case: Case, world_size: int) -> dict[str, Tensor]:
 
 
 def plan_all(case: Case, batches: Sequence[EncoderBatch]) -> list[Any]:
-    plans = [plan_chunks(b.costs(), b.kinds(), CHUNK_TOKENS) for b in batches]
+    plans = [plan_chunks(b.profile(), CHUNK_TOKENS) for b in batches]
     if case.parallel == "FSDP2 x2":  # All ranks run the same number of chunks.
         counts = {kind: max(len(plan) for plan in plans) for kind in {plans[0][0].kind}}
-        plans = [match_counts(plan, counts, b.costs()) for plan, b in zip(plans, batches)]
+        plans = [match_counts(plan, counts, b.profile()) for plan, b in zip(plans, batches)]
     return plans
 
 

@@ -149,7 +149,7 @@ def _rank_rows(case: Case, rank: int) -> tuple[EncoderBatch, EncoderBatch, RowIn
 
 def _chunk_tokens(case: Case) -> int:
     """About a fifth of the tokens of the first rank."""
-    costs = EncoderBatch.concat(_rank_rows(case, 0)[:2]).costs()
+    costs = EncoderBatch.concat(_rank_rows(case, 0)[:2]).profile().costs()
     return max(sum(costs) // 5, max(costs))
 
 
@@ -196,10 +196,10 @@ def _plain_gradient(
 
 def _plans(case: Case, batches: Sequence[EncoderBatch], equal_counts: bool) -> Iterator[list[Chunk]]:
     """The chunks of each rank in the engine's order: the first of each kind, then the rest."""
-    plans = [plan_chunks(b.costs(), b.kinds(), _chunk_tokens(case)) for b in batches]
+    plans = [plan_chunks(b.profile(), _chunk_tokens(case)) for b in batches]
     if equal_counts:
         counts = {k: max(sum(c.kind == k for c in plan) for plan in plans) for k in {c.kind for c in plans[0]}}
-        plans = [match_counts(plan, counts, b.costs()) for plan, b in zip(plans, batches)]
+        plans = [match_counts(plan, counts, b.profile()) for plan, b in zip(plans, batches)]
     for plan in plans:
         kinds = [c.kind for c in plan]
         yield sorted(plan, key=lambda c: plan.index(c) != kinds.index(c.kind))

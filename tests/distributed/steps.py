@@ -131,8 +131,8 @@ def reference_gradient(
         plans = [_plan(EncoderBatch.concat([q, d]), chunk_tokens) for q, d, _ in ranks]
         if equal_counts:
             counts = {k: max(sum(c.kind == k for c in plan) for plan in plans) for k in {c.kind for c in plans[0]}}
-            costs = [EncoderBatch.concat([q, d]).costs() for q, d, _ in ranks]
-            plans = [match_counts(plan, counts, cost) for plan, cost in zip(plans, costs)]
+            profiles = [EncoderBatch.concat([q, d]).profile() for q, d, _ in ranks]
+            plans = [match_counts(plan, counts, profile) for plan, profile in zip(plans, profiles)]
         queries, documents, negatives, infos, scale = [], [], [], [], None
         for rank, (query, document, info) in enumerate(ranks):
             torch.set_rng_state(states[rank])
@@ -157,7 +157,7 @@ def reference_gradient(
 
 
 def _plan(batch: EncoderBatch, chunk_tokens: int) -> list[Chunk]:
-    return plan_chunks(batch.costs(), batch.kinds(), chunk_tokens)
+    return plan_chunks(batch.profile(), chunk_tokens)
 
 
 def _encode_all(model: EmbeddingModel, batch: EncoderBatch, chunks: list[Chunk]) -> tuple[Tensor, Any]:

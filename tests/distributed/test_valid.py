@@ -55,7 +55,7 @@ def validate(rank: int, folder: str, sharded: bool) -> Report:
     for batches in reader:
         (batch,) = batches
         assert batch.inputs.num_rows == batch.indices.numel() <= 3
-        kinds.append(sorted(set(batch.inputs.kinds())))
+        kinds.append(sorted(set(batch.inputs.profile().kinds)))
         seen[batch.role] |= set(batch.indices.tolist())
         with torch.no_grad():
             unit.process_batch(batch, bag)

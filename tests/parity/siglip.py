@@ -122,11 +122,16 @@ def create_patches(config: SiglipVisionConfig | None, shapes: list[tuple[int, in
 
 
 def image_features(reference: Any, batch: EncoderBatch) -> Tensor:
-    assert batch.patch_mask is not None
-    features: Tensor = reference.get_image_features(
-        batch.pixel_values, pixel_attention_mask=batch.patch_mask, spatial_shapes=batch.spatial_shapes
-    )
+    features: Tensor = reference.get_image_features(**padded_patches(batch))
     return features
+
+
+def padded_patches(batch: EncoderBatch) -> dict[str, Tensor]:
+    """The images of a batch as transformers takes them."""
+    assert batch.images is not None
+    assert batch.images.grids is not None
+    pixels, mask = batch.images.pad_patches()
+    return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": batch.images.grids[:, 1:]}
 
 
 def difference(a: Tensor, b: Tensor) -> float:

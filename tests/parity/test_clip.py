@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from tests.parity.dropout_masks import assert_same_dropout
+from vembed_fs2.embedding.inputs import ImageInputs, TextInputs
 from vembed_fs2.embedding.model import DenseConfig, EncoderBatch, HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.models.clip import ClipCheckpointFormat, ClipConfig, ClipModel, create_clip_model
@@ -303,8 +304,7 @@ def test_row_of_text_and_image_is_the_sum_of_unit_embeddings() -> None:
     ids, mask = create_texts(config.text, 2)
     pixels = torch.randn(2, 3, 8, 8)
     # Row 0 is a text, row 1 a text and an image, row 2 an image.
-    batch = EncoderBatch(3, ids, mask, text_rows=torch.tensor([0, 1]))
-    batch.pixel_values, batch.image_rows = pixels, torch.tensor([1, 2])
+    batch = EncoderBatch(3, TextInputs(ids, torch.tensor([0, 1]), mask), ImageInputs(pixels, torch.tensor([1, 2])))
     with torch.no_grad():
         values = model(batch).values
         text, image = model.encode_text(batch), model.encode_image(batch)

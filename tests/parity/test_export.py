@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from vembed_fs2 import Embedder
 from vembed_fs2.demo.images import write_model_folder
+from vembed_fs2.embedding.batch import EncoderBatch
 from vembed_fs2.embedding.model import DenseConfig, EmbeddingModel, HeadConfig
 from vembed_fs2.errors import VembedError
 from vembed_fs2.hub.find import ModelSource
@@ -100,12 +101,11 @@ def test_transformers_loads_every_tensor(name: str, pooler: bool, tmp_path: Path
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     inputs = tokenizer(TEXTS, padding=True, truncation=True, max_length=64, return_tensors="pt")
-    batch = embedder.processor([], prompt=None)
-    batch.input_ids, batch.attention_mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    mask = inputs["attention_mask"].bool()
+    batch = EncoderBatch.of_text(inputs["input_ids"], mask)
     with torch.inference_mode():
         expected = model.eval()(**inputs).last_hidden_state
         states = embedder.model.encode_tokens(batch)  # type: ignore[operator]
-    mask = batch.attention_mask
     assert float((states - expected)[mask].abs().max()) <= 1e-5
     again = Embedder.load(tmp_path / "out", device="cpu")
     assert np.array_equal(again.encode(TEXTS), embedder.encode(TEXTS))

@@ -61,9 +61,9 @@ def open_clip_ids(folder: Path) -> Tensor:
 
 def assert_same_ids(embedder: Embedder, folder: Path, pad_id: int = 0) -> None:
     expected = open_clip_ids(folder)
-    batch = embedder.processor([Item(text=text) for text in TEXTS])
+    batch = embedder.processor([Item(text=text) for text in TEXTS]).text
+    assert batch is not None
     ids = batch.input_ids
-    assert ids is not None
     if batch.attention_mask is not None:
         ids = ids.masked_fill(~batch.attention_mask, pad_id)
     ids = torch.nn.functional.pad(ids, (0, expected.size(1) - ids.size(1)), value=pad_id)

@@ -27,6 +27,7 @@ from .siglip import (
     difference,
     hf_configs,
     image_features,
+    padded_patches,
     small_config,
     text_configs,
     vision_configs,
@@ -40,8 +41,8 @@ def assert_texts_equal(reference: Any, model: Model, config: SiglipConfig) -> No
         assert difference(model(EncoderBatch.of_text(ids, mask)).values, expected) <= 1e-5
         # Padding of another kind counts where the width is fixed.
         other = EncoderBatch.of_text(torch.where(mask, ids, 7), mask)
-        other.fixed_width = True
-        expected = reference(other.input_ids, attention_mask=mask)
+        other.text.fixed_width = True
+        expected = reference(other.text.input_ids, attention_mask=mask)
         assert difference(model(other).values, expected) <= 1e-5
         for width in (ids.size(1), 3):
             expected = reference(ids[:, :width])
@@ -118,12 +119,10 @@ def test_vision_models_equal_transformers(generation: str, data: st.DataObject) 
     with torch.no_grad():
         if config.naflex:
             batch = create_patches(config.vision, [(2, 3), (1, 1)])
-            expected = reference(
-                batch.pixel_values, pixel_attention_mask=batch.patch_mask, spatial_shapes=batch.spatial_shapes
-            )
+            expected = reference(**padded_patches(batch))
         else:
             batch = EncoderBatch.of_images(create_images(config.vision))
-            expected = reference(batch.pixel_values)
+            expected = reference(batch.images.values)
         assert difference(model(batch).values, expected.pooler_output) <= 1e-5
     assert_round_trip(reference, config, torch.float32)
 
@@ -149,7 +148,7 @@ def test_embedding_is_independent_of_the_batch() -> None:
     _, model, config = create_pair(small_config())
     ids, mask = create_texts(config.text, 6)
     fixed = EncoderBatch.of_text(torch.where(mask, ids, 9), mask)
-    fixed.fixed_width = True
+    fixed.text.fixed_width = True
     images = EncoderBatch.of_images(create_images(config.vision, 6))
     for batch in (EncoderBatch.of_text(ids, mask), EncoderBatch.of_text(ids), fixed, images):
         together = model(batch).values
@@ -164,14 +163,14 @@ def test_a_naflex_image_is_independent_of_the_batch_and_of_padding() -> None:
     together = model(batch).values
     for row, length in enumerate((6, 16, 5, 6, 1)):
         alone = batch.select([row])
-        assert alone.costs() == [length]
-        assert alone.pixel_values is not None
-        assert alone.pixel_values.shape == (1, length, 48)
+        assert alone.profile().patches == [length]
+        assert alone.images is not None
+        assert alone.images.values.shape == (length, 48)
         torch.testing.assert_close(model(alone).values[0], together[row], rtol=1e-6, atol=1e-6)
     order = [3, 0, 4]
     torch.testing.assert_close(model(batch.select(order)).values, together[order], rtol=1e-6, atol=1e-6)
     parts = EncoderBatch.concat([batch.select([2, 4]), batch.select([1])])
-    assert parts.costs() == [5, 1, 16]
+    assert parts.profile().patches == [5, 1, 16]
     torch.testing.assert_close(model(parts).values, together[[2, 4, 1]], rtol=1e-6, atol=1e-6)
 
 
@@ -186,7 +185,7 @@ def test_gradients_equal_transformers(generation: str) -> None:
         image_features(reference, batch).square().sum().backward()
     else:
         batch = EncoderBatch.of_images(torch.randn(3, 3, 12, 8))
-        reference.get_image_features(batch.pixel_values, interpolate_pos_encoding=True).square().sum().backward()
+        reference.get_image_features(batch.images.values, interpolate_pos_encoding=True).square().sum().backward()
     model.encode_image(batch).square().sum().backward()
     expected = {k: p.grad for k, p in reference.named_parameters() if p.grad is not None}
     ours = FORMAT.to_hg_state_dict({k: p.grad for k, p in model.named_parameters() if p.grad is not None}, config)
@@ -212,10 +211,10 @@ def test_dropout_is_where_transformers_has_it(generation: str, modality: str, mo
 
     def theirs() -> Tensor:
         if modality == "text":
-            return reference.get_text_features(batch.input_ids)  # type: ignore[no-any-return]
+            return reference.get_text_features(batch.text.input_ids)  # type: ignore[no-any-return]
         if config.naflex:
             return image_features(reference, batch)
-        return reference.get_image_features(batch.pixel_values)  # type: ignore[no-any-return]
+        return reference.get_image_features(batch.images.values)  # type: ignore[no-any-return]
 
     assert_same_dropout(monkeypatch, reference, model, theirs, lambda: model(batch).values)
 
@@ -230,6 +229,7 @@ def test_what_does_not_fit_is_an_error() -> None:
     with pytest.raises(DataError, match="cut into patches of 48 values"):
         naflex.encode_image(EncoderBatch.of_images(torch.zeros(1, 3, 8, 8)))
     batch = create_patches(config.vision, [(1, 2)])
-    batch.pixel_values = torch.zeros(1, 2, 12)
+    assert batch.images is not None
+    batch.images.values = torch.zeros(2, 12)
     with pytest.raises(DataError, match="`patch_size` of the image processor"):
         naflex.encode_image(batch)

@@ -34,9 +34,9 @@ from vembed_fs2.data.example import Item
 from vembed_fs2.errors import DataError, ModelLoadError
 from vembed_fs2.inference.embedder import Embedder
 from vembed_fs2.processing.image import ImageProcessor
-from vembed_fs2.processing.patches import cut_patches, join_patches
-from vembed_fs2.processing.processor import Processor
+from vembed_fs2.processing.patches import join_patches, pack_patches
 from vembed_fs2.processing.text import TextProcessor
+from vembed_fs2.processing.towers import TowerProcessor
 
 SENTENCE = "a photo of the small red cat and two old dogs under an umbrella in front of house number 12"
 
@@ -216,11 +216,11 @@ def write_gemma_tokenizer(folder: Path, **options: Any) -> Any:
 def test_token_ids_equal_gemma_tokenizer(names: list[str], side: str, tmp_path: Path) -> None:
     write_gemma_tokenizer(tmp_path, model_input_names=names, padding_side=side)
     reference = AutoTokenizer.from_pretrained(tmp_path)
-    processor = Processor.load(tmp_path, frozenset({"text"}), model_max_length=LENGTH, text_padding="max_length")
+    processor = TowerProcessor.load(tmp_path, frozenset({"text"}), model_max_length=LENGTH, text_padding="max_length")
     lines = ["a photo of the cat", "Two OLD dogs, 12!", "under an umbrella in front of house number 12 " * 2, ""]
     expected = reference(lines, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
-    batch = processor([Item(text=line) for line in lines])
-    assert batch.input_ids is not None
+    batch = processor([Item(text=line) for line in lines]).text
+    assert batch is not None
     assert batch.fixed_width
     if "attention_mask" in names:
         # Padding that is masked is on the right in every batch.
@@ -278,32 +278,31 @@ def test_patches_equal_transformers(name: str, tmp_path: Path) -> None:
     config = {k: v for k, v in PROCESSORS[name].items() if not k.endswith("_type")}
     reference = Siglip2ImageProcessor(**config)
     write_image_processor(tmp_path, PROCESSORS[name])
-    processor = Processor.load(tmp_path, frozenset({"image"}))
+    processor = TowerProcessor.load(tmp_path, frozenset({"image"}))
     batch = processor([Item(images=(image,)) for image in IMAGES.values()])
-    assert batch.pixel_values is not None
-    assert batch.patch_mask is not None
-    assert batch.spatial_shapes is not None
+    assert batch.images is not None
+    assert batch.images.grids is not None
+    patches_of_all, mask = batch.images.pad_patches()
     for row, (kind, image) in enumerate(IMAGES.items()):
         # One call for each image, and always channels last: transformers guesses the layout.
         expected = reference(image.convert("RGB"), input_data_format="channels_last", return_tensors="pt")
         length = int(expected["pixel_attention_mask"].sum())
-        assert batch.patch_mask[row].sum() == length
-        assert torch.equal(batch.spatial_shapes[row], expected["spatial_shapes"][0])
-        patches = batch.pixel_values[row]
+        assert mask[row].sum() == length
+        assert torch.equal(batch.images.grids[row, 1:], expected["spatial_shapes"][0])
+        patches = patches_of_all[row]
         assert float((patches[:length] - expected["pixel_values"][0, :length]).abs().max()) <= 1e-6, kind
         assert not patches[length:].any()
-    assert batch.costs() == batch.patch_mask.sum(1).tolist()
+    assert batch.profile().patches == mask.sum(1).tolist()
 
 
 def test_patches_are_put_together_again() -> None:
     images = [torch.randn(3, 8, 12), torch.randn(3, 4, 4), torch.randn(3, 20, 4)]
-    patches, mask, shapes = cut_patches(images, 4)
-    assert shapes.tolist() == [[2, 3], [1, 1], [5, 1]]
-    assert mask.sum(1).tolist() == [6, 1, 5]
-    for image, row, shape in zip(images, patches, shapes.tolist()):
-        assert np.array_equal(join_patches(row.numpy(), shape, 4), image.numpy())
+    patches, grids = pack_patches(images, 4)
+    assert grids.tolist() == [[1, 2, 3], [1, 1, 1], [1, 5, 1]]
+    for image, own, grid in zip(images, patches.split([6, 1, 5]), grids.tolist()):
+        assert np.array_equal(join_patches(own.numpy(), grid[1:], 4), image.numpy())
     with pytest.raises(DataError, match="8 x 6 cannot be cut into patches of 4"):
-        cut_patches([torch.zeros(3, 6, 8)], 4)
+        pack_patches([torch.zeros(3, 6, 8)], 4)
 
 
 def test_a_naflex_image_processor_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -299,7 +299,7 @@ def test_dropout_is_where_transformers_has_it(model_type: str, monkeypatch: pyte
         monkeypatch,
         reference,
         model,
-        lambda: their_output(reference, batch.pixel_values).last_hidden_state,  # type: ignore[arg-type]
+        lambda: their_output(reference, batch.images.values).last_hidden_state,  # type: ignore[arg-type]
         lambda: model.encode_patches(batch),
     )
 

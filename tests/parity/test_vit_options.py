@@ -85,7 +85,7 @@ def test_rows_of_vectors_are_single_images() -> None:
     config.head = ImageHeadConfig(pooling="none")
     model = create_vit_model(config)
     batch = EncoderBatch.of_images(images(config, 2))
-    batch.num_rows, batch.image_rows = 1, torch.tensor([0, 0])
+    batch.num_rows, batch.images.rows = 1, torch.tensor([0, 0])
     with pytest.raises(DataError, match="one image"):
         model(batch)
 

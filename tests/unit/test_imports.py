@@ -24,11 +24,12 @@ LAYERS = (
     ("data",),
     ("losses", "gradcache", "evaluation.metrics", "evaluation.search"),
     ("embedding",),
-    ("distributed", "errors", "files", "resolver", "_libsndfile", "_moved"),
+    ("distributed",),
+    ("reachable", "errors", "files", "resolver", "_libsndfile", "_moved"),
 )
 """An import goes down this list, or stays in its own entry."""
 
-TORCH_ONLY = ("embedding", "losses", "gradcache", "evaluation.metrics", "evaluation.search", "distributed")
+TORCH_ONLY = ("embedding", "losses", "gradcache", "evaluation.metrics", "evaluation.search", "distributed", "reachable")
 """These need torch, and nothing else that has to be installed."""
 
 STANDARD = {"torch", "typing_extensions"}

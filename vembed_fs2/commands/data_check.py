@@ -120,7 +120,7 @@ def check_dataset(
 ) -> Report:
     """Read every row of data files. Memory holds hashes and lengths, not rows.
 
-    :param images: which images to decode: those of all rows, of about 1,000 evenly
+    :param images: which images to decode: of all rows, of about 1,000 evenly
         spaced rows, or none. URLs are not fetched.
     :raises DataError: a file cannot be read at all.
     """
@@ -237,7 +237,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         choices=("all", "sample", "none"),
         default="sample",
-        help="which images to decode: those of all rows, of about 1,000 rows, or none (default: sample)",
+        help="which images to decode: of all rows, of about 1,000 rows, or none (default: sample)",
     )
 
 

@@ -19,7 +19,7 @@ def print_json(content: Any) -> None:
 
 
 def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table of plain text. Lines are as long as they need to be: programs read them, too."""
+    """Print a table of plain text. Lines are as long as they need to be: programs read them as well."""
     lines = [list(header), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     for line in lines:

@@ -10,7 +10,7 @@ from vembed_fs2.commands.models import add_json_argument, print_columns, print_j
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("family", nargs="?", metavar="FAMILY", help="whose architectures (default: those of all)")
+    parser.add_argument("family", nargs="?", metavar="FAMILY", help="show only this family's architectures")
     add_json_argument(parser)
 
 

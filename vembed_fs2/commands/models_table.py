@@ -39,7 +39,7 @@ def _family_table() -> str:
     resolver = get_resolver()
     rows = []
     for name in sorted(embedding_families(resolver)):
-        # Those of other packages are documented there.
+        # Families of other packages are documented there.
         if not resolver.resolve(ModelFamily, key=name).kls.__module__.startswith("vembed_fs2."):
             continue
         family = describe_family(name, resolver)

@@ -31,7 +31,7 @@ class ExampleDataset:
     :param paths: a file, a folder of shards, or several of them.
     :param columns: our field -> the file's column (see :class:`RowSchema`).
     :param mode: what queries and documents must consist of.
-    :param image_root: the folder that all images must lie in; by default that of the data file.
+    :param image_root: the folder that all images must lie in; the folder of the data file by default.
     :param allow_urls: if ``True``, an image may be an HTTP(S) URL.
     :param on_error: ``raise``, or ``skip`` to leave out rows that cannot be used.
     :param max_rows: look at the first rows only.

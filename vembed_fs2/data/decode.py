@@ -87,10 +87,14 @@ def _load(name: str, image: Image.Image, max_pixels: int) -> Image.Image:
                 image.load()
         else:
             image.load()
-        if image.getexif().get(_ORIENTATION_TAG, 1) != 1:
-            image = ImageOps.exif_transpose(image)
     except Exception as ex:
         raise DataError(f"{name} is truncated or broken: {ex}.") from None
+
+    try:
+        if image.getexif().get(_ORIENTATION_TAG, 1) != 1:
+            return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow parses EXIF data now, and raises errors of many kinds on broken ones.
+        return image
     return image
 
 

@@ -2,28 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Image as PILImage
 
-ImageSource: TypeAlias = Union[Path, bytes, "Image", str]
+ImageSource: TypeAlias = Union[Path, bytes, "PILImage", str]
 """A file, an encoded image, a decoded image, or (only where allowed) a URL."""
+
+Role: TypeAlias = Literal["query", "document"]
+"""The side of a comparison that an input stands on."""
 
 
 @dataclass(frozen=True)
-class Item:
-    """One input of an encoder: a text, images, or both."""
+class Text:
+    """A text in an input."""
 
-    text: str | None = None
-    images: tuple[ImageSource, ...] = ()
-    instruction: str | None = None
+    value: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image in an input."""
+
+    source: ImageSource
+
+
+Part: TypeAlias = Text | Image
+
+
+@dataclass(frozen=True, init=False)
+class Item:
+    """One input of an encoder: texts and images, in their order."""
+
+    parts: tuple[Part, ...]
+
+    instruction: str | None
     """What the embedding is for; put before the text as the model's template says."""
 
-    source: str = field(default="", compare=False)
-    """Where it comes from, as ``file:line``, where errors would not say so otherwise."""
+    source: str = field(compare=False)
+    """The place it comes from, as ``file:line``, if errors would not name it otherwise."""
+
+    def __init__(
+        self,
+        text: str | None = None,
+        images: Iterable[ImageSource] = (),
+        instruction: str | None = None,
+        source: str = "",
+        *,
+        parts: Iterable[Part] | None = None,
+    ) -> None:
+        """
+        :param text: a text that stands after the images, which is where vision-language models expect it.
+        :param parts: texts and images in another order, instead of ``text`` and ``images``.
+        """
+        if parts is None:
+            parts = [*map(Image, images), *([] if text is None else [Text(text)])]
+        elif text is not None or images:
+            raise ValueError("`parts` must not be given together with `text` or `images`.")
+
+        for name, value in (("parts", tuple(parts)), ("instruction", instruction), ("source", source)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def text(self) -> str | None:
+        """The text; several are joined by line breaks. ``None`` if there is none."""
+        texts = [part.value for part in self.parts if isinstance(part, Text)]
+        return "\n".join(texts) if texts else None
+
+    @property
+    def images(self) -> tuple[ImageSource, ...]:
+        """The images, in their order."""
+        return tuple(part.source for part in self.parts if isinstance(part, Image))
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether the order counts: there are several texts, or a text between images."""
+        kinds = [type(part) for part in self.parts]
+        return kinds.count(Text) > 1 or (Text in kinds[1:-1] and Image in kinds)
+
+    def describe_order(self) -> str:
+        """Name the parts in their order: "text, image, text"."""
+        return ", ".join("text" if isinstance(part, Text) else "image" for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -41,3 +104,8 @@ class Example:
 
     source: str = field(default="", compare=False)
     """Where the row comes from, as ``file:line``."""
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The query, the positive if there is one, and the negatives."""
+        return (self.query, *(() if self.positive is None else (self.positive,)), *self.negatives)

@@ -36,9 +36,8 @@ def has_images(example: Example) -> bool:
 
 
 def _images(example: Example) -> Iterator[ImageSource]:
-    for item in (example.query, example.positive, *example.negatives):
-        if item is not None:
-            yield from item.images
+    for item in example.items:
+        yield from item.images
 
 
 def _size(image: ImageSource, allow_urls: bool) -> tuple[int, int]:

@@ -132,8 +132,8 @@ class Task(Generic[BatchT]):
 class _Pool:
     """Threads that take tasks in order.
 
-    Unlike those of ``ThreadPoolExecutor``, they do not keep a program that ends
-    (after an error, say) waiting until all that was to be loaded ahead is loaded.
+    Unlike the threads of ``ThreadPoolExecutor``, they do not make a program that
+    ends, for example after an error, wait until everything ahead is loaded.
     """
 
     def __init__(self, num_threads: int) -> None:

@@ -52,7 +52,7 @@ class EmbeddingDataReader(DataReader[BatchT]):
     :param on_error: with ``skip``, a row for which the dataset or ``load`` raises
         :class:`DataError` is logged and left out: its batch is one row smaller,
         and no row changes its place.
-    :param load: prepares one row (decodes its images, say); runs in a thread.
+    :param load: prepares one row, for example by decoding its images; runs in a thread.
     :param files: the path of each data file and its fingerprint
         (:meth:`.dataset.ExampleDataset.fingerprints`). They are part of the state, and a file that
         has changed since then is an error.

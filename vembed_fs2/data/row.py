@@ -6,20 +6,20 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from vembed_fs2.data.example import ImageSource, Item
+from vembed_fs2.data.example import Image, ImageSource, Item, Part, Text
 
 _URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a row of certain columns holds what; the same for all rows of most files."""
+    """Which column of a row holds which field. Most files have one layout for all rows."""
 
     columns: dict[str, str]
     """Field -> column."""
@@ -29,7 +29,7 @@ class Layout:
 
 
 class RowError(Exception):
-    """What is wrong with a row, without its place."""
+    """An error in a row, without the row's place."""
 
 
 def fail(key: str, problem: str) -> NoReturn:
@@ -67,17 +67,22 @@ class RowReader:
         )
 
     def item(self, text_field: str, image_field: str, instruction: str | None) -> Item | None:
-        value = self.field(text_field)
-        if isinstance(value, list):
-            if len(value) != 1:
-                fail(self.name(text_field), f"must be one value, but is a list of {len(value)}; write one row for each")
-            value = value[0]
         names = (self.name(text_field), self.name(image_field))
-        return self._item(value, self.field(image_field), names, instruction)
+        return self._item(self.field(text_field), self.field(image_field), names, instruction)
 
     def _item(self, value: object, image: object, names: tuple[str, str], instruction: str | None) -> Item | None:
         """Make an item of a text (or the general form) and of images."""
         images = self._images(image, names[1])
+
+        if isinstance(value, list):
+            if len(value) > 1 and any(isinstance(entry, Mapping) for entry in value):
+                if images:
+                    fail(names[1], f"must not be given when {names[0]!r} is a list of texts and images")
+                return Item(parts=self._parts(value, names[0]), instruction=instruction)
+            if len(value) != 1:
+                fail(names[0], f"must be one value, but is a list of {len(value)}; write one row for each")
+            value = value[0]
+
         text: str | None = None
         if isinstance(value, Mapping):
             _check_keys(value, ("text", "image", "instruction"), names[0])
@@ -90,6 +95,24 @@ class RowReader:
         if value is not None:
             text = _text(value, names[0])
         return Item(text, images, instruction) if text is not None or images else None
+
+    def _parts(self, entries: list[object], key: str) -> Iterator[Part]:
+        """Read an interleaved input: ``[{"text": ...}, {"image": ...}, ...]``."""
+        for idx, entry in enumerate(entries):
+            where = f"{key}[{idx}]"
+            if not isinstance(entry, Mapping):
+                fail(where, f"must be an object with a text or an image, but is {_describe(entry)}")
+            _check_keys(entry, ("text", "image"), where)
+
+            # Columnar files write the keys that an entry does not have as null.
+            held = [name for name in ("text", "image") if entry.get(name) is not None]
+            if len(held) != 1:
+                fail(where, f"must hold either a text or an image, but holds {' and '.join(held) or 'neither'}")
+
+            if held == ["text"]:
+                yield Text(_text(entry["text"], where))
+            else:
+                yield from map(Image, self._images(entry["image"], where))
 
     def negatives(self, instruction: str | None) -> tuple[Item, ...]:
         names = (self.name("negatives"), self.name("negative_images"))

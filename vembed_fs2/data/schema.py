@@ -10,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
-from vembed_fs2.data.example import Example, Item
+from vembed_fs2.data.example import Example, ImageSource, Item, Text
 from vembed_fs2.data.row import Layout, RowError, RowReader, fail
 from vembed_fs2.errors import ConfigError, DataError
 
@@ -31,7 +31,7 @@ FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "instruction": ("instruction",),
     "document_instruction": ("document_instruction",),
 }
-"""The names under which a row may hold each field. ``negative_1``, ``negative_image_1`` and so on are known, too."""
+"""The names under which a row may hold each field. ``negative_1``, ``negative_image_1`` and so on are known as well."""
 
 _NAMES: Final = {name: field for field, names in FIELDS.items() for name in names}
 
@@ -45,7 +45,7 @@ class RowSchema:
 
     :param columns: our field -> the file's column; ``None`` as the column leaves the field out.
     :param mode: what queries and documents must consist of.
-    :param image_root: the folder that all images must lie in; by default that of the data file.
+    :param image_root: the folder that all images must lie in; the folder of the data file by default.
     :param allow_urls: if ``True``, an image may be an HTTP(S) URL.
     :raises ConfigError: an unknown mode or field.
     """
@@ -139,7 +139,7 @@ class RowSchema:
         for field, column in self.columns.items():
             if column is not None:
                 if column not in keys:
-                    nearest = _nearest(column, keys) or " Write null where there is no value."
+                    nearest = _nearest(column, keys) or " Write null if there is no value."
                     raise RowError(f"has no column {column!r}, which `columns` maps to {field!r}.{nearest}")
                 found[field] = column
         numbered: dict[int, list[str | None]] = {}
@@ -179,18 +179,24 @@ def content_id(item: Item) -> int:
 
     An image file counts by its path; its content is not read.
     """
-    parts: list[bytes] = []
-    for tag, text in ((b"t", item.text), (b"n", item.instruction)):
-        if text is not None:
-            parts += [tag, text.encode("utf-8")]
-    for image in item.images:
-        if isinstance(image, (Path, str)):
-            parts += [b"p", os.fsencode(image)]
-        elif isinstance(image, bytes):
-            parts += [b"b", image]
+    values: list[bytes] = []
+    if item.instruction is not None:
+        values += [b"n", item.instruction.encode("utf-8")]
+
+    for part in item.parts:
+        if isinstance(part, Text):
+            values += [b"t", part.value.encode("utf-8")]
         else:
-            parts += [b"i", f"{image.mode} {image.size}".encode(), image.tobytes()]
-    return _hash63(parts)
+            values += _image_values(part.source)
+    return _hash63(values)
+
+
+def _image_values(image: ImageSource) -> list[bytes]:
+    if isinstance(image, (Path, str)):
+        return [b"p", os.fsencode(image)]
+    if isinstance(image, bytes):
+        return [b"b", image]
+    return [b"i", f"{image.mode} {image.size}".encode(), image.tobytes()]
 
 
 def label_id(label: str | int) -> int:

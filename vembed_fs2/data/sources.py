@@ -91,7 +91,7 @@ class RowSource:
 
 
 class _Descriptor:
-    """An open file that closes when nobody uses it."""
+    """An open file that closes when nothing uses it any more."""
 
     def __init__(self, file: Path) -> None:
         self._fd = -1

@@ -1,6 +1,6 @@
 """Data, model folders and evaluation of the image demo: a small model learns handwritten digits from captions.
 
-The 1,797 digits (8 x 8 pixels, 17 greys) are those of scikit-learn, so the demo
+The 1,797 digits (8 x 8 pixels, 17 greys) come from scikit-learn, so the demo
 downloads nothing. Digits of one class carry one label: in training they are
 never each other's negatives.
 """
@@ -38,7 +38,7 @@ TEMPLATES: Final = (
 )
 
 ZERO_SHOT_TEMPLATE: Final = TEMPLATES[0]
-"""What an image is compared with to tell its class."""
+"""The caption that an image is compared with to tell its class."""
 
 IMAGE_SIZE: Final = 16
 """The digits are enlarged to this many pixels a side by the image processor."""

@@ -1,7 +1,7 @@
 """Pairs for the text demo: what a docstring promises, and what it goes on to explain.
 
 A row's query is the first paragraph of a docstring, its positive the rest. The
-docstrings are those of the standard library, numpy and torch as they are
+docstrings come from the standard library, numpy and torch as they are
 installed, so the demo downloads nothing.
 """
 
@@ -57,7 +57,7 @@ class TextPairs:
     """JSONL rows of ``_id`` and ``text``: the held-out queries."""
 
     corpus: Path
-    """JSONL rows of ``_id`` and ``text``: all documents, those of the training rows included."""
+    """JSONL rows of ``_id`` and ``text``: all documents, also the training rows'."""
 
     qrels: Path
     """Which document answers which held-out query (``query-id``, ``corpus-id``, ``score``)."""
@@ -89,7 +89,7 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
     paragraphs = re.split(r"\n\s*\n", cleandoc(docstring).strip(), maxsplit=2)
     if _SIGNATURE.fullmatch(paragraphs[0]):
         paragraphs = paragraphs[1:]
-    # Underlines of headings are no words.
+    # Underlines of headings are not words.
     query = " ".join(re.sub(r"([=\-~*^#])\1{3,}", " ", "".join(paragraphs[:1])).split())
     document = "\n\n".join(paragraphs[1:]).strip()
     if not QUERY_LENGTH[0] <= len(query) <= QUERY_LENGTH[1] or len(_normal(query).split()) < 4:
@@ -223,7 +223,7 @@ def _docstrings_in(file: Path) -> Iterator[str]:
             docstring = ast.get_docstring(node)
             if docstring:
                 yield docstring
-        # Functions within functions are nobody's interface; statements hold no docstrings.
+        # Functions within functions are not an interface; statements hold no docstrings.
         if isinstance(node, (ast.Module, ast.ClassDef, ast.If, ast.Try)):
             nodes.extend(node.body)
         if isinstance(node, (ast.If, ast.Try)):

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from typing_extensions import Self, override
 
 from vembed_fs2.embedding.batch import EncoderBatch as EncoderBatch
+from vembed_fs2.embedding.inputs import ImageInputs, Kind, TextInputs
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
 from vembed_fs2.embedding.learned import EmbeddingModelConfig as EmbeddingModelConfig
 
@@ -123,6 +124,9 @@ class EmbeddingModel(Module, ABC):
     tokens_per_image: int = 1
     """What an image costs to encode, in tokens."""
 
+    image_shape: tuple[int, int, int] | None = None
+    """An image shape that the model takes: channels, height, width in pixels."""
+
     frozen_parameters: frozenset[str] = frozenset()
     """The names of the parameters that are never trained: those that the factory of the family freezes."""
 
@@ -151,25 +155,48 @@ class EmbeddingModel(Module, ABC):
         the sum of their unit embeddings (late fusion; "CLIP-SF" in Wei et al.,
         UniIR, 2023, https://arxiv.org/abs/2311.17136).
         """
-        if batch.pixel_values is None and batch.num_texts == batch.num_rows:
+        if batch.features is not None:
+            raise TypeError(f"{type(self).__name__} has no encoder of features.")
+
+        if batch.images is None and batch.num_texts == batch.num_rows:
             return self.encode_text(batch), None
-        if batch.input_ids is None and batch.num_images == batch.num_rows:
+        if batch.text is None and batch.num_images == batch.num_rows:
             return self.encode_image(batch), None
         return self._fuse(batch), None
 
     def _fuse(self, batch: EncoderBatch) -> Tensor:
         parts, rows = [], []
-        if batch.input_ids is not None and batch.text_rows is not None:
+        if batch.text is not None:
             parts.append(self.encode_text(batch))
-            rows.append(batch.text_rows)
-        if batch.pixel_values is not None and batch.image_rows is not None:
+            rows.append(batch.text.rows)
+        if batch.images is not None:
             parts.append(self.encode_image(batch))
-            rows.append(batch.image_rows)
+            rows.append(batch.images.rows)
         part, row = torch.cat(parts), torch.cat(rows)
         count = torch.bincount(row, minlength=batch.num_rows)
         single = (count[row] == 1).unsqueeze(1)
         part = torch.where(single, part, normalize(part.float(), dim=-1).to(part.dtype))
         return part.new_zeros(batch.num_rows, part.size(1)).index_add(0, row, part)
+
+    def blank(self, kind: Kind) -> EncoderBatch:
+        """Return one row that means nothing, for a rank that has no row of a kind that other ranks have.
+
+        All ranks must run the same parts of a sharded model; the embedding of this row is not used.
+        """
+        row = torch.zeros(1, dtype=torch.int64)
+        text = images = None
+        if Kind.TEXT in kind:
+            width = (self.max_text_length if self.text_padding == "max_length" else None) or 1
+            text = TextInputs(torch.zeros(1, width, dtype=torch.int64), row)
+        if Kind.IMAGE in kind:
+            images = self.blank_image()
+        return EncoderBatch(1, text, images)
+
+    def blank_image(self) -> ImageInputs:
+        """Return one black image. Models whose images are patches override it."""
+        if self.image_shape is None:
+            raise TypeError(f"{type(self).__name__} has no `image_shape`, which says how large a blank image is.")
+        return ImageInputs(torch.zeros(1, *self.image_shape), torch.zeros(1, dtype=torch.int64))
 
     def forward(self, batch: EncoderBatch) -> Embeddings:
         """Encode ``batch``. Everything that training needs passes through here, the temperature too."""

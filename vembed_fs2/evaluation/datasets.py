@@ -23,7 +23,7 @@ def task_from_examples(examples: Sequence[Example]) -> RetrievalTask:
     - The documents are the positives and the negatives; the same content (see
       :func:`~vembed_fs2.data.schema.content_id`) is one document.
     - Rows with the same query are one query; all their positives are relevant.
-    - A row's label is the label of its positive, too: all documents with the
+    - A row's label is its positive's label as well: all documents with the
       label of a query are relevant.
     - Where no row has a positive, the rows are searched among themselves: every
       other row with the same label is relevant (Stanford Online Products style).
@@ -150,7 +150,7 @@ def task_from_files(
     Grades that are not greater than 0 mean "not relevant". Queries without
     any judgement belong to another split and are left out.
 
-    :param image_root: The folder that images lie in; by default that of each file.
+    :param image_root: the folder that images lie in; each file's own folder by default.
 
     :raises DataError: a row is broken, or a judgement names an unknown query or
         document; the message names file and line. Or no document is relevant.
@@ -187,7 +187,7 @@ def _read_items(file: Path, image_root: str | os.PathLike[str] | None) -> tuple[
         except RowError as ex:
             raise DataError(f"{source.where(i)}: {ex}") from None
         if name in ids:
-            raise DataError(f"{source.where(i)}: the id {name!r} is the same as that of {source.where(ids[name])}.")
+            raise DataError(f"{source.where(i)}: the id {name!r} is also the id of {source.where(ids[name])}.")
         ids[name] = i
         items.append(replace(item, source=source.where(i)) if item.images else item)
     return ids, items

@@ -2,7 +2,7 @@
 
 Every metric here needs no more than the rank of each relevant document, so
 nothing of the size queries x documents is ever held. Ranks start at 1. All
-definitions are those of ``trec_eval``, whose names are given.
+definitions are ``trec_eval``'s, and its names are given.
 
 Shapes: Q queries, R relevant documents of a query (padded to the largest
 number), K retrieved documents.
@@ -95,7 +95,7 @@ def ndcg_at_k(ranks: Tensor, k: int, grades: Tensor | None = None) -> Tensor:
     """Normalised discounted cumulative gain of the first ``k`` (``ndcg_cut_k``).
 
     A document of grade g at rank r gains ``g / log2(r + 1)`` (Järvelin and
-    Kekäläinen, 2002, with linear gain); the sum is divided by that of the best
+    Kekäläinen, 2002, with linear gain); the sum is divided by the sum of the best
     possible order.
 
     :param ranks: *Shape:* ``[Q, R]``.

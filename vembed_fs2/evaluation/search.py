@@ -150,7 +150,7 @@ def exact_search(
     :param query_mask: The vectors that count, for ``maxsim``; all by default. *Shape:* ``[Q, L]``, bool.
     :param document_mask: The same of documents; one without any scores 0. *Shape:* ``[N, V]``, bool.
     :param k: How many; ``min(k, N)`` are returned.
-    :param exclude: The document that each query must not find (itself, say), or -1. *Shape:* ``[Q]``, int64.
+    :param exclude: The document that each query must not find (for example itself), or -1. *Shape:* ``[Q]``, int64.
     :param device: Where to compute, block by block; the device of ``queries`` by default.
 
     :raises EmbeddingValueError: an embedding holds NaN or infinity.

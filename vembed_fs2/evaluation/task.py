@@ -14,10 +14,10 @@ class RetrievalTask:
     """Queries, the documents to find them in, and which documents answer which query."""
 
     queries: Sequence[Item]
-    """What is asked."""
+    """The inputs that ask."""
 
     corpus: Sequence[Item]
-    """What is searched."""
+    """The inputs that are searched."""
 
     relevant: Sequence[Mapping[int, float]]
     """For each query the indices of its relevant documents, with their grades."""

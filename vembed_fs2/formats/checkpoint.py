@@ -31,7 +31,7 @@ HOW_TO_TRUST: Final = (
 
 
 class NeedsCodeError(ModelLoadError):
-    """Raised when a model can be loaded only with Python code that comes with it, and nobody asked for that."""
+    """Raised when a model can be loaded only with Python code that comes with it, which was not allowed."""
 
 
 def drop_learned(config: object, *, kept: Collection[str] = ()) -> Drop:
@@ -56,7 +56,7 @@ class CheckpointFormat(HuggingFaceConverter):
     sentence_module: str | None = None
     """
     The module of sentence-transformers that holds a whole model in transformers'
-    layout, if it has one: it is written where there is no head to say what follows.
+    layout, if it has one: it is written if there is no head that says what follows.
     """
 
     @abstractmethod
@@ -65,7 +65,7 @@ class CheckpointFormat(HuggingFaceConverter):
     ) -> Any:
         """Convert ``config.json`` to the family's configuration.
 
-        :param head: what follows the backbone, where the folder says it.
+        :param head: what follows the backbone, if the folder has it.
         :param keys: the names of the tensors in the checkpoint.
         :raises ModelLoadError: an option is not supported; the message names the field.
         """
@@ -110,7 +110,7 @@ class CheckpointFormat(HuggingFaceConverter):
     def from_folder(self, folder: ModelFolder, *, trust_remote_code: bool = False) -> Any:
         """Read the configuration of a folder.
 
-        :param trust_remote_code: whether Python code in the folder may be run, where the family does that at all.
+        :param trust_remote_code: whether Python code in the folder may be run, if the family can do that at all.
         """
         return self.from_hf_config(folder.config, head=folder.head(), keys=folder.keys())
 
@@ -122,6 +122,7 @@ class CheckpointFormat(HuggingFaceConverter):
         """
         from huggingface_hub import save_torch_state_dict
 
+        folder.mkdir(parents=True, exist_ok=True)
         self.write_config(folder, config)
         save_torch_state_dict(cast(dict[str, Tensor], self.to_hg_state_dict(state_dict, config)), folder)
         self.write_files(folder, config)
@@ -148,12 +149,12 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
     ``config.json`` holds the family's own configuration under ``model_config``,
     and tensors keep their names. If the configuration has a field ``head`` of
     type :class:`HeadConfig`, it must call the size of token states
-    ``model_dim``; sentence-transformers' modules are then read and written, too.
+    ``model_dim``; sentence-transformers' modules are then read and written as well.
     """
 
     def __init__(self, model_type: str, config_kls: type[ConfigT]) -> None:
         """
-        :param model_type: the ``model_type`` of ``config.json``: letters, digits and ``_``, and nobody else's.
+        :param model_type: the ``model_type`` of ``config.json``: letters, digits and ``_``, of this family only.
         :param config_kls: a dataclass.
         """
         self.model_types = (model_type,)
@@ -214,7 +215,7 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
         kept = {k: v for k, v in values.items() if k not in ("teacher_dim", "learned")}
         data: dict[str, object] = {"model_config": kept}
         if head_of(config) is not None:
-            # Where sentence-transformers' pooling looks for the size of its inputs.
+            # sentence-transformers' pooling looks here for the size of its inputs.
             data["hidden_size"] = getattr(config, "model_dim")  # noqa: B009  (mypy does not know the field)
         return data
 

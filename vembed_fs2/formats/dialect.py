@@ -41,4 +41,4 @@ class Dialect(ABC):
 
     @abstractmethod
     def key_map(self, config: Any) -> KeyMap:
-        """Return how the library's tensors become those of a model of this configuration."""
+        """Return how the library's tensors map to the tensors of a model of this configuration."""

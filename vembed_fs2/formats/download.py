@@ -31,7 +31,7 @@ class FolderDownloadManager(AssetDownloadManager):
 
     fairseq2 fetches ``*.safetensors`` only. Older repositories (OpenAI's CLIP
     among them) have pickled weights only, others several formats at once, and
-    the processor's files are needed, too.
+    the processor's files are needed as well.
     """
 
     def __init__(self, manager: AssetDownloadManager) -> None:

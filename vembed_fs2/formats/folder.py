@@ -103,7 +103,7 @@ class ModelFolder:
         return model_type
 
     def head(self) -> HeadConfig | None:
-        """What follows the backbone, where the folder says it."""
+        """The head after the backbone, if the folder has one."""
         file = self.root / HEAD_FILE
         if not file.is_file():
             return None
@@ -114,7 +114,7 @@ class ModelFolder:
             raise ModelLoadError(f"{file} is not valid: {ex}.") from None
 
     def image_head(self) -> ImageHeadConfig | None:
-        """What follows an image backbone, where the folder says it."""
+        """The head after an image backbone, if the folder has one."""
         file = self.root / IMAGE_HEAD_FILE
         if not file.is_file():
             return None
@@ -172,7 +172,7 @@ class SentenceTransformersFolder(ModelFolder):
 
     @override
     def tensors(self) -> Mapping[str, Tensor]:
-        """All tensors: those of the backbone, and ``head.dense.N.weight|bias`` of dense modules."""
+        """All tensors of the backbone, and ``head.dense.N.weight|bias`` of dense modules."""
         tensors = self._backbone_tensors()
         for idx, folder in enumerate(self.modules.dense_folders):
             tensors.add(find_weights(folder), partial(_dense_name, idx))
@@ -288,7 +288,8 @@ class FolderCheckpointLoader(ModelCheckpointLoader):
         if convert is None or not path.joinpath("pp_00").is_dir():
             yield from self._fallback.lazy_load(path, shard_dims, options)
             return
-        # The checkpoint of a run. fairseq2 would convert what each rank held and then append it, what is added, too.
+        # A run's checkpoint. fairseq2 converts each rank's shard and concatenates the results, which would repeat
+        # tensors that the converter adds; so convert the joined state.
         options = replace(options, state_dict_converter=None)
         for key, tensor in convert(dict(self._fallback.lazy_load(path, shard_dims, options))).items():
             assert isinstance(tensor, Tensor)

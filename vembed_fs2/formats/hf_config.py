@@ -83,7 +83,7 @@ def validate_hf_config(config: object, names: Mapping[str, str]) -> None:
 
 
 def create_dual_rules(names: Mapping[str, str]) -> list[Rule]:
-    """Complete the names of tensors of a model with a ``text_model`` and a ``vision_model`` by those of their layers.
+    """Add the names of the layers' tensors, for a model with a ``text_model`` and a ``vision_model``.
 
     :param names: what the names of all others start with, and what that is here.
     """

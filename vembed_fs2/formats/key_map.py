@@ -29,7 +29,7 @@ from vembed_fs2.errors import ModelLoadError
 _NUMBER: Final = "*"
 
 _PARAMETER: Final = re.compile(r"\.(weight|bias)$")
-"""What follows the name of a module in those of its tensors."""
+"""The endings of tensor names that follow the name of a module."""
 
 
 class Shape(NamedTuple):
@@ -175,7 +175,7 @@ class KeyMap:
         return {theirs: tuple(ours) for theirs, ours in found.items()}
 
     def _is_tensor(self, name: str) -> bool:
-        """Whether a name without ``.weight`` or ``.bias`` is that of a parameter of its own."""
+        """Whether a name without ``.weight`` or ``.bias`` names a parameter itself."""
         found = (source.match(name) for move in self._writers for source in move.sources)
         return self._not_written.fullmatch(name) is not None or any(
             rest is not None and not rest.rest for rest in found

@@ -76,7 +76,7 @@ class OpenClipFormat(Dialect):
     """
 
     create_key_map: Callable[[Any], KeyMap]
-    """Returns how the tensors of open_clip become those of a model of this configuration."""
+    """Return how open_clip's tensors map to the tensors of a model of this configuration."""
 
     @override
     def reads_config(self, content: Mapping[str, Any]) -> bool:
@@ -91,7 +91,7 @@ class OpenClipFormat(Dialect):
     def from_config(self, folder: Path, content: Mapping[str, Any]) -> Any:
         text_cfg = dict(content["model_cfg"]["text_cfg"])
         if text_cfg.get("hf_tokenizer_name") and (pad_id := _read_pad_id(folder)) is not None:
-            # What texts are padded with is the tokenizer's, whatever `pad_id` says.
+            # Texts are padded with the tokenizer's token, whatever `pad_id` says.
             text_cfg["pad_id"] = pad_id
         return self.config_from_open_clip({**content["model_cfg"], "text_cfg": text_cfg})
 
@@ -152,7 +152,7 @@ def read_open_clip_json(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, A
 
 
 def _read_pad_id(folder: Path) -> int | None:
-    """The index of the padding token of a Hugging Face tokenizer, where its files say it."""
+    """The index of the padding token of a Hugging Face tokenizer, if its files have it."""
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return None
@@ -193,7 +193,7 @@ def read_text_options(folder: Path) -> dict[str, Any]:
 
 
 def read_model_options(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a model besides those of its towers, which stay as they are; defaults are filled in.
+    """Return the options of a model, with defaults filled in. The options of its towers stay as they are.
 
     :raises ModelLoadError: an option is not known, or of a wrong type.
     """

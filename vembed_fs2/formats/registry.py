@@ -64,7 +64,7 @@ def find_layout(path: Path) -> Layout | None:
 def get_writer(name: str) -> Callable[[Any, Path], None]:
     """Return what writes a layout.
 
-    :raises VembedError: there is none of that name.
+    :raises VembedError: no layout has that name.
     """
     writers = {layout.name: layout.write for layout in list_layouts() if layout.write is not None}
     if name not in writers:

@@ -73,7 +73,7 @@ class SentenceModules:
     """The folders of the dense modules, in order, one for each entry of ``head.dense``."""
 
     max_length: int | None = None
-    """The longest text in tokens, where the folder says it."""
+    """The longest text in tokens, if the folder has it."""
 
     prompts: Mapping[str, str] = field(default_factory=dict)
     """Prompt texts by name."""
@@ -227,7 +227,7 @@ def _read_prompts(file: Path) -> tuple[dict[str, str], str | None, SingleSimilar
     config = read_json(file) if file.is_file() else {}
     prompts: dict[str, str] = {}
     for name, text in (_read(file, config, "prompts", dict, {}) or {}).items():
-        # sentence-transformers lists the prompts that nobody has set as null.
+        # sentence-transformers writes prompts that are not set as null.
         if text is not None:
             prompts[name] = _read(file, {f"prompts.{name}": text}, f"prompts.{name}", str)
     default = config.get("default_prompt_name")

@@ -18,12 +18,15 @@ from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json
 
 WEIGHT_FILES: Final = (
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
-"""Where transformers' layout has its weights, the preferred file first."""
+"""The files in which transformers' layout has its weights, the preferred one first.
+
+A whole file comes before an index, as in transformers, whose ``save_pretrained`` leaves an old index behind.
+"""
 
 
 @final

@@ -16,6 +16,7 @@ from vembed_fs2.gradcache.group import EncodedChunk, Group
 from vembed_fs2.gradcache.planner import Budget, count_kept, match_counts, parse_budget, plan_chunks
 from vembed_fs2.gradcache.replay import RngState, SavedBytes, is_out_of_memory
 from vembed_fs2.gradcache.rows import as_rows
+from vembed_fs2.reachable import find_reachable
 
 log = logging.getLogger("vembed_fs2")
 
@@ -33,7 +34,7 @@ class StepStats:
     """Tokens with padding."""
 
     graph_bytes: int = 0
-    """What the graphs of all chunks would hold, by what those of the first step held."""
+    """The bytes that the graphs of all chunks would hold, estimated from the first step."""
 
     @property
     def kept_fraction(self) -> float:
@@ -56,7 +57,7 @@ class GradCache:
 
     Rows are encoded in chunks; the loss sees all embeddings; its gradient with
     respect to each embedding is then carried through the encoder chunk by
-    chunk. The gradient is that of the plain step, with dropout, autocast, loss
+    chunk. The gradient equals the plain step's, with dropout, autocast, loss
     scaling, gradient accumulation, DDP and FSDP2. What an encoder makes of a
     row must not depend on the other rows of its chunk, as batch normalisation
     does.
@@ -75,10 +76,10 @@ class GradCache:
         recognised, also inside another module, a function or a method.
     :param loss: ``loss(*embeddings, **kwargs)`` returns a scalar. It gets what
         ``encode`` returns, for all rows of each role. It may have parameters.
-    :param chunk_tokens: the cost of a chunk, padding included, in tokens. A row
+    :param chunk_tokens: the most tokens of a chunk, padding included. A row
         without tokens costs 1.
-    :param chunk_patches: the cost of a chunk of rows with images, in patches;
-        ``None`` if it is ``chunk_tokens``.
+    :param chunk_patches: the most patches of images in a chunk; if ``None``,
+        patches count as tokens.
     :param activation_budget: the memory for graphs that are kept instead of
         recomputed: ``"auto"`` (half of what is free), ``"all"``, ``0`` or a size
         such as ``"4GiB"`` for all encoders together. The first graph of each
@@ -116,7 +117,7 @@ class GradCache:
         self._chunk_patches = chunk_patches
         self._budget: Budget = activation_budget
         self._budget_limit = 2**62  # Lowered when memory runs out.
-        self._kept_bytes = 0  # Of the encoders before, in this step.
+        self._kept_bytes = 0  # By the encoders before, in this step.
         self._grad_sync = grad_sync
         self._bytes_per_token: dict[tuple[int, int], float] = {}
         self._sync = sync
@@ -171,22 +172,24 @@ class GradCache:
                 if self._grad_sync == "every_chunk" and not sync.can_reduce_chunks:
                     raise ValueError("`grad_sync` must be 'last' with DDP, which averages gradients once.")
                 sync.reduces_chunks = self._grad_sync == "every_chunk"
+                _check_closure(encoder)
                 group = groups[id(encoder)] = Group(len(groups), encoder, sync)
             group.add(idx, as_rows(role))
         return list(groups.values())
 
     def _plan(self, group: Group) -> None:
-        rows = group.rows
-        costs, kinds = rows.costs(), rows.kinds()
-        if not costs:
+        if len(group.rows) == 0:
             raise ValueError("A step needs at least one row for each encoder.")
-        chunks = plan_chunks(costs, kinds, self._chunk_tokens, self._chunk_patches)
+
+        profile = group.rows.profile()
+        chunks = plan_chunks(profile, self._chunk_tokens, self._chunk_patches)
         if group.sync.runs_in_step:
-            own = {kind: sum(c.kind == kind for c in chunks) for kind in set(kinds)}
-            chunks = match_counts(chunks, group.sync.agree_counts(own), costs)
+            own = {kind: sum(c.kind == kind for c in chunks) for kind in set(profile.kinds)}
+            chunks = match_counts(chunks, group.sync.agree_counts(own), profile)
+
         group.chunks = [EncodedChunk(chunk) for chunk in chunks]
         self.stats.num_chunks += len(chunks)
-        self.stats.num_tokens += sum(costs)
+        self.stats.num_tokens += sum(profile.costs())
         self.stats.num_padded_tokens += sum(c.tokens for c in chunks)
 
     def _forward(self, group: Group) -> None:
@@ -215,9 +218,10 @@ class GradCache:
 
     def _encode_first(self, group: Group, encoded: EncodedChunk) -> None:
         key = (group.index, encoded.chunk.kind)
-        if key in self._bytes_per_token:
+        if key in self._bytes_per_token or not encoded.chunk.rows:
             group.encode(encoded, keep=True)
             return
+
         saved = SavedBytes(casts=not group.sync.shares_casts)
         with saved.measuring():
             group.encode(encoded, keep=True)
@@ -231,7 +235,7 @@ class GradCache:
         # Asked anew in each step: "auto" depends on what else is in memory by now.
         budget = parse_budget(self._budget, group.device)
         if self._budget == "auto":
-            budget += self._kept_bytes  # What is free is what they left.
+            budget += self._kept_bytes  # They are no longer part of what is free.
         budget = min(budget, self._budget_limit) - self._kept_bytes
         budget = -group.sync.agree_max([-budget])[0]
         return count_kept(sizes, budget) if budget > 0 else 0
@@ -264,6 +268,17 @@ class GradCache:
         return False
 
 
+def _check_closure(encoder: Callable[..., Any]) -> None:
+    """:raises ValueError: the encoder uses a tensor whose graph each chunk would run through again."""
+    if not torch.is_grad_enabled():
+        return
+    if next(find_reachable(encoder, lambda value: isinstance(value, Tensor) and not value.is_leaf), None) is not None:
+        raise ValueError(
+            "`encode` uses a tensor that was computed before the call and needs a gradient. Compute it within"
+            " `encode`, or give it to the step as an input of the role."
+        )
+
+
 class _Step:
     """A step that waits for its backward pass, which can run once."""
 
@@ -282,6 +297,11 @@ class _Step:
         torch.autograd.backward(value, scale)
         for group in groups:
             group.backward()
+
+        # Once for all, because roles may come from one graph.
+        links = [(source, leaf.grad) for group in groups for source, leaf in group.links if leaf.grad is not None]
+        if links:
+            torch.autograd.backward([source for source, _ in links], [grad for _, grad in links])
 
 
 class _Backward(torch.autograd.Function):

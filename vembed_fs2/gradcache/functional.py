@@ -69,7 +69,7 @@ def cached_loss(**options: Any) -> Callable[[Callable[..., Tensor]], CachedLoss]
     Other arguments are passed on. The step's statistics are in the loss's
     attribute ``stats``.
 
-    :param options: those of :class:`GradCache`.
+    :param options: the options of :class:`GradCache`.
     :raises TypeError: none of the arguments is a call of a cached encoder.
     """
 

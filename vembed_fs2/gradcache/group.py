@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vembed_fs2.distributed import GradSync
+from vembed_fs2.embedding.inputs import Kind
 from vembed_fs2.gradcache.lookups import add_lookups_in_place
 from vembed_fs2.gradcache.planner import Chunk
 from vembed_fs2.gradcache.replay import Autocast, RngState
 from vembed_fs2.gradcache.rows import Rows, append_rows
+from vembed_fs2.reachable import find_module_with
 
 
 @dataclass(eq=False)
@@ -45,9 +47,12 @@ class Group:
     roles: list[tuple[int, Rows]] = field(default_factory=list)
     chunks: list[EncodedChunk] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
+    links: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Inputs that need a gradient, each with the leaf that gathers it."""
+
     trained_kinds: set[int] = field(default_factory=set)
     _kinds_without_lookups: set[int] = field(default_factory=set)
-    """Those of which no lookup can be added in place, so that none is sought again in this step."""
+    """Kinds without a lookup that can be added in place, so that none is sought again in this step."""
 
     _rows: Rows | None = None
     _output_type: type[Any] | None = None
@@ -59,6 +64,10 @@ class Group:
     _device: torch.device | None = None
 
     def add(self, role: int, rows: Rows) -> None:
+        if torch.is_grad_enabled():
+            # Chunks are carried backward one by one, but the graph that made the inputs must be only once.
+            rows, links = rows.cut()
+            self.links += links
         self.roles.append((role, rows))
 
     @property
@@ -78,15 +87,15 @@ class Group:
         return self._device
 
     def encode(self, encoded: EncodedChunk, *, keep: bool) -> None:
-        inputs = self.rows.select(encoded.chunk.rows)
+        inputs = self._inputs(encoded.chunk)
         device = _device_of(inputs)
         if self._autocast is None:
             self._autocast = Autocast(device, cache=self.sync.shares_casts)
         if not keep and torch.is_grad_enabled():
-            encoded.rng = RngState(self.device)  # That of the first chunk, which was kept.
+            encoded.rng = RngState(self.device)  # The device of the first chunk, which was kept.
         with self.sync.no_sync(), torch.set_grad_enabled(keep), self._autocast.entered():
             output = self.encoder(inputs)
-        encoded.values, encoded.mask, extras = self._unpack(output, len(encoded.chunk.rows))
+        encoded.values, encoded.mask, extras = self._unpack(output, max(len(encoded.chunk.rows), 1))
         if self._device is None:
             # An encoder may move its inputs to its device, or its embeddings from it.
             self._device = encoded.values.device if device.type == "cpu" else device
@@ -95,6 +104,25 @@ class Group:
             self._extras = extras
         if keep and encoded.values.requires_grad:
             self.trained_kinds.add(encoded.chunk.kind)
+
+    def _inputs(self, chunk: Chunk) -> Any:
+        """Return the inputs of a chunk: its rows, or a blank row if it has none.
+
+        :raises ValueError: a blank row is needed, and the encoder has none.
+        """
+        if chunk.rows:
+            return self.rows.select(chunk.rows)
+
+        model = find_module_with(self.encoder, "blank")
+        if model is None:
+            raise ValueError(
+                f"This rank has no rows of {Kind(chunk.kind).describe()}, but other ranks have, and all ranks must run"
+                " the parts of a sharded model. The encoder needs a method `blank(kind)` that returns a batch of one"
+                " such row (`EmbeddingModel` has it)."
+            )
+        inputs = model.blank(Kind(chunk.kind))
+        inputs.to(_device_of(self.rows))
+        return inputs
 
     def _unpack(self, output: Any, num_rows: int) -> tuple[Tensor, Tensor | None, tuple[Any, ...]]:
         extras: tuple[Any, ...]
@@ -202,10 +230,8 @@ class Group:
         tensors: list[Tensor] = []
         grads: list[Tensor] = []
         if values.requires_grad:
-            rows = torch.tensor(encoded.chunk.rows, device=grad.device)
-            chunk_grad = grad[rows] if grad.ndim == 2 else grad[rows, : values.size(1)]
             tensors.append(values)
-            grads.append(torch.zeros_like(values) if encoded.chunk.dummy else chunk_grad.to(values.dtype))
+            grads.append(_rows_of(grad, encoded.chunk, values))
         if encoded is self.chunks[0]:
             for extra, leaf in zip(tree_leaves(self._extras), tree_leaves(self._extra_leaves)):
                 if extra is not None and leaf is not None and leaf.grad is not None:
@@ -221,13 +247,28 @@ class Group:
     def _replay(self, encoded: EncodedChunk) -> None:
         assert encoded.rng is not None
         assert self._autocast is not None
-        inputs = self.rows.select(encoded.chunk.rows)
+        with torch.set_grad_enabled(True):
+            inputs = self._inputs(encoded.chunk)
         with torch.set_grad_enabled(True), self._autocast.entered(), encoded.rng.restored():
             output = self.encoder(inputs)
-        encoded.values, encoded.mask, _ = self._unpack(output, len(encoded.chunk.rows))
+        encoded.values, encoded.mask, _ = self._unpack(output, max(len(encoded.chunk.rows), 1))
+
+
+def _rows_of(grad: Tensor, chunk: Chunk, values: Tensor) -> Tensor:
+    """The gradient of a chunk's embeddings. Dummies are not used, so theirs is zero."""
+    if chunk.dummy:
+        return torch.zeros_like(values)
+
+    rows = torch.tensor(chunk.rows, device=grad.device)
+    chunk_grad = grad[rows] if grad.ndim == 2 else grad[rows, : values.size(1)]
+    return chunk_grad.to(values.dtype)
 
 
 def _device_of(inputs: Any) -> torch.device:
+    device = getattr(inputs, "device", None)
+    if isinstance(device, torch.device):
+        return device
+
     values = inputs.values() if isinstance(inputs, dict) else vars(inputs).values()
     for value in values:
         if isinstance(value, Tensor):

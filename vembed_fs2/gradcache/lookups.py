@@ -1,4 +1,4 @@
-"""Gradients of embedding tables, added to those of earlier chunks row by row.
+"""Gradients of embedding tables, added to the gradients of earlier chunks row by row.
 
 A lookup of a few thousand tokens has a gradient as large as the whole table,
 nearly all of it zeros. A step without chunks makes it once; a step of many
@@ -40,7 +40,7 @@ def add_lookups_in_place(output: Tensor) -> int:
             continue
         ids = _saved_ids(node)
 
-        # In a table that is no larger than the chunk a whole gradient costs no more.
+        # If the table is no larger than the chunk, a whole gradient costs no more.
         if ids is not None and ids.numel() < table.size(0):
             node.register_prehook(partial(_add, table, ids, node._saved_padding_idx))
             count += 1
@@ -94,7 +94,7 @@ def _saved_ids(node: Any) -> Tensor | None:
 
 @torch.no_grad()
 def _add(table: Tensor, ids: Tensor, padding_idx: int, grads: tuple[Tensor | None]) -> tuple[Tensor | None]:
-    """Add the gradient of a lookup to that of the table; leave none for the node itself.
+    """Add the gradient of a lookup to the table's; leave none for the node itself.
 
     :param grads: the gradient of what was looked up. *Shape:* ``[*ids.shape, D]``.
     """

@@ -11,13 +11,13 @@ from typing import Final, Literal, TypeAlias
 
 import torch
 
+from vembed_fs2.embedding.batch import Profile
+
 Budget: TypeAlias = "int | str | Literal['auto', 'all']"
 
 _UNITS: Final = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
-_KINDS: Final = {1: "texts", 2: "images", 3: "texts with images"}
-
-# What "auto" may take of the memory that is free when training starts.
+# The share that "auto" may take of the memory that is free when training starts.
 _AUTO_FRACTION: Final = 0.5
 
 
@@ -26,75 +26,95 @@ class Chunk:
     """Rows that are encoded in one forward pass."""
 
     rows: tuple[int, ...]
-    """Indices into all rows of the encoder. A row of a dummy chunk is encoded for its collectives only."""
+    """Indices into all rows of the encoder. None in a chunk that holds a blank row of the model's own."""
 
     kind: int
+
     tokens: int
-    """The cost with padding."""
+    """The cost: tokens with padding, and patches."""
 
     dummy: bool = False
     """If ``True``, the output is not used; it makes all ranks run the same number of chunks."""
 
 
-def plan_chunks(
-    costs: Sequence[int], kinds: Sequence[int], chunk_tokens: int, chunk_patches: int | None = None
-) -> list[Chunk]:
+def plan_chunks(profile: Profile, chunk_tokens: int, chunk_patches: int | None = None) -> list[Chunk]:
     """Cut rows, sorted by cost, into chunks of at most ``chunk_tokens`` tokens with padding.
 
-    Long rows come first, so that running out of memory shows at once. A row
-    longer than ``chunk_tokens`` has a chunk of its own.
+    Expensive rows come first, so that running out of memory shows at once. A row
+    that is over a limit has a chunk of its own.
 
-    :param chunk_patches: the limit of chunks with images; ``None`` if it is that of texts.
+    :param chunk_patches: the most patches of a chunk; if ``None``, patches count as tokens.
     """
-    order = sorted(range(len(costs)), key=lambda i: (kinds[i], -costs[i], i))
+    costs = profile.costs()
+    order = sorted(range(len(costs)), key=lambda i: (profile.kinds[i], -costs[i], i))
+
+    widths = _widths(profile)
+
+    def fits(tokens: int, patches: int) -> bool:
+        if chunk_patches is None:
+            return tokens + patches <= chunk_tokens
+        return tokens <= chunk_tokens and patches <= chunk_patches
+
     chunks: list[Chunk] = []
-    start = 0
-    while start < len(order):
-        first = order[start]
-        width = max(costs[first], 1)
-        stop = start + 1
-        size = chunk_patches if chunk_patches is not None and kinds[first] in (2, 3) else chunk_tokens
-        limit = start + max(size // width, 1)
-        while stop < min(limit, len(order)) and kinds[order[stop]] == kinds[first]:
-            stop += 1
-        chunks.append(Chunk(tuple(order[start:stop]), kinds[first], (stop - start) * width))
-        start = stop
+    rows: list[int] = []
+    width = patches = 0
+    for row in order:
+        if rows:
+            width = max(width, widths[row])
+            patches += profile.patches[row]
+            if profile.kinds[row] != profile.kinds[rows[0]] or not fits(width * (len(rows) + 1), patches):
+                chunks.append(_chunk(rows, profile, widths))
+                rows = []
+
+        if not rows:
+            width, patches = widths[row], profile.patches[row]
+        rows.append(row)
+
+    if rows:
+        chunks.append(_chunk(rows, profile, widths))
     return chunks
 
 
-def match_counts(chunks: list[Chunk], counts: dict[int, int], costs: Sequence[int]) -> list[Chunk]:
+def _widths(profile: Profile) -> list[int]:
+    """The tokens of each row; 1 for rows that hold nothing, which cost something as well."""
+    return [tokens or (0 if patches else 1) for tokens, patches in zip(profile.tokens, profile.patches)]
+
+
+def _chunk(rows: Sequence[int], profile: Profile, widths: Sequence[int]) -> Chunk:
+    tokens = len(rows) * max(widths[row] for row in rows)
+    return Chunk(tuple(rows), profile.kinds[rows[0]], tokens + sum(profile.patches[row] for row in rows))
+
+
+def match_counts(chunks: list[Chunk], counts: dict[int, int], profile: Profile) -> list[Chunk]:
     """Split chunks, or add dummies, until there are ``counts[kind]`` of each kind.
 
-    :raises ValueError: there is no row of a kind that other ranks have.
+    A kind that only other ranks have gets chunks without rows.
     """
+    widths = _widths(profile)
+
     matched: list[Chunk] = []
     for kind in sorted(counts):
-        own = [c for c in chunks if c.kind == kind]
-        if not own:
-            raise ValueError(
-                f"This rank has no row of {_KINDS.get(kind, f'kind {kind}')}, but other ranks have: the parts of a"
-                " sharded model must run on all ranks. Use larger batches, rows that all hold the same, or DDP."
-            )
+        own = [c for c in chunks if c.kind == kind] or [Chunk((), kind, 1, dummy=True)]
         while len(own) < counts[kind]:
             largest = max(range(len(own)), key=lambda i: len(own[i].rows))
-            own[largest : largest + 1] = _split(own[largest], costs)
+            own[largest : largest + 1] = _split(own[largest], profile, widths)
         matched += own
     return matched
 
 
-def _split(chunk: Chunk, costs: Sequence[int]) -> list[Chunk]:
-    if len(chunk.rows) == 1:
+def _split(chunk: Chunk, profile: Profile, widths: Sequence[int]) -> list[Chunk]:
+    if len(chunk.rows) < 2:
         return [chunk, replace(chunk, dummy=True)]
+
     half = (len(chunk.rows) + 1) // 2
-    parts = (chunk.rows[:half], chunk.rows[half:])
-    return [Chunk(rows, chunk.kind, len(rows) * max(costs[r] for r in rows)) for rows in parts]
+    return [_chunk(rows, profile, widths) for rows in (chunk.rows[:half], chunk.rows[half:])]
 
 
 def count_kept(sizes: Sequence[int], budget: int) -> int:
     """Return how many chunks can keep their graphs, from the first on.
 
     The first are the most expensive to recompute. A prefix, so that neither the
-    order of random numbers nor that of sums depends on the budget: a run gives
+    order of random numbers nor the order of sums depends on the budget: a run gives
     the same weights whatever memory is free.
 
     :param sizes: the bytes of each chunk's graph, in the order of encoding.
@@ -149,7 +169,7 @@ def _available() -> int:
 
 
 def _container_headroom() -> int:
-    """What the control group of a container leaves; ``/proc/meminfo`` tells that of the whole machine."""
+    """The memory that a container's control group leaves; ``/proc/meminfo`` describes the whole machine."""
     root = Path("/sys/fs/cgroup")
     try:
         limit, used = (int(root.joinpath(name).read_text()) for name in ("memory.max", "memory.current"))

@@ -13,8 +13,8 @@ from torch import Tensor
 class RngState:
     """The state of the random number generators of the CPU and of one CUDA device.
 
-    :param device: if it is no CUDA device, the current one counts: that of an
-        encoder that moves its inputs there and its embeddings back.
+    :param device: if it is no CUDA device, the current CUDA device counts: an
+        encoder may move its inputs there and its embeddings back.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,7 +42,7 @@ class RngState:
 class Autocast:
     """The autocast settings at construction, to be entered again later.
 
-    :param device: that of the inputs. Those of the CPU and of CUDA count as well, in case the encoder moves them.
+    :param device: the device of the inputs. The settings of the CPU and of CUDA are kept as well: encoders move inputs.
     :param cache: whether chunks may share the casts of weights. Not with FSDP2:
         a cast that an earlier chunk made is older than what tells FSDP2 in the
         backward pass that a layer of this chunk is done, so the gradient would come
@@ -58,7 +58,7 @@ class Autocast:
     def entered(self) -> Iterator[None]:
         with ExitStack() as stack:
             for device_type, enabled, dtype in self._settings:
-                # Where it was off it must be turned off: the backward pass may run inside an autocast of its own.
+                # If autocast was off it must be turned off: the backward pass may run inside another autocast.
                 stack.enter_context(
                     torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=self._cache)
                 )
@@ -66,7 +66,7 @@ class Autocast:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that there is no memory, on whatever device."""
+    """Whether an exception reports that memory ran out, on any device."""
     # On CPUs it is a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 

@@ -8,18 +8,17 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from vembed_fs2.embedding.batch import Profile
+
 
 @runtime_checkable
 class Rows(Protocol):
-    """A batch of rows. :class:`~vembed_fs2.embedding.model.EncoderBatch` is one."""
+    """A batch of rows. :class:`~vembed_fs2.embedding.batch.EncoderBatch` is one."""
 
     def __len__(self) -> int: ...
 
-    def costs(self) -> list[int]:
-        """The tokens of each row."""
-
-    def kinds(self) -> list[int]:
-        """From 0 to 3. Rows of different kinds never share a chunk."""
+    def profile(self) -> Profile:
+        """The kind of each row, from 0 to 7, and what it costs to encode."""
 
     def select(self, rows: Sequence[int]) -> Any:
         """The given rows as the encoder takes them, trimmed to their own width."""
@@ -28,12 +27,18 @@ class Rows(Protocol):
     def concat(batches: Sequence[Any]) -> Any:
         """Append batches."""
 
+    def cut(self) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+        """Cut the graph that made the inputs.
+
+        :returns: the same rows, and each tensor that needs a gradient with the leaf that takes its place.
+        """
+
 
 class DictRows:
     """Rows of a dict of tensors with a leading row dimension, as transformers' models take them.
 
-    The lengths are those of ``attention_mask``, of shape ``[N, L]``, in which
-    every value but 0 marks a token. Padding is cut where it trails; padding on the
+    Lengths come from ``attention_mask``, of shape ``[N, L]``, in which every value
+    but 0 marks a token. Padding is cut where it trails; padding on the
     left stays, because positions may count it. Nothing is cut by a mask that is
     added to attention scores (0 for tokens, negative for padding).
     """
@@ -58,16 +63,17 @@ class DictRows:
     def __len__(self) -> int:
         return next(iter(self._tensors.values())).size(0)
 
-    def costs(self) -> list[int]:
+    def profile(self) -> Profile:
+        return Profile([0] * len(self), self._tokens_per_row(), [0] * len(self))
+
+    def _tokens_per_row(self) -> list[int]:
         if self._lengths is not None:
             return [max(n, 1) for n in self._lengths]
-        # A mask of pairs of tokens ([N, L, L], say) does not tell the width.
+
+        # A mask of pairs of tokens, for example [N, L, L], does not tell the width.
         found = (self._tensors.get(name) for name in ("attention_mask", "input_ids"))
         width = next((t.size(1) for t in found if t is not None and t.ndim == 2), 1)
         return [width] * len(self)
-
-    def kinds(self) -> list[int]:
-        return [0] * len(self)
 
     def select(self, rows: Sequence[int]) -> dict[str, Tensor]:
         chunk = {k: v[torch.as_tensor(rows, device=v.device)] for k, v in self._tensors.items()}
@@ -75,6 +81,12 @@ class DictRows:
             width = max(1, *(self._lengths[r] for r in rows))
             chunk = {k: v[:, :width] if self._is_sequence(self._tensors[k]) else v for k, v in chunk.items()}
         return chunk
+
+    def cut(self) -> tuple[DictRows, list[tuple[Tensor, Tensor]]]:
+        leaves = {name: t.detach().requires_grad_() for name, t in self._tensors.items() if t.requires_grad}
+        if not leaves:
+            return self, []
+        return DictRows({**self._tensors, **leaves}), [(self._tensors[name], leaf) for name, leaf in leaves.items()]
 
     @staticmethod
     def concat(batches: Sequence[DictRows]) -> DictRows | SeparateRows:
@@ -89,14 +101,14 @@ class DictRows:
         return self._lengths is not None and self._shape is not None and min(self._lengths, default=0) < self._shape[1]
 
     def _shapes(self) -> dict[str, Any]:
-        """The shape of a row of each tensor; that of sequences without their width."""
+        """The shape of a row of each tensor; sequences without their width."""
         return {
             name: (tensor.dtype, tensor.shape[2 if self._is_sequence(tensor) else 1 :], self._is_sequence(tensor))
             for name, tensor in self._tensors.items()
         }
 
     def _is_sequence(self, tensor: Tensor) -> bool:
-        """Whether the second dimension is that of tokens: of ids, masks and token states, but not of pixels."""
+        """Whether the second dimension counts tokens, as in ids, masks and token states, but not in pixels."""
         if self._shape is None or tensor.shape[:2] != self._shape:
             return False
         is_mask = tensor is self._tensors["attention_mask"]
@@ -114,7 +126,7 @@ def _tokens_of(mask: Tensor) -> Tensor | None:
     if mask.dtype == torch.bool:
         return mask
 
-    # Where nothing is masked, such a mask holds zeros alone.
+    # If nothing is masked, such a mask holds zeros alone.
     is_added = not (mask >= 0).all() or (mask.is_floating_point() and not mask.any())
     return None if is_added else mask != 0
 
@@ -129,11 +141,9 @@ class SeparateRows:
     def __len__(self) -> int:
         return len(self._members)
 
-    def costs(self) -> list[int]:
-        return [cost for part in self._parts for cost in part.costs()]
-
-    def kinds(self) -> list[int]:
-        return [part for part, _ in self._members]
+    def profile(self) -> Profile:
+        tokens = [n for part in self._parts for n in part.profile().tokens]
+        return Profile([part for part, _ in self._members], tokens, [0] * len(self))
 
     def select(self, rows: Sequence[int]) -> dict[str, Tensor]:
         part = self._members[rows[0]][0]
@@ -146,8 +156,8 @@ def _fit(batches: Sequence[DictRows]) -> bool:
         return False
     if len({b._shape[1] if b._shape is not None else 0 for b in batches}) == 1:
         return True
-    # Of different widths. Nobody who pads on the right minds more of it; who pads on the left, or not at all, may
-    # take the last token for that of the text.
+    # Widths differ. Extra padding on the right is harmless; with left or no padding a model may read the last
+    # position as the last token.
     return all(b._lengths is not None for b in batches) and any(b._is_trailing() for b in batches)
 
 

@@ -30,7 +30,7 @@ from vembed_fs2.resolver import get_resolver
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, and what it is."""
+    """The origin, family and configuration of a model."""
 
     name: str
     """What the user typed."""
@@ -72,7 +72,7 @@ def find_model(
     resolver = resolver or get_resolver()
     path = Path(name_or_path).expanduser()
     if path.exists():
-        if run := _find_run(path.absolute()):  # The parents of `.` are named, too.
+        if run := _find_run(path.absolute()):  # An absolute path also names the parents of `.`.
             return _open_run(str(name_or_path), *run, resolver, trust_remote_code)
         return _open_folder(str(name_or_path), path.resolve(), resolver, trust_remote_code)
     if isinstance(name_or_path, Path) or "/" in name_or_path:
@@ -92,7 +92,7 @@ def _open_card(name: str, resolver: DependencyResolver) -> ModelSource:
         raise ModelLoadError(f"{name} is neither a folder nor the name of a card.{hint}")
     field = card.maybe_get_field("model_family")
     if field is None:
-        raise ModelLoadError(f"Card {name} is not that of a model: it has no `model_family`.")
+        raise ModelLoadError(f"Card {name} does not describe a model: it has no `model_family`.")
     family_name = field.as_(str)
     family = resolver.maybe_resolve(ModelFamily, key=family_name)
     if family is None:
@@ -183,7 +183,7 @@ def _best_step(checkpoints: Path) -> Path:
             continue
         except ValueError as ex:
             raise ModelLoadError(f"{file} must hold a number: {ex}.") from None
-    # A score that is no number is of a model that is broken.
+    # If a score is not a number, the model is broken.
     scores = {number: score for number, score in scores.items() if not isnan(score)}
-    # Of equal scores the earlier step wins: less trained, and the same.
+    # If scores are equal the earlier step wins: less training for the same result.
     return steps[max(sorted(scores), key=scores.__getitem__) if scores else max(steps)]

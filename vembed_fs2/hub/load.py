@@ -58,5 +58,5 @@ def load_source(
         # What a family finds wrong with tensors does not say where they are from.
         raise ex if source.name in str(ex) else ModelLoadError(f"{source.name}: {ex}") from ex
     if not isinstance(model, EmbeddingModel):
-        raise ModelLoadError(f"{source.name} is of family {source.family}, which is no embedding model.")
+        raise ModelLoadError(f"{source.name} is of family {source.family}, which has no embedding models.")
     return model.eval()

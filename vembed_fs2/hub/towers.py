@@ -31,9 +31,9 @@ _SOURCES: Final = ("path", "name")
 
 
 def resolve_towers(config: ComposedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay ``overrides`` over ``config``, where they may name the folder, card or family of an encoder.
+    """Lay ``overrides`` over ``config``. They may name the folder, card or family of an encoder.
 
-    Such an encoder starts from its own configuration, not from that of the one
+    Such an encoder starts from its own configuration, not from the configuration of the one
     that it replaces.
 
     :returns: all fields of a :class:`ComposedConfig`, not checked yet.
@@ -62,7 +62,7 @@ def resolve_towers(config: ComposedConfig, overrides: Mapping[str, Any]) -> dict
 
 
 def refuse_sources(config: ComposedConfig, overrides: Mapping[str, Any]) -> None:
-    """Check that ``overrides`` do not name other encoders than those of ``config``, a model that has its weights.
+    """Check that ``overrides`` do not name other encoders than ``config``, whose model has its weights already.
 
     :raises ConfigError: they do.
     """
@@ -148,7 +148,7 @@ def _select(tower: Tower, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tup
 
 
 def _weights_path(source: ModelSource) -> Path:
-    """Where the checkpoint is; it is downloaded, if need be."""
+    """Return the path of the checkpoint, which is downloaded if need be."""
     if isinstance(source.weights, Path):
         return source.weights
     uri = source.weights.field("checkpoint").as_uri()

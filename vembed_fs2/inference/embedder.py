@@ -22,7 +22,8 @@ from vembed_fs2.gradcache import plan_chunks
 from vembed_fs2.hub.find import ModelSource, find_model
 from vembed_fs2.hub.load import load_source
 from vembed_fs2.inference.similarity import Array, Embedded, compare_all, compare_pairs
-from vembed_fs2.processing.processor import Processor, as_item
+from vembed_fs2.processing.processor import as_item
+from vembed_fs2.processing.towers import TowerProcessor
 
 Precision: TypeAlias = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 
@@ -49,7 +50,7 @@ class Embedder:
         vectors = embedder.encode(["a text", "another"])
     """
 
-    def __init__(self, model: EmbeddingModel, processor: Processor, source: ModelSource) -> None:
+    def __init__(self, model: EmbeddingModel, processor: TowerProcessor, source: ModelSource) -> None:
         self.model = model
         self.processor = processor
         self.source = source
@@ -255,7 +256,7 @@ class Embedder:
     def _encode_window(self, batch: EncoderBatch, batch_size: int | None) -> Iterator[tuple[list[int], Embeddings]]:
         """Encode a window in chunks; yields the rows of each and their embeddings."""
         budget = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"])
-        for chunk in plan_chunks(batch.costs(), batch.kinds(), budget):
+        for chunk in plan_chunks(batch.profile(), budget):
             step = batch_size or len(chunk.rows)
             for start in range(0, len(chunk.rows), step):
                 rows = list(chunk.rows[start : start + step])
@@ -315,13 +316,13 @@ def _find_device(device: torch.device | str | None) -> torch.device:
 
 def load_processor(
     model: EmbeddingModel, folder: Path, image_folder: Path | None = None, *, max_length: int | None = None
-) -> Processor:
+) -> TowerProcessor:
     """Load the processor that belongs to ``model`` from ``folder``.
 
     :param image_folder: where the image processor is, if the tokenizer is somewhere else.
     """
     kinds: set[str] = set(model.modalities)
-    processor = Processor.load(
+    processor = TowerProcessor.load(
         folder,
         frozenset(kinds if image_folder is None else kinds - {"image"}),
         max_length=max_length,
@@ -330,7 +331,7 @@ def load_processor(
         text_padding=model.text_padding,
     )
     if image_folder is not None:
-        processor.image = Processor.load(image_folder, frozenset({"image"})).image
+        processor.image = TowerProcessor.load(image_folder, frozenset({"image"})).image
     return processor
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.hub.find import ModelSource
-from vembed_fs2.processing.processor import Processor
+from vembed_fs2.processing.towers import TowerProcessor
 
 
 class Exportable(Protocol):
@@ -16,7 +16,7 @@ class Exportable(Protocol):
     def model(self) -> EmbeddingModel: ...
 
     @property
-    def processor(self) -> Processor: ...
+    def processor(self) -> TowerProcessor: ...
 
     @property
     def source(self) -> ModelSource: ...

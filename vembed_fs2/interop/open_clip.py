@@ -15,7 +15,7 @@ from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, re
 from vembed_fs2.interop import Exportable
 from vembed_fs2.models.family import get_open_clip_format
 from vembed_fs2.processing.open_clip import OpenClipPreprocessing, OpenClipTransform
-from vembed_fs2.processing.processor import Processor
+from vembed_fs2.processing.towers import TowerProcessor
 
 _INTERPOLATIONS: Final = {2: "bilinear", 3: "bicubic"}
 """By Pillow's numbers."""
@@ -46,7 +46,7 @@ def save_open_clip(exported: Exportable, folder: Path) -> None:
         exported.processor.save(out)
 
 
-def _describe_tokenizer(processor: Processor, name: str) -> dict[str, Any]:
+def _describe_tokenizer(processor: TowerProcessor, name: str) -> dict[str, Any]:
     """The options of ``text_cfg`` that are the tokenizer's.
 
     :param name: what stands for the tokenizer; open_clip takes that of the folder, if there is a name.
@@ -63,7 +63,7 @@ def _describe_tokenizer(processor: Processor, name: str) -> dict[str, Any]:
     return {"hf_tokenizer_name": name, "tokenizer_kwargs": options}
 
 
-def _describe_images(processor: Processor, image_size: object) -> dict[str, Any]:
+def _describe_images(processor: TowerProcessor, image_size: object) -> dict[str, Any]:
     """Return ``preprocess_cfg``."""
     assert processor.image is not None
     size = read_pair(image_size, "image_size")

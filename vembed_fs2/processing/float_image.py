@@ -42,7 +42,7 @@ _DEFAULTS: Final[dict[str, Any]] = {
 class FloatImageProcessor:
     """Does what ``DINOv3ViTImageProcessorFast`` does: it rescales first, and then resizes floating-point numbers.
 
-    So pixels are not rounded in between, and differ from those of the slow
+    So pixels are not rounded in between, and differ from the pixels of the slow
     processors. It has the interface of transformers' processors that
     :class:`~vembed_fs2.processing.image.ImageProcessor` needs.
     """

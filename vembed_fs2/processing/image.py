@@ -66,7 +66,7 @@ class ImageProcessor:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of pixel values; those of a square image where they depend on the image."""
+        """Height and width of pixel values; of a square image if they depend on the image."""
         height, width = self._size
         return height, width
 
@@ -157,7 +157,7 @@ class ImageProcessor:
         """Make the image processor of a new model.
 
         :param size: height and width of pixel values.
-        :param mean: the mean of each channel, for values in [0, 1]; their number is that of channels.
+        :param mean: the mean of each channel, for values in [0, 1]; one for each channel.
         :param std: the standard deviation of each channel.
         :param center_crop: if ``True``, resizes the short edge and crops the
             centre; else resizes to ``size``, whatever the aspect ratio.

@@ -36,7 +36,7 @@ _PREPROCESS_DEFAULTS: Final = {
     "fill_color": 0,
 }
 
-# The size is that of the image tower, whatever is said here.
+# The image tower sets the size, whatever this says.
 _PREPROCESS_IGNORED: Final = ("size",)
 
 _PLAIN: Final = re.compile(r"[\t\n -%'-~]*")

@@ -15,29 +15,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from vembed_fs2.errors import DataError
 
 
-def cut_patches(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut images into patches, row by row, and pad them to the most patches.
+def pack_patches(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, Tensor]:
+    """Cut images into patches, row by row, one image after the other.
 
     :param images: pixel values of any sizes. *Shape:* ``[C, H, W]`` each.
-    :returns: patches ``[P, S, K]``, the channels of a pixel side by side; a mask
-        ``[P, S]``, True for patches; and how many rows and columns of them each image has, ``[P, 2]``.
-    :raises DataError: an image is no whole number of patches high or wide.
+    :returns: the patches of all images ``[sum of S, K]``, the channels of a pixel
+        side by side; and how many there are over time, height and width, ``[P, 3]``.
+    :raises DataError: the height or width of an image is not a multiple of ``patch_size``.
     """
-    patches, shapes = [], []
+    patches, grids = [], []
     for image in images:
         _, height, width = image.shape
         if height % patch_size or width % patch_size:
             raise DataError(f"Pixel values of {width} x {height} cannot be cut into patches of {patch_size} pixels.")
-        shapes.append((height // patch_size, width // patch_size))
+        grids.append((1, height // patch_size, width // patch_size))
         patches.append(_cut(image, patch_size))
-    lengths = torch.tensor([p.size(0) for p in patches])
-    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
-    return pad_sequence(patches, batch_first=True), mask, torch.tensor(shapes)
+    return torch.cat(patches), torch.tensor(grids)
 
 
 def _cut(image_CHW: Tensor, size: int) -> Tensor:
@@ -46,7 +43,7 @@ def _cut(image_CHW: Tensor, size: int) -> Tensor:
 
 
 def join_patches(patches: np.ndarray[Any, Any], shape: Sequence[int], patch_size: int) -> np.ndarray[Any, Any]:
-    """Put the patches of one image together: the reverse of :func:`cut_patches`.
+    """Put the patches of one image together: the reverse of :func:`pack_patches`.
 
     :param patches: the patches, row by row, and any padding after them. *Shape:* ``[S, K]``.
     :param shape: how many rows and columns of patches there are.

@@ -33,7 +33,7 @@ _SPACE: Final = "▁"
 """What sentencepiece writes for a space."""
 
 _PUNCTUATION: Final = r"[!-/:-@\[-`{-~]"
-"""That of ASCII, which SigLIP removes."""
+"""The punctuation of ASCII, which SigLIP removes."""
 
 _WHITESPACE: Final = "[\t-\r\x1c- \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+"
 """What ``\\s`` means in Python; in other libraries it leaves out some."""

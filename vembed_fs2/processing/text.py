@@ -86,7 +86,7 @@ class TextProcessor:
         if self._max_length is not None:
             self._backend.enable_truncation(self._max_length, direction=tokenizer.truncation_side)
         self._width = self._max_length if padding == "max_length" else None
-        # Models of open_clip see all padding; where there is no more of it to come, they need no mask.
+        # Models of open_clip see all padding; if texts have their full width already, they need no mask.
         is_unmasked = self._width is not None and bool(self._open_clip.text_cleaning)
         self._is_masked = "attention_mask" in self._names and not is_unmasked
         self._pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -225,8 +225,8 @@ def _pad(rows: Sequence[Sequence[int]], width: int, value: int, *, left: bool) -
 class _ForkGuard:
     """Keeps the tokenizers library from a deadlock in forked processes.
 
-    Its threads do not survive a fork, as of a data loader. Where the environment
-    asks for them, a child would wait for them forever; where it does not, some
+    Its threads do not survive a fork, for example by a data loader. If the
+    environment asks for them, a child waits for them forever; if it does not, some
     versions print a warning in each child. So children do without; the parent
     keeps its setting.
     """

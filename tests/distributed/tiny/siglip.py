@@ -28,8 +28,8 @@ def create_config(*, naflex: bool) -> SiglipConfig:
 def full_texts(rows: int, seed: int) -> EncoderBatch:
     """Texts that are padded without a mask, as SigLIP reads them."""
     batch = texts(rows, seed)
-    assert batch.input_ids is not None
-    return EncoderBatch.of_text(batch.input_ids)
+    assert batch.text is not None
+    return EncoderBatch.of_text(batch.text.input_ids)
 
 
 def patches(rows: int, seed: int) -> EncoderBatch:

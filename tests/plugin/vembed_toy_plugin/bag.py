@@ -66,11 +66,11 @@ class ToyBagModel(EmbeddingModel):
         self.normalize = config.head.normalize
 
     def encode_text(self, batch: EncoderBatch) -> Tensor:
-        assert batch.input_ids is not None
-        seqs = self.embed(batch.input_ids)
+        assert batch.text is not None
+        seqs = self.embed(batch.text.input_ids)
         for layer in self.layers:
             seqs = layer(seqs)
-        mask = batch.attention_mask if batch.pooling_mask is None else batch.pooling_mask
+        mask = batch.text.pooled_tokens
         return self.head(seqs, mask)
 
     def layer_stacks(self) -> list[ModuleList]:

@@ -185,6 +185,17 @@ def test_exif_orientation_is_applied_once(orientation: int) -> None:
     assert np.array_equal(np.asarray(decode_image(decoded)), upright)
 
 
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff"])
+def test_an_image_whose_exif_data_is_broken_is_read_as_it_is(kind: str) -> None:
+    image = Image.radial_gradient("L").convert("RGB")
+    for exif in (b"not exif", b"Exif\x00\x00II*\x00\xff\xff\xff\xff"):
+        try:
+            content = encode(image, kind, exif=exif)
+        except Exception:  # Pillow itself writes no such file.
+            continue
+        assert decode_image(content).size == image.size
+
+
 def test_root(file: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.joinpath("sub").mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
+from vembed_fs2.embedding.batch import EncoderBatch, Profile
+from vembed_fs2.embedding.inputs import FeatureInputs, ImageInputs, Kind, TextInputs
+from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from vembed_fs2.models.clip.factory import create_clip_model
 
@@ -26,38 +29,37 @@ row = st.tuples(
 rows = st.lists(row, min_size=1, max_size=6)
 
 
-def make(data: list[Row], extra: int = 0, side: str = "right") -> EncoderBatch:
+def make(data: list[Row], extra: int = 0, side: str = "right", *, fixed_width: bool = False) -> EncoderBatch:
     """A batch of ``data``, padded to ``extra`` tokens more than needed."""
     texts = [(i, t) for i, (ts, _) in enumerate(data) for t in ts]
     images = [(i, p) for i, (_, ps) in enumerate(data) for p in ps]
-    batch = EncoderBatch(len(data), tokens_per_image=5)
+    batch = EncoderBatch(len(data))
     if texts:
         width = max(len(t) for _, t in texts) + extra
         ids, mask = torch.zeros(len(texts), width, dtype=torch.int64), torch.zeros(len(texts), width, dtype=torch.bool)
         for i, (_, t) in enumerate(texts):
             at = slice(0, len(t)) if side == "right" else slice(width - len(t), width)
             ids[i, at], mask[i, at] = torch.tensor(t), True
-        batch.input_ids, batch.attention_mask = ids, mask
-        batch.token_type_ids, batch.pooling_mask = ids % 2, mask & (ids > 3)
-        batch.text_rows = torch.tensor([i for i, _ in texts])
+        text_rows = torch.tensor([i for i, _ in texts])
+        batch.text = TextInputs(ids, text_rows, mask, ids % 2, mask & (ids > 3), fixed_width)
     if images:
-        batch.pixel_values = torch.tensor([p for _, p in images])[:, None, None, None].expand(-1, 3, 2, 2).clone()
-        batch.image_rows = torch.tensor([i for i, _ in images])
+        pixels = torch.tensor([p for _, p in images])[:, None, None, None].expand(-1, 3, 2, 2).clone()
+        batch.images = ImageInputs(pixels, torch.tensor([i for i, _ in images]), tokens_per_image=5)
     return batch
 
 
 def unmake(batch: EncoderBatch) -> list[Row]:
     data: list[Row] = [([], []) for _ in range(batch.num_rows)]
-    if batch.input_ids is not None and batch.text_rows is not None:
-        masks = batch.attention_mask
-        for i, r in enumerate(batch.text_rows.tolist()):
-            ids = batch.input_ids[i] if masks is None else batch.input_ids[i][masks[i]]
+    if (text := batch.text) is not None:
+        mask = torch.ones_like(text.input_ids, dtype=torch.bool) if text.attention_mask is None else text.attention_mask
+        for i, r in enumerate(text.rows.tolist()):
+            ids = text.input_ids[i][mask[i]]
             data[r][0].append(ids.tolist())
-            for name, expected in (("token_type_ids", ids % 2), ("pooling_mask", ids > 3)):
-                value = getattr(batch, name)
-                assert torch.equal(value[i][masks[i]] if masks is not None else value[i], expected.to(value.dtype))
-    if batch.pixel_values is not None and batch.image_rows is not None:
-        for p, r in zip(batch.pixel_values, batch.image_rows.tolist()):
+            for value, expected in ((text.token_type_ids, ids % 2), (text.pooling_mask, ids > 3)):
+                assert value is not None
+                assert torch.equal(value[i][mask[i]], expected.to(value.dtype))
+    if (images := batch.images) is not None:
+        for p, r in zip(images.values, images.rows.tolist()):
             data[r][1].append(float(p[0, 0, 0]))
     return data
 
@@ -71,12 +73,12 @@ def test_selected_rows_are_the_rows_without_padding_that_they_do_not_need(
     selected = batch.select(chosen)
     assert unmake(selected) == [data[i] for i in chosen]
     lengths = [len(t) for i in chosen for t in data[i][0]]
-    assert (selected.input_ids is None) == (not lengths)
-    if selected.input_ids is not None:
-        assert selected.input_ids.size(1) == max(lengths)
-    assert (selected.pixel_values is None) == (not any(data[i][1] for i in chosen))
-    assert selected.costs() == [batch.costs()[i] for i in chosen]
-    assert selected.kinds() == [batch.kinds()[i] for i in chosen]
+    assert (selected.text is None) == (not lengths)
+    if selected.text is not None:
+        assert selected.text.input_ids.size(1) == max(lengths)
+    assert (selected.images is None) == (not any(data[i][1] for i in chosen))
+    for found, all_rows in zip(selected.profile(), batch.profile()):
+        assert found == [all_rows[i] for i in chosen]
 
 
 @given(st.lists(rows, min_size=1, max_size=4), st.integers(0, 3))
@@ -84,26 +86,31 @@ def test_appended_rows_are_the_rows(parts: list[list[Row]], extra: int) -> None:
     batches = [make(p, extra * i) for i, p in enumerate(parts)]
     batch = EncoderBatch.concat(batches)
     assert unmake(batch) == [r for p in parts for r in p]
-    assert batch.costs() == [c for b in batches for c in b.costs()]
-    assert batch.kinds() == [k for b in batches for k in b.kinds()]
+    for name in ("kinds", "tokens", "patches"):
+        assert getattr(batch.profile(), name) == [n for b in batches for n in getattr(b.profile(), name)]
 
 
 @given(rows)
-def test_costs_are_tokens_and_patches_and_kinds_are_what_rows_hold(data: list[Row]) -> None:
+def test_a_profile_counts_tokens_and_patches_and_says_what_rows_hold(data: list[Row]) -> None:
     batch = make(data, 2)
-    assert batch.costs() == [sum(len(t) for t in ts) + 5 * len(ps) for ts, ps in data]
-    assert batch.kinds() == [bool(ts) + 2 * bool(ps) for ts, ps in data]
+    profile = batch.profile()
+    assert profile.tokens == [sum(map(len, ts)) for ts, _ in data]
+    assert profile.patches == [5 * len(ps) for _, ps in data]
+    assert profile.costs() == [sum(map(len, ts)) + 5 * len(ps) for ts, ps in data]
+    assert profile.kinds == [Kind.TEXT * bool(ts) | Kind.IMAGE * bool(ps) for ts, ps in data]
     assert len(batch) == len(data)
 
 
 @given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=7), min_size=1, max_size=5), st.integers(0, 3))
 def test_padding_on_the_left_is_moved_to_the_right(texts: list[list[int]], extra: int) -> None:
     left = make([([t], []) for t in texts], extra, side="left")
-    assert left.input_ids is not None
-    batch = EncoderBatch.of_text(left.input_ids, left.attention_mask, left.token_type_ids, left.pooling_mask)
+    assert left.text is not None
+    text = left.text
+    batch = EncoderBatch.of_text(text.input_ids, text.attention_mask, text.token_type_ids, text.pooling_mask)
     assert unmake(batch) == [([t], []) for t in texts]
-    assert batch.attention_mask is not None
-    assert not (batch.attention_mask[:, 1:] & ~batch.attention_mask[:, :-1]).any()
+    assert batch.text is not None
+    assert batch.text.attention_mask is not None
+    assert not (batch.text.attention_mask[:, 1:] & ~batch.text.attention_mask[:, :-1]).any()
 
 
 def test_appending_batches_with_and_without_masks_fills_in_what_is_missing() -> None:
@@ -111,11 +118,12 @@ def test_appending_batches_with_and_without_masks_fills_in_what_is_missing() -> 
     masked = EncoderBatch.of_text(
         torch.ones(1, 5, dtype=torch.int64), torch.tensor([[True] * 4 + [False]]), torch.ones(1, 5, dtype=torch.int64)
     )
-    batch = EncoderBatch.concat([plain, masked])
-    assert batch.attention_mask is not None
-    assert batch.token_type_ids is not None
-    assert batch.attention_mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
-    assert batch.token_type_ids.tolist() == [[0] * 5, [1] * 5]
+    text = EncoderBatch.concat([plain, masked]).text
+    assert text is not None
+    assert text.attention_mask is not None
+    assert text.token_type_ids is not None
+    assert text.attention_mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
+    assert text.token_type_ids.tolist() == [[0] * 5, [1] * 5]
 
 
 @pytest.fixture(scope="module")
@@ -146,14 +154,12 @@ def test_rows_of_texts_only_images_only_and_both_each_get_their_embedding(clip: 
     texts, images = clip_text(4, 7, 3), clip_images(4)
     text, image = clip(texts).values, clip(images).values
     # Row 0: a text; 1: an image; 2: a text and an image; 3: a text and two images.
+    assert texts.text is not None
+    assert images.images is not None
     mixed = EncoderBatch(
         4,
-        texts.input_ids,
-        texts.attention_mask,
-        text_rows=torch.tensor([0, 2, 3]),
-        pixel_values=images.pixel_values,
-        image_rows=torch.tensor([1, 2, 3, 3]),
-        tokens_per_image=5,
+        replace(texts.text, rows=torch.tensor([0, 2, 3])),
+        replace(images.images, rows=torch.tensor([1, 2, 3, 3])),
     )
 
     def fused(*parts: Tensor) -> Tensor:
@@ -191,11 +197,13 @@ def patches(shapes: list[tuple[int, int]], extra: int = 0) -> EncoderBatch:
 
 def shapes_of(batch: EncoderBatch) -> list[tuple[int, int]]:
     """The shapes of a batch of patches, if nothing else is in it."""
-    assert batch.pixel_values is not None
-    assert batch.patch_mask is not None
-    assert batch.spatial_shapes is not None
-    shapes = [(h, w) for h, w in batch.spatial_shapes.tolist()]
-    for pixels, mask, (h, w) in zip(batch.pixel_values, batch.patch_mask, shapes):
+    assert batch.images is not None
+    assert batch.images.grids is not None
+    assert batch.images.grids[:, 0].eq(1).all()
+    shapes = [(h, w) for _, h, w in batch.images.grids.tolist()]
+    assert batch.images.values.squeeze(1).tolist() == [h * w for h, w in shapes for _ in range(h * w)]
+
+    for pixels, mask, (h, w) in zip(*batch.images.pad_patches(), shapes):
         assert mask.sum() == h * w
         assert pixels[mask].eq(h * w).all()
         assert not pixels[~mask].any()
@@ -206,28 +214,25 @@ grids = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, ma
 
 
 @given(st.lists(grids, min_size=1, max_size=3), st.integers(0, 3), st.data())
-def test_patches_are_selected_and_appended_with_the_padding_they_need(
+def test_patches_are_selected_and_appended_without_padding(
     parts: list[list[tuple[int, int]]], extra: int, draw: st.DataObject
 ) -> None:
     batch = EncoderBatch.concat([patches(p, extra * i) for i, p in enumerate(parts)])
     shapes = [shape for p in parts for shape in p]
     assert shapes_of(batch) == shapes
-    assert batch.costs() == [h * w for h, w in shapes]
+    assert batch.profile().patches == [h * w for h, w in shapes]
     chosen = draw.draw(st.lists(st.sampled_from(range(len(shapes))), min_size=1, unique=True))
     selected = batch.select(chosen)
     assert shapes_of(selected) == [shapes[i] for i in chosen]
-    assert selected.patch_mask is not None
-    assert selected.patch_mask.size(1) == max(shapes[i][0] * shapes[i][1] for i in chosen)
 
 
 def test_texts_of_a_fixed_width_keep_it() -> None:
-    batch = make([([[1, 2]], []), ([[3, 4, 5]], [])], extra=2)
-    batch.fixed_width = True
-    assert batch.costs() == [5, 5]
+    batch = make([([[1, 2]], []), ([[3, 4, 5]], [])], extra=2, fixed_width=True)
+    assert batch.profile().tokens == [5, 5]
     both = EncoderBatch.concat([batch, batch]).select([0])
-    assert both.fixed_width
-    assert both.input_ids is not None
-    assert both.input_ids.tolist() == [[1, 2, 0, 0, 0]]
+    assert both.text is not None
+    assert both.text.fixed_width
+    assert both.text.input_ids.tolist() == [[1, 2, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -236,18 +241,18 @@ def test_any_value_of_a_mask_but_zero_marks_a_token(side: str, dtype: torch.dtyp
     right = torch.tensor([[5, 6, 7, 0, 0], [8, 0, 0, 0, 0]])
     ids = right if side == "right" else torch.tensor([[0, 0, 5, 6, 7], [0, 0, 0, 0, 8]])
     mask, pooling = (ids % 3 + 1).where(ids > 0, 0).to(dtype) * 2, (ids > 5).to(dtype) * 3
-    by_hand = EncoderBatch(2, right, (right > 0).to(dtype) * 2, None, (right > 5).to(dtype) * 3, torch.arange(2))
-    for batch in (EncoderBatch.of_text(ids, mask, pooling_mask=pooling), by_hand):
-        assert batch.input_ids is not None
-        assert batch.attention_mask is not None
-        assert batch.pooling_mask is not None
-        assert batch.input_ids.tolist() == right.tolist()
-        assert batch.attention_mask.tolist() == (right > 0).tolist()
-        assert batch.pooling_mask.tolist() == (right > 5).tolist()
-        assert batch.costs() == [3, 1]
+    by_hand = TextInputs(right, torch.arange(2), (right > 0).to(dtype) * 2, None, (right > 5).to(dtype) * 3)
+    for batch in (EncoderBatch.of_text(ids, mask, pooling_mask=pooling), EncoderBatch(2, by_hand)):
+        assert batch.text is not None
+        assert batch.text.attention_mask is not None
+        assert batch.text.pooling_mask is not None
+        assert batch.text.input_ids.tolist() == right.tolist()
+        assert batch.text.attention_mask.tolist() == (right > 0).tolist()
+        assert batch.text.pooling_mask.tolist() == (right > 5).tolist()
+        assert batch.profile().tokens == [3, 1]
         chosen = batch.select([1])
-        assert chosen.input_ids is not None
-        assert chosen.input_ids.tolist() == [[8]]
+        assert chosen.text is not None
+        assert chosen.text.input_ids.tolist() == [[8]]
 
 
 @pytest.mark.parametrize("masked", [-1.0, -torch.inf, torch.nan])
@@ -259,3 +264,86 @@ def test_masks_that_are_added_to_attention_scores_are_refused(masked: float) -> 
             EncoderBatch.of_text(ids, **{name: mask})
         with pytest.raises(ValueError, match=r"must be of the shape of `input_ids`, \[2, 3\], but is \[2, 1, 1, 3\]"):
             EncoderBatch.of_text(ids, **{name: mask[:, None, None]})
+
+
+def features(lengths: list[int], extra: int = 0, *, masked: bool = True) -> EncoderBatch:
+    """One sequence per row, whose steps hold its length."""
+    sizes = torch.tensor(lengths)
+    mask = torch.arange(max(lengths) + extra) < sizes[:, None]
+    values = (sizes[:, None] * mask).float().unsqueeze(2).expand(-1, -1, 3)
+    return EncoderBatch(
+        len(lengths), features=FeatureInputs(values, torch.arange(len(lengths)), mask if masked else None)
+    )
+
+
+@given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+def test_features_are_selected_and_appended_with_the_padding_they_need(
+    parts: list[list[int]], draw: st.DataObject
+) -> None:
+    batch = EncoderBatch.concat([features(p, extra) for extra, p in enumerate(parts)])
+    lengths = [n for p in parts for n in p]
+    assert batch.profile() == Profile([Kind.FEATURES] * len(lengths), lengths, [0] * len(lengths))
+    chosen = draw.draw(st.lists(st.sampled_from(range(len(lengths))), min_size=1, unique=True))
+    selected = batch.select(chosen).features
+    assert selected is not None
+    assert selected.mask is not None
+    assert selected.num_steps().tolist() == [lengths[i] for i in chosen]
+    assert selected.values.size(1) == max(lengths[i] for i in chosen)
+    for values, mask, row in zip(selected.values, selected.mask, chosen):
+        assert values[mask].eq(lengths[row]).all()
+        assert not values[~mask].any()
+
+
+def test_features_without_a_mask_get_one_beside_longer_ones() -> None:
+    both = EncoderBatch.concat([features([2, 2], masked=False), features([4], masked=False)]).features
+    assert both is not None
+    assert both.mask is not None
+    assert both.mask.sum(1).tolist() == [2, 2, 4]
+    assert both.rows.tolist() == [0, 1, 2]
+    alone = EncoderBatch.concat([features([2], masked=False), features([2], masked=False)]).features
+    assert alone is not None
+    assert alone.mask is None
+
+
+def test_pixels_and_patches_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="pixels and images as patches"):
+        EncoderBatch.concat([clip_images(1), patches([(1, 2)])])
+
+
+def test_all_parts_move_but_the_grids(clip: EmbeddingModel) -> None:
+    batch = EncoderBatch.concat([clip_text(3), patches([(1, 2)]), features([2])])
+    assert batch.device.type == "cpu"
+    batch.to(torch.device("meta"))
+    assert batch.device.type == "meta"
+    assert batch.text is not None
+    assert batch.images is not None
+    assert batch.features is not None
+    tensors = (batch.text.input_ids, batch.text.attention_mask, batch.images.values, batch.features.mask)
+    assert {t.device.type for t in tensors if t is not None} == {"meta"}
+    assert batch.images.grids is not None
+    assert batch.images.grids.device.type == "cpu"
+    with pytest.raises(TypeError, match="no encoder of features"):
+        clip(features([2]))
+
+
+def test_the_names_of_yesterday_still_read_a_batch() -> None:
+    batch = clip_text(3, 2)
+    with pytest.warns(DeprecationWarning, match="use `batch.text.input_ids`"):
+        assert batch.input_ids is batch.text.input_ids  # type: ignore[attr-defined, union-attr]
+    with pytest.warns(DeprecationWarning, match="use `batch.images.values`"):
+        assert batch.pixel_values is None  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="colour"):
+        batch.colour  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize("kind", [Kind.TEXT, Kind.IMAGE, Kind.TEXT | Kind.IMAGE])
+def test_a_blank_row_is_of_its_kind_and_can_be_encoded(clip: EmbeddingModel, kind: Kind) -> None:
+    blank = clip.blank(kind)
+    assert blank.profile().kinds == [kind]
+    assert clip(blank).values.shape == (1, 12)
+    assert clip(blank).values.isfinite().all()
+
+
+def test_kinds_are_described_in_words() -> None:
+    assert (Kind.TEXT | Kind.IMAGE).describe() == "texts and images"
+    assert Kind(0).describe() == "nothing"

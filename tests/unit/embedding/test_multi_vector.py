@@ -17,6 +17,7 @@ from transformers import BertTokenizerFast
 
 from vembed_fs2 import Embedder, EncoderBatch
 from vembed_fs2.embedding.head import validate_head
+from vembed_fs2.embedding.inputs import ImageInputs, TextInputs
 from vembed_fs2.embedding.model import DenseConfig, HeadConfig
 from vembed_fs2.errors import ConfigError, DataError, VembedError
 from vembed_fs2.evaluation import EmbeddingValueError, evaluate_retrieval, exact_search, relevant_ranks
@@ -195,9 +196,9 @@ def test_each_token_has_a_vector_that_the_dense_layers_project() -> None:
 def test_rows_of_several_parts_are_errors() -> None:
     model = create_bert_model(BertConfig(**TINY, head=HeadConfig(pooling="none"))).eval()
     ids = torch.randint(1, 20, (2, 6))
-    two_texts = EncoderBatch(1, ids, text_rows=torch.tensor([0, 0]))
+    two_texts = EncoderBatch(1, TextInputs(ids, torch.tensor([0, 0])))
     with_image = EncoderBatch.of_text(ids)
-    with_image.pixel_values, with_image.image_rows = torch.zeros(2, 3, 4, 4), torch.arange(2)
+    with_image.images = ImageInputs(torch.zeros(2, 3, 4, 4), torch.arange(2))
     for batch in (two_texts, with_image, EncoderBatch.of_images(torch.zeros(2, 3, 4, 4))):
         with pytest.raises(DataError, match="must be one text, and no image"):
             model(batch)

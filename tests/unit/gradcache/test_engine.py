@@ -198,7 +198,7 @@ def test_gradients_of_encoder_batches_equal_the_plain_step(budget: Any) -> None:
     encoder = Encoder()
 
     def encode(batch: EncoderBatch) -> Embeddings:
-        return Embeddings(encoder({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}))
+        return Embeddings(encoder({"input_ids": batch.text.input_ids, "attention_mask": batch.text.attention_mask}))
 
     def loss(q: Embeddings, d: Embeddings) -> Tensor:
         assert isinstance(q, Embeddings)
@@ -274,10 +274,10 @@ class Towers(nn.Module):
         self.scale = nn.Parameter(torch.tensor([2.0]))
 
     def forward(self, batch: EncoderBatch) -> Embeddings:
-        if batch.pixel_values is not None:
-            values = self.image(batch.pixel_values.flatten(1))
+        if batch.images is not None:
+            values = self.image(batch.images.values.flatten(1))
         else:
-            values = self.text({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
+            values = self.text({"input_ids": batch.text.input_ids, "attention_mask": batch.text.attention_mask})
         return Embeddings(values, None, {"logit_scale": self.scale.clone()})
 
     @staticmethod

@@ -7,43 +7,57 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vembed_fs2.embedding.batch import Profile
 from vembed_fs2.gradcache import parse_budget, plan_chunks, planner
 from vembed_fs2.gradcache.planner import count_kept, match_counts
 
 CPU = torch.device("cpu")
 
-rows = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3)), max_size=60)
+Row = tuple[int, int, int]
+"""The kind, the tokens and the patches of a row."""
+
+rows = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 40), st.sampled_from([0, 0, 1, 5, 16])), max_size=60)
+
+budgets = st.tuples(st.integers(1, 100), st.none() | st.integers(1, 60))
 
 
-@given(rows, st.integers(1, 100))
-def test_chunks_hold_every_row_once_within_the_budget_and_of_one_kind(data: list[tuple[int, int]], budget: int) -> None:
-    costs, kinds = [c for c, _ in data], [k for _, k in data]
-    chunks = plan_chunks(costs, kinds, budget)
+def profile_of(data: list[Row]) -> Profile:
+    kinds, tokens, patches = ([row[i] for row in data] for i in range(3))
+    return Profile(kinds, tokens, patches)
+
+
+@given(rows, budgets)
+def test_chunks_hold_every_row_once_within_both_budgets_and_of_one_kind(
+    data: list[Row], budget: tuple[int, int | None]
+) -> None:
+    chunks = plan_chunks(profile_of(data), *budget)
     assert sorted(r for c in chunks for r in c.rows) == list(range(len(data)))
     for chunk in chunks:
-        assert {kinds[r] for r in chunk.rows} == {chunk.kind}
-        width = max(1, *(costs[r] for r in chunk.rows))
-        assert chunk.tokens == width * len(chunk.rows)
-        assert chunk.tokens <= budget or len(chunk.rows) == 1
+        assert {data[r][0] for r in chunk.rows} == {chunk.kind}
+        # A row without tokens and patches counts as one of one token.
+        width = max(data[r][1] or (0 if data[r][2] else 1) for r in chunk.rows)
+        tokens, patches = width * len(chunk.rows), sum(data[r][2] for r in chunk.rows)
+        assert chunk.tokens == tokens + patches
+        fits = chunk.tokens <= budget[0] if budget[1] is None else tokens <= budget[0] and patches <= budget[1]
+        assert fits or len(chunk.rows) == 1
         assert not chunk.dummy
 
 
-@given(rows, st.integers(1, 100))
-def test_the_longest_rows_of_a_kind_come_first(data: list[tuple[int, int]], budget: int) -> None:
-    chunks = plan_chunks([c for c, _ in data], [k for _, k in data], budget)
-    order = [(kind, -cost) for c in chunks for cost, kind in (data[r] for r in c.rows)]
+@given(rows, budgets)
+def test_the_most_expensive_rows_of_a_kind_come_first(data: list[Row], budget: tuple[int, int | None]) -> None:
+    chunks = plan_chunks(profile_of(data), *budget)
+    order = [(data[r][0], -data[r][1] - data[r][2]) for c in chunks for r in c.rows]
     assert order == sorted(order)
 
 
-@given(rows.filter(bool), st.integers(1, 100), st.data())
+@given(rows.filter(bool), budgets, st.data())
 def test_matched_chunks_have_the_counts_and_still_every_row_once(
-    data: list[tuple[int, int]], budget: int, draw: st.DataObject
+    data: list[Row], budget: tuple[int, int | None], draw: st.DataObject
 ) -> None:
-    costs, kinds = [c for c, _ in data], [k for _, k in data]
-    chunks = plan_chunks(costs, kinds, budget)
-    own = {k: sum(c.kind == k for c in chunks) for k in set(kinds)}
-    counts = {k: n + draw.draw(st.integers(0, 5)) for k, n in own.items()}
-    matched = match_counts(chunks, counts, costs)
+    profile = profile_of(data)
+    chunks = plan_chunks(profile, *budget)
+    counts = {k: sum(c.kind == k for c in chunks) + draw.draw(st.integers(0, 5)) for k in set(profile.kinds)}
+    matched = match_counts(chunks, counts, profile)
     assert {k: sum(c.kind == k for c in matched) for k in counts} == counts
     assert sorted(r for c in matched if not c.dummy for r in c.rows) == list(range(len(data)))
     for kind in counts:
@@ -51,10 +65,17 @@ def test_matched_chunks_have_the_counts_and_still_every_row_once(
     assert all(c.rows for c in matched)
 
 
-def test_a_kind_that_only_other_ranks_have_is_an_error() -> None:
-    chunks = plan_chunks([3, 3], [1, 1], 10)
-    with pytest.raises(ValueError, match="no row of images"):
-        match_counts(chunks, {1: 1, 2: 1}, [3, 3])
+def test_a_kind_that_only_other_ranks_have_gets_chunks_without_rows() -> None:
+    profile = Profile([1, 1], [3, 3], [0, 0])
+    matched = match_counts(plan_chunks(profile, 10), {1: 1, 2: 2}, profile)
+    assert [(c.kind, c.rows, c.dummy) for c in matched] == [(1, (0, 1), False), (2, (), True), (2, (), True)]
+
+
+def test_patches_are_summed_and_tokens_are_padded() -> None:
+    profile = Profile([3] * 3, [4, 3, 2], [10, 20, 30])
+    assert [c.rows for c in plan_chunks(profile, 100, 50)] == [(2, 1), (0,)]
+    assert [c.rows for c in plan_chunks(profile, 8, 1000)] == [(2, 1), (0,)]
+    assert [c.tokens for c in plan_chunks(profile, 1000, 1000)] == [3 * 4 + 60]
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,28 @@ def test_half_precision_weights_are_converted(tiny: Path, folder: Path) -> None:
     assert {p.dtype for p in load_model(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
+def write_index(folder: Path, content: str) -> None:
+    """An index in place of the file."""
+    folder.joinpath("model.safetensors").unlink()
+    folder.joinpath("model.safetensors.index.json").write_text(content)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("has_shards", [False, True])
+def test_a_whole_file_comes_before_an_index_that_was_left_behind(
+    tiny: Path, folder: Path, pickled: bool, has_shards: bool
+) -> None:
+    """transformers' ``save_pretrained`` does not remove the index of the shards that it wrote before."""
+    state = load_file(folder / "model.safetensors")
+    edit(folder, lambda s: s.update({name: tensor * 2 for name, tensor in s.items()}))
+    as_shards(folder, pickled)
+    if not has_shards:
+        for file in folder.glob("part-*"):
+            file.unlink()
+    torch.save(state, folder / "pytorch_model.bin") if pickled else save_file(state, folder / "model.safetensors")
+    assert torch.equal(vectors(folder), vectors(tiny))
+
+
 NAME = "encoder.layer.1.output.dense.weight"
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -150,11 +172,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shard missing": (lambda f: (as_shards(f), f.joinpath("part-1.safetensors").unlink()), r"part-1\.safetensors"),
     "index leaves the folder": (
-        lambda f: f.joinpath("model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
+        lambda f: write_index(f, '{"weight_map": {"a": "../x.safetensors"}}'),
         "must name files in its own folder",
     ),
     "index is empty": (
-        lambda f: f.joinpath("model.safetensors.index.json").write_text('{"weight_map": []}'),
+        lambda f: write_index(f, '{"weight_map": []}'),
         "has no `weight_map`",
     ),
 }  # fmt: skip
@@ -264,7 +286,7 @@ def test_a_card_of_a_local_folder_is_enough(tiny: Path, tmp_path: Path) -> None:
     assert lines[0] == "Card my_bad_family names the model family no_such_family, which is not known."
     assert "my_bad_arch" in lines[1]
     assert "no_such_arch" in lines[1]
-    assert lines[2] == "Card my_data is not that of a model: it has no `model_family`."
+    assert lines[2] == "Card my_data does not describe a model: it has no `model_family`."
     assert "Did you mean my_model" in lines[3]
     assert "no_such_base" in lines[4]
 

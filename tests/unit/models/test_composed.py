@@ -206,7 +206,7 @@ def test_projections_are_what_they_are_called() -> None:
 def test_rows_of_both_are_fused_and_the_batch_does_not_matter() -> None:
     model = create(CONFIG).eval()
     text, image = texts(3, 2), images(3, 3)
-    batch = replace(text, pixel_values=image.pixel_values, image_rows=image.image_rows, tokens_per_image=5)
+    batch = EncoderBatch(3, text.text, image.images)
     unit = [torch.nn.functional.normalize(model(x).values, dim=-1) for x in (text, image)]
     torch.testing.assert_close(model(batch).values, unit[0] + unit[1], rtol=0, atol=1e-6)
     torch.testing.assert_close(model(batch.select([2])).values, model(batch).values[2:], rtol=0, atol=1e-6)

@@ -14,7 +14,8 @@ from PIL import Image
 from vembed_fs2.data.example import Example, Item
 from vembed_fs2.demo.images import write_model_folder
 from vembed_fs2.errors import DataError, ModelLoadError
-from vembed_fs2.processing.processor import Processor, ProcessorSettings, as_item
+from vembed_fs2.processing.processor import ProcessorSettings, as_item
+from vembed_fs2.processing.towers import TowerProcessor
 from vembed_fs2.recipes.train.dataset import Collator
 
 BOTH = frozenset({"text", "image"})
@@ -28,15 +29,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def processor(folder: Path) -> Processor:
-    return Processor.load(folder, BOTH, tokens_per_image=5)
+def processor(folder: Path) -> TowerProcessor:
+    return TowerProcessor.load(folder, BOTH, tokens_per_image=5)
 
 
 def image(color: int = 100) -> Image.Image:
     return Image.new("RGB", (20, 16), (color, 10, 200))
 
 
-def test_rows_of_all_kinds_make_one_batch(processor: Processor) -> None:
+def test_rows_of_all_kinds_make_one_batch(processor: TowerProcessor) -> None:
     items = [
         Item(text="a three"),
         Item(images=(image(),)),
@@ -44,18 +45,18 @@ def test_rows_of_all_kinds_make_one_batch(processor: Processor) -> None:
     ]
     batch = processor(items)
     assert batch.num_rows == 3
-    assert batch.kinds() == [1, 2, 3]
-    assert batch.text_rows is not None
-    assert batch.image_rows is not None
-    assert batch.text_rows.tolist() == [0, 2]
-    assert batch.image_rows.tolist() == [1, 2, 2]
-    assert batch.tokens_per_image == 5
+    assert batch.profile().kinds == [1, 2, 3]
+    assert batch.profile().patches == [0, 5, 10]
+    assert batch.text is not None
+    assert batch.images is not None
+    assert batch.text.rows.tolist() == [0, 2]
+    assert batch.images.rows.tolist() == [1, 2, 2]
     assert processor([]).num_rows == 0
 
 
-def test_prompts_go_before_texts_and_instructions_take_their_place(processor: Processor) -> None:
+def test_prompts_go_before_texts_and_instructions_take_their_place(processor: TowerProcessor) -> None:
     def ids(batch: Any) -> list[list[int]]:
-        return [row[mask].tolist() for row, mask in zip(batch.input_ids, batch.attention_mask)]
+        return [row[mask].tolist() for row, mask in zip(batch.text.input_ids, batch.text.attention_mask)]
 
     items = [Item(text="three"), Item(text="three", instruction="the number"), Item(text="", instruction="one")]
     got = ids(processor(items, prompt="a "))
@@ -78,7 +79,7 @@ def test_prompts_go_before_texts_and_instructions_take_their_place(processor: Pr
 def test_the_prompts_of_roles_are_found_by_the_names_that_models_use(
     prompts: dict[str, str], default: str | None, expected: tuple[Any, ...]
 ) -> None:
-    processor = Processor(None, None, ProcessorSettings(prompts=prompts, default_prompt_name=default))
+    processor = TowerProcessor(None, None, ProcessorSettings(prompts=prompts, default_prompt_name=default))
     assert tuple(processor.prompt_for(role) for role in ("query", "document", None)) == expected
 
 
@@ -114,11 +115,11 @@ def test_wrong_inputs_are_errors(value: object, message: str) -> None:
         as_item(value)
 
 
-def test_inputs_that_a_model_cannot_take_are_errors(processor: Processor, folder: Path) -> None:
+def test_inputs_that_a_model_cannot_take_are_errors(processor: TowerProcessor, folder: Path) -> None:
     with pytest.raises(DataError, match="no image encoder"):
-        Processor(processor.text, None)([Item(images=(image(),))])
+        TowerProcessor(processor.text, None)([Item(images=(image(),))])
     with pytest.raises(DataError, match="no text encoder"):
-        Processor(None, processor.image)([Item(text="a")])
+        TowerProcessor(None, processor.image)([Item(text="a")])
     with pytest.raises(DataError, match="URL"):
         processor([Item(images=("https://example.org/a.png",))])
     with pytest.raises(DataError, match=r"missing\.png"):
@@ -127,7 +128,9 @@ def test_inputs_that_a_model_cannot_take_are_errors(processor: Processor, folder
         processor([Item(images=(image(),)), Item(images=(b"x",), source="rows.parquet:row 3")])
 
 
-def test_images_are_decoded_one_by_one(processor: Processor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_images_are_decoded_one_by_one(
+    processor: TowerProcessor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A batch of photographs, all decoded at once, would take gigabytes."""
     file = tmp_path / "i.png"
     image().save(file)
@@ -145,42 +148,40 @@ def test_images_are_decoded_one_by_one(processor: Processor, monkeypatch: pytest
     assert events.index("transform 1") < len(events) - 1 - events[::-1].index("decode")
 
 
-def test_the_collator_keeps_pixels_instead_of_images_and_names_the_row(processor: Processor, folder: Path) -> None:
+def test_the_collator_keeps_pixels_instead_of_images_and_names_the_row(processor: TowerProcessor, folder: Path) -> None:
     collator = Collator(processor)
     rows = [
         Example(Item(text="a"), Item(images=(image(i),)), (Item(images=(image(9),)),) * i, source=f"f:{i}")
         for i in range(2)
     ]
     loaded = [collator.load(r) for r in rows]
-    pixels = loaded[0][1].positive
-    assert pixels is not None
-    assert isinstance(pixels.images[0], torch.Tensor)
+    assert isinstance(loaded[0].items[1].pixels[0], torch.Tensor)
     batch = collator(loaded)
     assert batch.num_queries == 2
     assert batch.document.num_rows == 3
     expected = processor([Item(images=(image(i),)) for i in (0, 1, 9)])
-    assert batch.document.pixel_values is not None
-    assert expected.pixel_values is not None
-    assert torch.equal(batch.document.pixel_values, expected.pixel_values)
+    assert batch.document.images is not None
+    assert expected.images is not None
+    assert torch.equal(batch.document.images.values, expected.images.values)
     batch.rows.check(2, 3)
     broken = Example(Item(text="a"), Item(images=(folder / "no.png",)), source="data.jsonl:7")
     with pytest.raises(DataError, match=r"data\.jsonl:7: .*no\.png"):
         collator.load(broken)
 
 
-def test_a_saved_processor_is_the_same(processor: Processor, tmp_path: Path) -> None:
+def test_a_saved_processor_is_the_same(processor: TowerProcessor, tmp_path: Path) -> None:
     processor.settings.prompts = {"query": "q: "}
     processor.settings.max_length = 9
     processor.save(tmp_path / "p")
-    again = Processor.load(tmp_path / "p", BOTH, model_max_length=77, tokens_per_image=5)
+    again = TowerProcessor.load(tmp_path / "p", BOTH, model_max_length=77, tokens_per_image=5)
     assert again.settings == processor.settings
     assert again.text is not None
     assert again.text.max_length == 9
     items = [Item(text="a photo of the digit three and the number one"), Item(images=(image(),))]
     a, b = processor(items), again(items)
-    assert torch.equal(a.pixel_values, b.pixel_values)  # type: ignore[arg-type]
-    assert b.input_ids is not None
-    assert b.input_ids.size(1) == 9
+    assert torch.equal(a.images.values, b.images.values)  # type: ignore[union-attr]
+    assert b.text is not None
+    assert b.text.input_ids.size(1) == 9
 
 
 @pytest.mark.parametrize(
@@ -194,10 +195,10 @@ def test_a_saved_processor_is_the_same(processor: Processor, tmp_path: Path) -> 
     ],
 )
 def test_a_broken_settings_file_is_an_error(
-    processor: Processor, tmp_path: Path, change: dict[str, object], message: str
+    processor: TowerProcessor, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     processor.save(tmp_path)
     file = tmp_path / "vembed_processor.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ModelLoadError, match=message):
-        Processor.load(tmp_path, BOTH)
+        TowerProcessor.load(tmp_path, BOTH)

@@ -132,6 +132,7 @@ def _add_image_head(model: AutoEmbeddingModel, config: AutoModelConfig, backbone
             raise unfit(backbone.kls, f"its embeddings have {sizes}")
         patch = getattr(backbone.vision_config, "patch_size", None)
         height, width = backbone.image_size
+        model.image_shape = (backbone.num_channels, height, width)
         model.tokens_per_image = (height // patch) * (width // patch) + 1 if isinstance(patch, int) else 1
         return
     head = config.image_head or default_image_head(trace)
@@ -150,6 +151,7 @@ def _add_image_head(model: AutoEmbeddingModel, config: AutoModelConfig, backbone
     model.normalize = head.normalize
     model.similarity = "maxsim" if head.pooling == "none" else "cosine"
     model.tokens_per_image = 1 if states is None else states.size(1)
+    model.image_shape = (backbone.num_channels, *backbone.image_size)
 
 
 def default_head(backbone: Backbone) -> HeadConfig:

@@ -84,26 +84,28 @@ class AutoEmbeddingModel(EmbeddingModel):
         :returns: embeddings, not normalised. *Shape:* ``[T, D]``; ``[T, L, D]`` for the pooling "none".
         :raises DataError: a text is longer than the model can take.
         """
-        ids = batch.input_ids
-        if ids is None or "text" not in self.modalities:
+        text = batch.text
+        if text is None or "text" not in self.modalities:
             return super().encode_text(batch)
+
+        ids = text.input_ids
         if self.max_text_length is not None and ids.size(1) > self.max_text_length:
             length = f"A text has {ids.size(1)} tokens, but the model takes at most {self.max_text_length}."
             raise DataError(f"{length} Truncate it.")
-        outputs = run_text(self.wrapped, self._backbone, ids, batch.attention_mask, batch.token_type_ids)
+        outputs = run_text(self.wrapped, self._backbone, ids, text.attention_mask, text.token_type_ids)
         if self.head is None:
             assert outputs.pooled is not None
             return outputs.pooled
         states = outputs.pooled if outputs.states is None else outputs.states
         assert states is not None
-        return self.head(states, batch.pooled_tokens(), pooled=outputs.pooled)
+        return self.head(states, text.pooled_tokens, pooled=outputs.pooled)
 
     @override
     def encode_image(self, batch: EncoderBatch) -> Tensor:
         """Encode the images of ``batch``. *Returns:* ``[P, D]``; ``[P, S, D]`` for the pooling "none"."""
-        if batch.pixel_values is None or "image" not in self.modalities:
+        if batch.images is None or "image" not in self.modalities:
             return super().encode_image(batch)
-        pixels = batch.pixel_values.to(self._input_dtype())
+        pixels = batch.images.values.to(self._input_dtype())
         outputs = run_image(self.wrapped, self._backbone, pixels)
         if self.image_head is None:
             assert outputs.pooled is not None
@@ -131,7 +133,7 @@ class AutoEmbeddingModel(EmbeddingModel):
             kind = "text" if reads_texts else "image"
             raise DataError(f"Each row of a model with several vectors per row must be one {kind}, and nothing else.")
         vectors = self.encode_text(batch) if reads_texts else self.encode_image(batch)
-        mask = batch.pooled_tokens() if reads_texts else None
+        mask = None if batch.text is None else batch.text.pooled_tokens
         return vectors, vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
 
 

@@ -50,9 +50,9 @@ class BertModel(TextBackboneModel):
 
     @override
     def encode_tokens(self, batch: EncoderBatch) -> Tensor:
-        assert batch.input_ids is not None
-        mask = batch.attention_mask
-        seqs = self.frontend(batch.input_ids, mask, batch.token_type_ids)
+        assert batch.text is not None
+        mask = batch.text.attention_mask
+        seqs = self.frontend(batch.text.input_ids, mask, batch.text.token_type_ids)
         if self.relative_positions is not None:
             return self.encoder(seqs, RelativeLayout(seqs, mask, self.relative_positions(seqs.size(1))))
         if mask is not None and should_pack(mask, needed=self.needs_packing):

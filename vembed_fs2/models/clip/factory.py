@@ -13,7 +13,7 @@ from vembed_fs2.models.clip.model import ClipModel, ClipTextTower, ClipVisionFro
 from vembed_fs2.models.common.checks import require_valid
 from vembed_fs2.models.common.dual import TowerBuilder, create_embedding, create_text_frontend
 from vembed_fs2.models.common.factory import ModelFactory
-from vembed_fs2.models.common.vision import BranchResidual, LayerScale, PatchProjection
+from vembed_fs2.models.common.vision import BranchResidual, LayerScale, PatchProjection, as_pair
 
 
 class ClipFactory(ModelFactory[ClipConfig]):
@@ -25,6 +25,7 @@ class ClipFactory(ModelFactory[ClipConfig]):
 
         model = ClipModel(text, self.create_vision_tower(), config.logit_scale_init, config.train_logit_scale)
         model.tokens_per_image = config.vision.num_patches + 1
+        model.image_shape = (config.vision.num_channels, *as_pair(config.vision.image_size))
 
         return model
 

@@ -255,14 +255,14 @@ class ClipModel(EmbeddingModel):
         Texts must hold the end token of the configuration, as CLIP's tokenizers
         write it; like in transformers, the first token stands for a text without.
         """
-        assert batch.input_ids is not None
-        return self.text(batch.input_ids, batch.attention_mask)
+        assert batch.text is not None
+        return self.text(batch.text.input_ids, batch.text.attention_mask)
 
     @override
     def encode_image(self, batch: EncoderBatch) -> Tensor:
         """Encode the images of ``batch``, of any size of at least one patch. *Returns:* ``[P, D]``."""
-        assert batch.pixel_values is not None
-        return self.vision(batch.pixel_values)
+        assert batch.images is not None
+        return self.vision(batch.images.values)
 
     @override
     def layer_stacks(self) -> list[ModuleList]:

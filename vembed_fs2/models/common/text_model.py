@@ -49,7 +49,8 @@ class TextBackboneModel(EmbeddingModel):
         :raises DataError: a text is longer than the model can take.
         """
         seqs = self.encode_tokens(batch)
-        return self.head(seqs, batch.pooled_tokens(), pooled=self.pool_tokens(seqs))
+        assert batch.text is not None
+        return self.head(seqs, batch.text.pooled_tokens, pooled=self.pool_tokens(seqs))
 
     @override
     def encode_rows(self, batch: EncoderBatch) -> tuple[Tensor, Tensor | None]:
@@ -59,8 +60,8 @@ class TextBackboneModel(EmbeddingModel):
         """
         if self.head.pooling != "none":
             return super().encode_rows(batch)
-        if batch.pixel_values is not None or batch.num_texts != batch.num_rows:
+        if batch.text is None or batch.images is not None or batch.num_texts != batch.num_rows:
             raise DataError("Each row of a model with several vectors per row must be one text, and no image.")
-        mask = batch.pooled_tokens()
+        mask = batch.text.pooled_tokens
         vectors = self.encode_text(batch)
         return vectors, vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if mask is None else mask.bool()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 from typing_extensions import Self, override
 
+from vembed_fs2.embedding.inputs import ImageInputs
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch, Modality
 from vembed_fs2.models.common.dropout import Dropout
 from vembed_fs2.models.composed.backbone import Backbone
@@ -128,6 +129,10 @@ class ComposedModel(EmbeddingModel):
         towers = {"text": text, "image": image}
         self.frozen_parameters = frozenset(f"{k}.backbone.{name}" for k, t in towers.items() for name in t.frozen)
         self.requires_grad_(True)
+
+    @override
+    def blank_image(self) -> ImageInputs:
+        return self.image.backbone.blank_image()
 
     @override
     def encode_text(self, batch: EncoderBatch) -> Tensor:

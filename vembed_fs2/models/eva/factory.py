@@ -57,6 +57,7 @@ class EvaFactory(ModelFactory[EvaConfig]):
 
         model = EvaModel(text, vision, config.logit_scale_init, config.train_logit_scale)
         model.tokens_per_image = config.vision.num_patches + 1
+        model.image_shape = (config.vision.num_channels, config.vision.image_size, config.vision.image_size)
 
         return model
 

@@ -41,6 +41,7 @@ class SiglipFactory(ModelFactory[SiglipConfig]):
         model = SiglipModel(text, vision, config.logit_scale_init, config.logit_bias_init)
         if config.vision is not None:
             model.tokens_per_image = self.num_positions(config.vision)
+            model.image_shape = (config.vision.num_channels, config.vision.image_size, config.vision.image_size)
 
         return model
 

@@ -29,6 +29,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from vembed_fs2.embedding.batch import EncoderBatch
+from vembed_fs2.embedding.inputs import ImageInputs
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel, Modality
 from vembed_fs2.errors import DataError
@@ -85,8 +86,8 @@ class SiglipImageFrontend(Module):
     @override
     def forward(self, batch: EncoderBatch) -> tuple[Tensor, BatchLayout]:
         """Return the inputs of the Transformer, ``[P, S, M]``."""
-        x_PCHW = batch.pixel_values
-        assert x_PCHW is not None
+        assert batch.images is not None
+        x_PCHW = batch.images.values
         if x_PCHW.ndim != 4:
             raise DataError(f"Pixel values must be of shape [P, C, H, W], but are {list(x_PCHW.shape)}.")
         x_PMhw = self.patch_proj(x_PCHW)
@@ -110,17 +111,18 @@ class SiglipPatchFrontend(Module):
     @override
     def forward(self, batch: EncoderBatch) -> tuple[Tensor, BatchLayout]:
         """Return the inputs of the Transformer, ``[P, S, M]``, and where they are padding."""
-        x_PSK = batch.pixel_values
-        assert x_PSK is not None
-        patch_dim = self.patch_proj.input_dim
-        if batch.spatial_shapes is None or x_PSK.ndim != 3 or x_PSK.size(2) != patch_dim:
+        images, patch_dim = batch.images, self.patch_proj.input_dim
+        assert images is not None
+        if images.grids is None or images.values.size(1) != patch_dim:
             raise DataError(
-                f"Images must be cut into patches of {patch_dim} values, but are of shape {list(x_PSK.shape)}. "
+                f"Images must be cut into patches of {patch_dim} values, but are of shape {list(images.values.shape)}. "
                 "The `patch_size` of the image processor must be that of the model."
             )
+
+        x_PSK, mask_PS = images.pad_patches()
         patches_PSM = self.patch_proj(x_PSK.to(self.patch_proj.weight.dtype))
-        seqs_PSM = patches_PSM + self._positions(batch.spatial_shapes, x_PSK.size(1))
-        return seqs_PSM, PaddedLayout(seqs_PSM, batch.patch_mask)
+        seqs_PSM = patches_PSM + self._positions(images.grids[:, 1:], x_PSK.size(1))
+        return seqs_PSM, PaddedLayout(seqs_PSM, mask_PS)
 
     def _positions(self, shapes_P2: Tensor, width: int) -> Tensor:
         """The positions of each image, interpolated from the grid that is learned. *Returns:* ``[P, S, M]``."""
@@ -249,9 +251,9 @@ class SiglipModel(EmbeddingModel):
         """
         if self.text is None:
             return super().encode_text(batch)
-        ids_TL, mask_TL = batch.input_ids, batch.attention_mask
-        assert ids_TL is not None
-        if mask_TL is not None and not batch.fixed_width:
+        assert batch.text is not None
+        ids_TL, mask_TL = batch.text.input_ids, batch.text.attention_mask
+        if mask_TL is not None and not batch.text.fixed_width:
             ids_TL, mask_TL = self.text.fill(ids_TL, mask_TL.bool())
         return self.text(ids_TL, mask_TL)
 
@@ -264,6 +266,14 @@ class SiglipModel(EmbeddingModel):
         if self.vision is None:
             return super().encode_image(batch)
         return self.vision(batch)
+
+    @override
+    def blank_image(self) -> ImageInputs:
+        if self.vision is None or not isinstance(self.vision.frontend, SiglipPatchFrontend):
+            return super().blank_image()
+
+        patch = torch.zeros(1, self.vision.frontend.patch_proj.input_dim)
+        return ImageInputs(patch, torch.zeros(1, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64))
 
     @override
     def layer_stacks(self) -> list[ModuleList]:

@@ -61,6 +61,7 @@ class VitFactory:
         model.normalize = config.head.normalize
         model.similarity = "maxsim" if config.head.pooling == "none" else "cosine"
         model.tokens_per_image = config.grid.height * config.grid.width + num_prefix_tokens
+        model.image_shape = (config.num_channels, *as_pair(config.image_size))
         return model
 
     def create_frontend(self) -> VitFrontend:

@@ -286,8 +286,8 @@ class VitModel(EmbeddingModel):
 
     def encode_patches(self, batch: EncoderBatch) -> Tensor:
         """Return the final states of class token, registers and patches, ``[P, S, M]``."""
-        assert batch.pixel_values is not None
-        seqs_PSM, grid = self.frontend(batch.pixel_values)
+        assert batch.images is not None
+        seqs_PSM, grid = self.frontend(batch.images.values)
         layout = PaddedLayout(seqs_PSM, None)
         if self.rotation is not None:
             layout = PatchLayout(seqs_PSM, self.rotation(grid, seqs_PSM.device))
@@ -301,7 +301,7 @@ class VitModel(EmbeddingModel):
         """
         if self.head.pooling != "none":
             return super().encode_rows(batch)
-        if batch.input_ids is not None or batch.num_images != batch.num_rows:
+        if batch.text is not None or batch.num_images != batch.num_rows:
             raise DataError("Each row of a model with several vectors per row must be one image, and no text.")
         vectors = self.encode_image(batch)
         return vectors, vectors.new_ones(vectors.shape[:2], dtype=torch.bool)

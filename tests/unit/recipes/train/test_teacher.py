@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,32 +12,34 @@ import torch
 from torch.nn.functional import normalize
 
 from tests.distributed.steps import BERT, create_model, texts
-from vembed_fs2.data.example import Example, Item
+from vembed_fs2.data.example import Example, Item, Role
 from vembed_fs2.embedding.model import EncoderBatch, HeadConfig
 from vembed_fs2.errors import ConfigError, DataError
 from vembed_fs2.losses import Distillation, InfoNCE
+from vembed_fs2.processing.processor import Processor
 from vembed_fs2.recipes.train.config import GradCacheSection
 from vembed_fs2.recipes.train.dataset import Collator
 from vembed_fs2.recipes.train.objective import check_negatives, check_row
 from vembed_fs2.recipes.train.teacher import Teacher
 
 
-class Recording:
+class Recording(Processor[str]):
     """A processor that remembers what it was asked for."""
 
     def __init__(self, name: str) -> None:
+        super().__init__()
         self.name = name
         self.seen: list[tuple[str, list[str]]] = []
 
-    def prompt_for(self, role: str) -> str:
-        return f"{self.name} {role}"
+    def prepare(self, item: Item) -> str:
+        return item.text or f"{self.name} pixels of {item.images[0]}"
 
-    def prepare_image(self, image: Any) -> str:
-        return f"{self.name} pixels of {image}"
+    def collate(self, prepared: Sequence[str], *, role: Role | None = None, prompt: str | None = None) -> EncoderBatch:
+        self.seen.append((f"{self.name} {role}", list(prepared)))
+        return EncoderBatch.of_text(torch.ones(len(prepared), 1, dtype=torch.int64))
 
-    def __call__(self, items: Sequence[Item], *, prompt: str) -> EncoderBatch:
-        self.seen.append((prompt, [item.text or str(item.images[0]) for item in items]))
-        return EncoderBatch.of_text(torch.ones(len(items), 1, dtype=torch.int64))
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError
 
 
 def row(number: int, num_negatives: int, *, scored: bool = True) -> Example:
@@ -46,7 +49,7 @@ def row(number: int, num_negatives: int, *, scored: bool = True) -> Example:
 
 
 def test_the_objective_is_told_whose_negatives_are_whose_and_their_scores() -> None:
-    processor: Any = Recording("model")
+    processor = Recording("model")
     collator = Collator(processor)
     batch = collator([collator.load(e) for e in (row(1, 2), row(2, 0), row(3, 1, scored=False), row(4, 1))])
     assert processor.seen[1] == ("model document", ["p1", "p2", "p3", "p4", "n10", "n11", "n30", "n40"])
@@ -63,7 +66,7 @@ def test_the_objective_is_told_whose_negatives_are_whose_and_their_scores() -> N
 
 def test_rows_without_scores_and_negatives_have_tensors_as_well() -> None:
     """Ranks gather them alike, whatever rows they hold."""
-    processor: Any = Recording("model")
+    processor = Recording("model")
     collator = Collator(processor)
     rows = collator([collator.load(row(1, 0, scored=False))]).rows
     assert rows.scores is not None
@@ -75,8 +78,8 @@ def test_rows_without_scores_and_negatives_have_tensors_as_well() -> None:
 
 
 def test_a_teacher_has_its_own_prompts_and_pixels() -> None:
-    processor: Any = Recording("model")
-    teacher: Any = Recording("teacher")
+    processor = Recording("model")
+    teacher = Recording("teacher")
     collator = Collator(processor, teacher)
     example = Example(Item(text="q"), Item(images=("a.png",)), (Item(text="n"),))
     batch = collator([collator.load(example)])
@@ -89,8 +92,8 @@ def test_a_teacher_has_its_own_prompts_and_pixels() -> None:
     assert batch.teacher_document is not None
     batch.to(torch.device("meta"))
     for part in (batch.query, batch.document, batch.teacher_query, batch.teacher_document):
-        assert part.input_ids is not None
-        assert part.input_ids.device.type == "meta"
+        assert part.text is not None
+        assert part.text.input_ids.device.type == "meta"
     assert batch.rows.scores is not None
     assert batch.rows.scores.device.type == "meta"
 
