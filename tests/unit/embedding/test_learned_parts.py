@@ -13,7 +13,7 @@ from fairseq2.models import ModelFamily
 from torch import Tensor
 
 from tests.distributed.steps import BERT, CLIP, texts
-from vembed_fs2.embedding.learned import teacher_projection
+from vembed_fs2.embedding.learned import LearnedPart, teacher_projection
 from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
 from vembed_fs2.losses import LossInput, LossOutput, Objective
 from vembed_fs2.models.bert import BertConfig
