@@ -13,8 +13,9 @@ from fairseq2.models import ModelFamily
 from torch import Tensor
 
 from tests.distributed.steps import BERT, CLIP, texts
-from vembed_fs2.embedding.learned import teacher_projection
+from vembed_fs2.embedding.learned import LearnedPart, teacher_projection
 from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
+from vembed_fs2.losses import LossInput, LossOutput, Objective
 from vembed_fs2.models.bert import BertConfig
 from vembed_fs2.models.family import PlainCheckpointFormat, get_checkpoint_format
 from vembed_fs2.resolver import get_resolver
@@ -149,3 +150,50 @@ def test_what_a_family_freezes_stays_frozen_whatever_fairseq2_asks_for() -> None
     assert model.frozen_parameters == {"pooler.weight", "pooler.bias"}  # Of no use to the pooling "mean".
     model.requires_grad_(False).requires_grad_(True)
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == model.frozen_parameters
+
+
+WEIGHTS = LearnedPart(name="weights", shape=(5,), mean=1.0)
+
+
+def test_a_part_that_only_a_training_needs_is_in_checkpoints_and_not_in_folders(tmp_path: Path) -> None:
+    model = create("vembed_bert", learned=[WEIGHTS])
+    assert torch.equal(model(texts(3, 0)).parts["weights"], torch.ones(5))
+    loaded = load("vembed_bert", write_checkpoint(tmp_path, model.state_dict()), learned=[WEIGHTS])
+    assert torch.equal(loaded.get_parameter("weights"), torch.ones(5))
+
+    config = BertConfig(learned=[WEIGHTS])
+    plain = PlainCheckpointFormat("test_learned_weights", BertConfig)
+    written: Any = plain.to_hg_config(config).data
+    assert "learned" not in written["model_config"]
+    assert not plain.to_hg_state_dict({"weights": torch.ones(5)}, config)
+
+
+def test_only_what_the_objective_declares_is_trained_and_cut_to_its_bound() -> None:
+    model = create("vembed_bert", **LEARNED)
+    model.train_learned_parts([LearnedPart(name="logit_scale", max=1.5)])
+    assert {name for name in model.learned if model.get_parameter(name).requires_grad} == {"logit_scale"}
+    model.clamp_learned_parts()
+    assert {name: float(model.get_parameter(name).detach().max()) for name in ("logit_scale", "logit_bias")} == {
+        "logit_scale": 1.5, "logit_bias": -10.0,
+    }  # fmt: skip
+
+
+def test_a_part_must_not_have_the_name_of_a_module() -> None:
+    with pytest.raises(ValueError, match="`encoder` is a part of the model"):
+        create("vembed_bert").add_learned_parts([LearnedPart(name="encoder")])
+    for part in ({"name": "a.b"}, {"name": "a", "shape": ()}):
+        with pytest.raises(ValueError, match="learned part"):
+            LearnedPart(**part)  # type: ignore[arg-type]
+
+
+class OfAnOlderPlugin(Objective):
+    initial_logit_bias = -3.0
+
+    def compute(self, inputs: LossInput) -> LossOutput:
+        raise NotImplementedError
+
+
+def test_the_properties_of_older_objectives_are_read_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="define `learned_parts`"):
+        (part,) = OfAnOlderPlugin().learned_parts(4)
+    assert (part.name, part.mean) == ("logit_bias", -3.0)
