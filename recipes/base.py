@@ -1,4 +1,4 @@
-"""What a recipe of this package is, besides what fairseq2 asks of one."""
+"""The base of this package's recipes."""
 
 from __future__ import annotations
 

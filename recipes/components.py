@@ -23,11 +23,12 @@ class Components:
         """Return the configuration class of a component.
 
         :param section: the path of the section. A component within another one's configuration is of the same kind.
-        :raises ConfigError: there is no component of that name.
+        :raises ConfigError: no component has that name.
         """
         known = self._by_section[section.partition(".")[0]]
         if name in known:
             return known[name]
+
         nearest = get_close_matches(name, known, 1)
         hint = f" Did you mean '{nearest[0]}'?" if nearest else f" Known: {', '.join(sorted(known))}."
         raise ConfigError(f"`{section}.name` '{name}' is not known.{hint}")
@@ -42,6 +43,7 @@ class Components:
     def _resolve(self, component: Any, path: str) -> None:
         kls = self.find_config(path, component.name)
         values = {} if component.config is None else component.config
+
         component.config = StandardValueConverter().structure(values, kls)
         for name, value in vars(component.config).items():
             for nested in value if isinstance(value, list) else [value]:

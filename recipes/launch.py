@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 _GLOO_LOST: Final = re.compile(r"gloo/transport/.*(closed by peer|reset by peer|Broken pipe)", re.IGNORECASE)
-"""What gloo says where the process at the other end is gone. It says other things of, say, sizes that differ."""
+"""Matches gloo's error for a lost peer. Other gloo errors, such as size mismatches, do not match."""
 
 
 def run_recipe(package: str, args: argparse.Namespace) -> int:
@@ -41,11 +41,14 @@ def run_recipe(package: str, args: argparse.Namespace) -> int:
         if args.preset == "list":
             print("\n".join(_presets(package)))
             return 0
+
         _check_arguments(args)
+
         if args.nproc_per_node is not None and "RANK" not in os.environ:
-            # Libraries print to the standard output, too.
+            # Libraries print to the standard output as well.
             stdout = sys.stderr.fileno() if args.quiet else None
             return run_processes(_command(package, args), args.nproc_per_node, advice=_advice(package), stdout=stdout)
+
         return _run(package, args)
     except VembedError as ex:
         if args.traceback:
@@ -58,6 +61,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.output_dir is None and not args.dump_config:
         hint = "; give it before --config" if any("=" not in item for item in args.config) else ""
         errors.append(f"OUTPUT_DIR is required{hint}.")
+
     if args.nproc_per_node is not None and args.nproc_per_node < 1:
         errors.append(f"--nproc-per-node must be at least 1, but is {args.nproc_per_node}.")
     if errors:
@@ -75,6 +79,7 @@ def main(package: str) -> None:
     """The entry point of ``python -m <package>``."""
     parser = argparse.ArgumentParser(prog=f"python -m {package}")
     add_recipe_arguments(parser)
+
     try:
         sys.exit(run_recipe(package, parser.parse_args()))
     except KeyboardInterrupt:
@@ -112,9 +117,11 @@ def _as_arguments(args: argparse.Namespace) -> list[str]:
     arguments += ["--preset", args.preset] if args.preset else []
     for file in args.config_file:
         arguments += ["--config-file", str(file)]
+
     arguments += ["--checkpoint-dir", str(args.checkpoint_dir)] if args.checkpoint_dir else []
     flags = ("dump_config", "quiet", "no_rich", "traceback")
     arguments += [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
+
     return arguments + (["--config", *args.config] if args.config else [])
 
 
@@ -127,20 +134,27 @@ def _run(package: str, args: argparse.Namespace) -> int:
 
     if args.quiet:
         logging.disable(logging.INFO)
+
     recipe = load_recipe(package)
+
     config = load_config(package, recipe, args)
     if args.dump_config:
         print(dump_config(config), end="")
         return 0
+
     redact_logs(os.environ)
     logging.raiseExceptions = False  # A full disk is said once, not with a stack trace for each line that is logged.
     configure_logging(no_rich=args.no_rich)
+
     if is_first := os.environ.get("RANK", "0") == "0":
         for folder in filter(None, (args.output_dir, args.checkpoint_dir)):
             check_writable(folder)
+
     recipe.open(config)
+
     if is_first:
         prepare_output_dir(args.output_dir, args.checkpoint_dir, config, int(os.environ.get("WORLD_SIZE", "1")))
+
     return _run_fairseq2(recipe, config, args)
 
 
@@ -152,6 +166,7 @@ def _run_fairseq2(recipe: VembedRecipe[Any, Any], config: Any, args: argparse.Na
 
     repair_wandb()
     _report_no_system_errors_of_threads()
+
     with handle_cli_errors(raises=args.traceback):
         try:
             run(recipe, config, args.output_dir, checkpoint_dir=args.checkpoint_dir, no_rich=args.no_rich)
@@ -166,12 +181,14 @@ def _run_fairseq2(recipe: VembedRecipe[Any, Any], config: Any, args: argparse.Na
                 return _report(cause, 1)
             if (lost := find_connection_error(ex)) is not None:
                 _leave_to_launcher(lost)
+
             raise
+
     return recipe.exit_status()
 
 
 def find_system_error(error: BaseException) -> OSError | None:
-    """Return what the operating system said, if that is why a run failed: a full disk, say.
+    """Return the operating system's error, if that is why a run failed: for example a full disk.
 
     Its ``OSError`` can lie deep: when a checkpoint cannot be written, torch
     raises a ``RuntimeError``, and fairseq2 says that the data cannot be pickled.
@@ -180,11 +197,13 @@ def find_system_error(error: BaseException) -> OSError | None:
 
     if isinstance(error, OperationalError) and isinstance(error.__cause__, OSError):
         return error.__cause__
+
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError) and link.errno in _DISK_ERRORS:
             return link
         link = link.__cause__ or link.__context__
+
     return None
 
 
@@ -199,6 +218,7 @@ def find_connection_error(error: BaseException) -> BaseException | None:
         if isinstance(link, RuntimeError) and _GLOO_LOST.search(str(link)):
             return link
         link = link.__cause__
+
     return None
 
 
@@ -210,7 +230,7 @@ def _leave_to_launcher(error: BaseException) -> None:
 
 
 def _report_no_system_errors_of_threads() -> None:
-    """Print no stack trace when the disk is full in TensorBoard's thread, say: the main thread then has that error."""
+    """Print no stack trace for a full disk in a thread such as TensorBoard's: the main thread reports it."""
     report = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
@@ -225,6 +245,7 @@ def _message_of(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError):
         return f"{error}.{f' {RESUME}' if error.errno in _DISK_ERRORS else ''}"
+
     from fairseq2.model_checkpoint import CorruptModelCheckpointError
 
     assert isinstance(error, CorruptModelCheckpointError)
@@ -245,6 +266,7 @@ def load_config(package: str, recipe: VembedRecipe[Any, Any], args: argparse.Nam
     layers: list[Mapping[str, Any]] = []
     if args.preset:
         layers.append(load_yaml(_find_preset(package, args.preset)))
+
     layers += [load_yaml(file) for file in args.config_file]
     layers.append(parse_overrides(args.config))
     kls, components = recipe.config_kls, Components(recipe)
@@ -252,8 +274,10 @@ def load_config(package: str, recipe: VembedRecipe[Any, Any], args: argparse.Nam
     assert isinstance(defaults, Mapping)
     config = structure(kls, merge_layers(defaults, layers), components.find_config)
     components.resolve(config)
+
     if errors := config_errors(config):
         raise ConfigError(errors)
+
     return config
 
 
@@ -269,4 +293,5 @@ def dump_config(config: Any) -> str:
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.dump(StandardValueConverter().unstructure(config), stream)
+
     return stream.getvalue()

@@ -52,6 +52,7 @@ def create_recipe_container(recipe: Recipe) -> DependencyContainer:
     _register_library(container, no_progress=True)
     register = _register_train_recipe if _is_train_config(recipe.config_kls) else _register_inference_recipe
     register(container, recipe)
+
     return container
 
 
@@ -78,6 +79,7 @@ def handle_cli_errors(*, raises: bool) -> Iterator[None]:
 
     container = DependencyContainer()
     _register_cli_errors(container)
+
     with _handle_errors(container, raises):
         yield
 

@@ -23,10 +23,13 @@ class EvaluateConfig(EvaluateSettings):
             result.add_error("`model` must name a model.")
         if not self.ks or min(self.ks) < 1:
             result.add_error(f"`ks` must be whole numbers of at least 1, but is {list(self.ks)} instead.")
+
         for name, low in (("batch_size", 1), ("max_length", 3)):
             value = getattr(self, name)
             if value is not None and value < low:
                 result.add_error(f"`{name}` must be greater than or equal to {low}, but is {value} instead.")
+
         if self.gang.tensor_parallel_size != 1:
             result.add_error("`gang.tensor_parallel_size` must be 1: each process holds the whole model.")
+
         return result

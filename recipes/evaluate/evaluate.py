@@ -30,10 +30,12 @@ def load_task(data: EvaluateDataSection) -> RetrievalTask:
         if paths or data.queries is None or data.corpus is None or data.qrels is None:
             raise VembedError("Give DATA, or all of --queries, --corpus and --qrels.")
         return task_from_files(data.queries, data.corpus, data.qrels, image_root=data.image_root)
+
     if not paths:
         raise VembedError("Give DATA: files of rows, or a folder with queries, corpus and qrels.")
     if len(paths) == 1 and paths[0].is_dir() and any(paths[0].glob("qrels*")):
         return task_from_folder(paths[0], data.split, image_root=data.image_root)
+
     dataset = ExampleDataset(paths, columns=data.columns, mode=data.mode, image_root=data.image_root)
     return task_from_examples(list(dataset))
 
@@ -58,6 +60,7 @@ def evaluate_models(
             similarity="dot" if embedder.model.similarity == "dot" else "cosine",
             gather=gather,
         )
+
     return results
 
 
@@ -78,6 +81,7 @@ def load_embedder(
 def write_report(file: Path, settings: EvaluateSettings, results: Mapping[str, Results]) -> None:
     """Write the results as JSON, with what they are of."""
     paths = [str(path) for path in settings.data.paths]
+
     about: dict[str, Any] = {"data": paths, "max_length": settings.max_length, "bf16": settings.bf16}
     if settings.baseline is not None:
         about |= {"baseline": settings.baseline, "baseline_metrics": results[settings.baseline]}

@@ -66,12 +66,15 @@ class EvaluateTask(Task):
     @override
     def run(self) -> None:
         config, root = self._config, self._gangs.root
-        # Embeddings are compared on the CPU, so they are gathered there: a GPU need not hold those of all ranks.
+
+        # Embeddings are compared on the CPU, so they are gathered there: a GPU need not hold all ranks' embeddings.
         gather = RowGather(dist.new_group(backend="gloo") if root.size > 1 else None)
+
         results = evaluate_models(config, self._task, self._load, gather)
         if root.rank == 0:
             log.info("%s", format_results(results))
             write_report(self._file, config, results)
+
         self._gangs.close()
 
     def _load(self, name: str) -> Embedder:
@@ -84,9 +87,11 @@ class EvaluateTask(Task):
             bf16=config.bf16,
             trust_remote_code=config.trust_remote_code,
         )
+
         # One process downloads, the others find the files.
         embedder = load() if root.rank == 0 else None
         root.barrier()
+
         return embedder or load()
 
     @override

@@ -33,7 +33,7 @@ class EvaluateDataSection:
     """What the queries and documents of rows consist of: t2t, t2i, i2t, i2i, m2i, m2t or auto."""
 
     image_root: Path | None = None
-    """The folder that images must lie in; by default, that of the data file."""
+    """The folder that images must lie in; the folder of the data file by default."""
 
 
 @dataclass(kw_only=True)

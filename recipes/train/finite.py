@@ -31,7 +31,7 @@ class FiniteGuard:
     All ranks end at the same point, whichever has such a number, and a checkpoint
     that is being written is completed first.
 
-    :param model: the model as it is trained: that of DDP or FSDP2, if it is one.
+    :param model: the model as it is trained: DDP's or FSDP2's, if there is one.
     """
 
     bag: MetricBag
@@ -66,19 +66,23 @@ class FiniteGuard:
         grad_norm: Any = self.bag.get("grad_norm", Mean)
         codes = [_code(float(metric.weighted_sum)) for metric in (loss, grad_norm)]
         codes += [self._find(self._weights()), self._find(self._averages())] if with_state else [0, 0]
+
         loss_code, grad_code, weight, average, first = all_max([*codes, self._first], None)
         if not (loss_code or grad_code or weight or average):
             self._first = 0  # A step that was skipped for its loss scale.
             return
 
-        # What is in it is finite.
+        # Its content is finite.
         complete_checkpoint(self._trainer)
+
         if not with_state:
             (weight,) = all_max([self._find(self._weights())], None)
+
         if loss_code or grad_code:
             what = f"The loss is {_VALUES[loss_code]}" if loss_code else f"The gradient is {_VALUES[grad_code]}"
         else:
             what = "The weights are not finite" if weight else "The optimizer's state is not finite"
+
         raise VembedError(
             f"{what}: the training has diverged. {self._where(first or weight, average)}Lower `optimizer.config.lr`, "
             "set `trainer.max_grad_norm`, or look for numbers that are not finite in the model's weights. "
@@ -106,8 +110,10 @@ class FiniteGuard:
                 extremes.append(
                     torch.stack(torch.aminmax(tensor)).float()
                 )  # In one pass; each is NaN if any number is.
+
         if not places:
             return 0
+
         finite = torch.stack(extremes).isfinite().all(1).tolist()
         return max((place for place, is_finite in zip(places, finite) if not is_finite), default=0)
 

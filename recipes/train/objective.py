@@ -47,10 +47,11 @@ def create_objective(section: LossSection, gather: RowGather | None = None) -> O
 def create_blank(family_name: str, config: object) -> EmbeddingModel:
     """Create a model without memory for its weights, if the family can.
 
-    :raises ConfigError: it is no embedding model.
+    :raises ConfigError: it is not an embedding model.
     """
     family = get_resolver().resolve(ModelFamily, key=family_name)
     gangs = create_fake_gangs(torch.device("cpu"))
+
     model = family.create_new_model(config, gangs, torch.float32, family.supports_meta, True)
     if not isinstance(model, EmbeddingModel):
         raise ConfigError(f"'{family_name}' is not a family of embedding models.", where="`model`")
@@ -67,10 +68,12 @@ def learned_parts(
     """
     if errors := loss.dim_errors(embedding_dim):
         raise ConfigError(errors, where="`loss`")
+
     parts = describe_changes(model_config, loss.learned_parts(embedding_dim, teacher_dim))
     if parts and not isinstance(model_config, EmbeddingModelConfig):
         names = ", ".join(parts)
         raise ConfigError(f"models of this family cannot hold what the objective learns ({names}).", where="`loss`")
+
     return parts
 
 
@@ -86,16 +89,19 @@ def check_vectors(section: LossSection, *, several: bool) -> None:
 
 def _vector_errors(name: str, config: object, path: str, several: bool) -> Iterator[str]:
     config = LOSSES[name].config_kls() if config is None else config
+
     similarity = getattr(config, "similarity", None)
     if compares_several(similarity) and not several:
         yield (
             f"`{path}config.similarity` is 'maxsim', which is for several vectors per row, but the model gives one: "
             "set another, or `model.config_overrides.head.pooling=none`."
         )
+
     if several and isinstance(config, _SINGLE_VECTOR):
         yield f"`{path}name` is '{name}', which is for one vector per row, but the model gives several."
     elif several and similarity in ("cosine", "dot"):
         yield f"`{path}config.similarity` must be 'maxsim', because the model gives several vectors per row."
+
     for field, value in vars(config).items():
         specs = enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]
         for idx, spec in specs:

@@ -100,22 +100,27 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
     def prepare(self, config: TrainConfig) -> PreparedTraining:
         if config.trainer.data_parallelism != "fsdp" and config.trainer.mixed_precision.mode == "static":
             config.trainer.mixed_precision.mode = "auto"  # Autocast, as fairseq2 does; but it warns.
+
         loss = create_objective(config.loss)
         teacher, teacher_dim, modalities = None, None, {}
         if loss.needs_teacher:
             teacher = find_teacher(config.teacher)
             blank = create_blank(teacher.family, teacher.config)
             teacher_dim, modalities["the teacher"] = blank.embedding_dim, blank.modalities
+
         plan = plan_model(config)
         modalities["the model"] = plan.modalities
         parts = learned_parts(loss, plan.config, plan.embedding_dim, teacher_dim)
         override_config(plan.config, parts)
+
         config.model.config_overrides = {**plan.overrides, **parts} or None
         for section in (config.dataset, config.valid):
             make_absolute(section)
+
         dataset = open_dataset(config.dataset, partial(check_row, loss=loss, modalities=modalities))
         check_negatives(dataset, loss)
         valid_task = load_valid_task(config, {"the model": plan.modalities}) if config.valid.paths else None
+
         return PreparedTraining(dataset, valid_task, teacher, teacher_dim)
 
     @override
@@ -135,8 +140,10 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
         config = context.get_config_as(TrainConfig)
         loss = create_objective(config.loss)
         assert isinstance(model, EmbeddingModel)
+
         if newly_initialized and isinstance(model, ComposedModel):
             load_towers(model, context.gangs)
+
         model.train_learned_parts(loss.learned_parts(model.embedding_dim, self.open(config).teacher_dim))
         return model
 
@@ -148,9 +155,11 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
         model = context.get_model_as(EmbeddingModel)
         gather = RowGather(gangs.dp.as_process_group() if gangs.dp.size > 1 else None)
         loss = create_objective(config.loss, gather)
+
         dataset = prepared.dataset
         if dataset.num_skipped:  # Said in full when it was opened, but before there was a log file.
             log.warning("%s rows that cannot be used are left out.", f"{dataset.num_skipped:,}")
+
         processor = create_processor(config, model, gangs)
         if gangs.root.rank == 0:
             processor.save(context.output_dir / "processor")
@@ -164,11 +173,13 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
             teacher.processor.allow_urls = config.dataset.allow_urls
 
         teacher_processor = None if teacher is None else teacher.processor
+
         train_processor = processor
         if (max_length := config.dataset.max_length) is not None:
             train_processor = create_processor(
                 config, model, gangs, max_length=min(max_length, processor.settings.max_length or max_length)
             )
+
         collator = Collator(train_processor, teacher_processor)
         reader = create_reader(config, dataset, collator, gangs)
         set_num_steps(config, reader.steps_per_epoch)
@@ -187,19 +198,22 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
                     gather=gather,
                 )
             )
+
         # fairseq2 says that units of training and of validation take the same batches, and does not need it.
         trainer = context.create_trainer(unit, reader, valid_units or None, valid_readers or None)  # type: ignore[misc]
         unit.lapse = seconds_since_report(trainer)
         unit.finite.install(trainer, context.get_optimizer())
+
         for valid_unit in valid_units:
-            # An error in a validation, of a broken image say, must not cost the checkpoint that is being written.
+            # An error in a validation, such as a broken image, must not cost the checkpoint that is being written.
             valid_unit.on_start = partial(complete_checkpoint, trainer)
+
         self.stop.install(trainer)
         return trainer
 
 
 def log_to_files() -> None:
-    """Write our log lines to the run's log files as well: those of other ranks than the first are nowhere else."""
+    """Write our log lines to the run's log files as well. Lines of other ranks than the first are nowhere else."""
     for handler in logging.getLogger("fairseq2").handlers:
         if handler not in log.handlers:
             log.addHandler(handler)
@@ -233,6 +247,7 @@ def create_reader(
 ) -> EmbeddingDataReader[ContrastiveBatch]:
     """Create the reader of this rank's batches."""
     section = config.dataset
+
     return EmbeddingDataReader(
         dataset,
         collator,
@@ -280,4 +295,5 @@ def load_valid_task(config: TrainConfig, modalities: Mapping[str, Collection[str
                 log.warning("A held-out row is left out: %s", outcome)
             else:
                 examples.append(row)
+
     return task_from_examples(examples)

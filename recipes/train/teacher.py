@@ -29,6 +29,7 @@ class Teacher:
         """:raises ConfigError: the model gives several vectors per row."""
         if model.is_multi_vector:
             raise ConfigError("a teacher must give one vector per row.", where="`teacher`")
+
         self.processor = processor
         self._model = model.requires_grad_(False).eval()
         self._encoder = Encoder(
@@ -46,6 +47,7 @@ class Teacher:
 
         ordered = torch.empty_like(values)
         ordered[rows.to(values.device)] = values
+
         return torch.nn.functional.normalize(ordered, dim=-1) if self._model.normalize else ordered
 
 

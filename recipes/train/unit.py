@@ -75,17 +75,20 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         """Return the sum of the loss over this rank's queries, and their number.
 
         The trainer divides by the number of queries of all ranks and undoes the
-        averaging of DDP and FSDP2, so the gradient is that of the global mean.
+        averaging of DDP and FSDP2, so the gradient is the global mean's.
         """
         self._model.clamp_learned_parts()
+
         if self._teacher is not None:
             assert batch.teacher_query is not None
             assert batch.teacher_document is not None
             batch.rows.teacher_query = self._teacher.encode(batch.teacher_query)
             batch.rows.teacher_document = self._teacher.encode(batch.teacher_document)
+
         loss = self._step(batch.query, batch.document, rows=batch.rows)
         self.finite.see(loss.detach())
         self._update_metrics(batch, loss.detach(), metric_bag)
+
         return loss, batch.num_queries
 
     def _compute_loss(self, query: Embeddings, document: Embeddings, rows: RowInfo) -> Tensor:
@@ -105,6 +108,7 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         assert self._output is not None
         stats = self._step.stats
         metric_bag.get("objective", SumsByName).update(self._output.metrics)
+
         sums: dict[str, Tensor | float] = {
             "loss": loss,
             "num_queries": batch.num_queries,
@@ -125,9 +129,12 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         of_objective: dict[str, Tensor] = values.pop("objective")  # type: ignore[assignment]
         for name, value in (*of_objective.items(), ("loss", values["loss"])):
             values[name] = float(value) / max(sums["num_queries"], 1.0)  # type: ignore[arg-type]
+
         _check_loss(float(values["loss"]))  # type: ignore[arg-type]
+
         for name in _PER_BATCH:
             values[name] = float(values[name]) / max(sums["num_batches"], 1.0)  # type: ignore[arg-type]
+
         values["total_num_queries"] = int(float(values["total_num_queries"]))  # type: ignore[arg-type]
         if self.lapse is not None:
             seconds = max(self.lapse(), 1e-9)

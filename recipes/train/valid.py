@@ -80,6 +80,7 @@ class ValidReader(DataReader[ValidBatch]):
         """Read rows of one kind; all ranks read as many blocks."""
         items = self._items[role]
         size = WINDOW_IMAGES if items[share[0]].images else WINDOW_ROWS
+
         blocks = [share[start : start + size] for start in range(0, len(share), size)]
 
         windows = ([items[i] for i in block] for block in blocks)
@@ -175,8 +176,10 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
     def finalize(self, metric_bag: MetricBag) -> None:
         queries, query_mask = self._collect("query", len(self._task.queries))
         corpus, document_mask = self._collect("document", len(self._task.corpus))
+
         if not self._is_first:
             return
+
         # Autocast would round the similarities that documents are ranked by.
         with torch.autocast(queries.device.type, enabled=False):
             metrics = evaluate_retrieval(
@@ -188,6 +191,7 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
                 query_mask=query_mask,
                 document_mask=document_mask,
             )
+
         for name in VALID_METRICS:
             metric_bag.get(name, Sum).update(metrics[name])
 
@@ -211,12 +215,14 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
         if self._model.is_multi_vector:
             values, mask = self._append_vectors(parts, indices.size(0), device)
             return gathered(values), gathered(mask)
+
         values = torch.cat([p.values for p in parts]) if parts else torch.empty(0, self._model.embedding_dim)
         return gathered(values.to(device)), None
 
     def _append_vectors(self, parts: Sequence[_Part], num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Append embeddings, as wide as those of any rank. *Returns:* ``[n, L, D]`` and a mask ``[n, L]``."""
+        """Append embeddings, as wide as any rank's. *Returns:* ``[n, L, D]`` and a mask ``[n, L]``."""
         width = max(self._gather.counts(max((p.values.size(1) for p in parts), default=1)))
+
         values = torch.zeros(num_rows, width, self._model.embedding_dim, device=device)
         mask = torch.zeros(num_rows, width, dtype=torch.bool, device=device)
         start = 0
@@ -225,4 +231,5 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
             values[rows, :length] = part.values
             mask[rows, :length] = True if part.mask is None else part.mask
             start = rows.stop
+
         return values, mask

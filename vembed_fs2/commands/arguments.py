@@ -23,6 +23,7 @@ def parse_columns(pairs: list[str]) -> dict[str, str | list[str] | None]:
             columns[name] = column or None
         else:
             columns[name] = [*([before] if isinstance(before, str) else before), column]
+
     return columns
 
 

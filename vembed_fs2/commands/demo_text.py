@@ -49,9 +49,11 @@ def run(args: argparse.Namespace) -> int:
 
     heading("3. One epoch of training")
     train_started = perf_counter()
+
     status = train(out / "run", "demo_text", model=base, data=files.train)
     if status:
         return status
+
     train_seconds = perf_counter() - train_started
 
     heading("4. After training")
@@ -65,4 +67,5 @@ def run(args: argparse.Namespace) -> int:
     print("    from sentence_transformers import SentenceTransformer")
     print(f'    model = SentenceTransformer("{out / "model"}")')
     print('    vectors = model.encode(["how to sort a list by a key"])')
+
     return 0

@@ -71,9 +71,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.output is not None:
         check_file(args.output)
+
     settings = _read_settings(args)
     if args.nproc_per_node is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _run_gang(settings, args)
+
     return _run_here(settings, args)
 
 
@@ -88,6 +90,7 @@ def _read_settings(args: argparse.Namespace) -> EvaluateSettings:
         mode=args.mode,
         image_root=args.image_root,
     )
+
     return EvaluateSettings(
         model=args.model,
         baseline=args.baseline or None,
@@ -127,12 +130,14 @@ def _run_gang(settings: EvaluateSettings, args: argparse.Namespace) -> int:
         raise ConfigError(f"--device must be cpu or cuda on several processes, but is {args.device!r}.")
     if args.device == "cpu":
         os.environ["FAIRSEQ2_DEVICE"] = "cpu"
+
     folder = Path(mkdtemp(prefix="vembed_evaluate_"))
     parser = argparse.ArgumentParser()
     add_recipe_arguments(parser)
     values = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in asdict(settings).items()]
     launch = [] if args.nproc_per_node is None else ["--nproc-per-node", str(args.nproc_per_node)]
     command = [str(folder), *launch, "--quiet", "--no-rich", "--config", *values]
+
     status = run_recipe("vembed_fs2.recipes.evaluate", parser.parse_args(command))
     if status == 0 and (file := folder / "results.json").exists():  # Only the first process of the gang has it.
         report = read_json(file)
@@ -140,10 +145,12 @@ def _run_gang(settings: EvaluateSettings, args: argparse.Namespace) -> int:
         if settings.baseline is not None:
             results = {settings.baseline: report["baseline_metrics"], **results}
         _show(settings, results, args.output)
+
     if status == 1:
         print(f"The log files are in {folder / 'logs'}.", file=sys.stderr)
     else:
         rmtree(folder, ignore_errors=True)
+
     return status
 
 
@@ -154,5 +161,6 @@ def _show(settings: EvaluateSettings, results: Mapping[str, Mapping[str, float]]
     counts = results[settings.model]
     num_queries = int(counts["num_queries"] + counts["num_queries_without_relevant"])
     print_results(results, title=f"{num_queries:,} queries, {int(counts['num_documents']):,} documents")
+
     if output is not None:
         write_report(output, settings, results)

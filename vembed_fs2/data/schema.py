@@ -67,9 +67,11 @@ class RowSchema:
         self._image_root = image_root
         self._roots: dict[Path, str] = {}
         self._layouts: dict[tuple[str, ...], Layout] = {}
+
         errors = []
         if mode not in MODES:
             errors.append(f"`mode` must be one of {', '.join(MODES)}, but is {mode!r}.{_nearest(mode, MODES)}")
+
         errors += self._column_errors()
         if image_root is not None and not os.path.isdir(image_root):
             errors.append(f"`image_root` must be a folder, but {os.fspath(image_root)} is none.")
@@ -110,12 +112,15 @@ class RowSchema:
         query = row.item("query", "query_image", row.instruction("instruction"))
         if query is None:
             row.fail_missing("query")
+
         for_documents = row.instruction("document_instruction")
         positive = row.item("positive", "positive_image", for_documents)
         negatives = row.negatives(for_documents)
+
         label = row.label()
         if positive is None and label is None:
             row.fail_missing("positive", " and no label")
+
         self._check_mode(row, query, positive, negatives)
         scores = row.scores(positive, negatives)
         return Example(query, positive, negatives, label, scores, where)
@@ -123,6 +128,7 @@ class RowSchema:
     def _check_mode(self, row: RowReader, query: Item, positive: Item | None, negatives: tuple[Item, ...]) -> None:
         if self.mode == "auto":
             return
+
         wanted = [(self.mode[0], "query", query), (self.mode[2], "positive", positive)]
         wanted += [(self.mode[2], "negatives", negative) for negative in negatives]
         for part, field, item in wanted:
@@ -141,6 +147,7 @@ class RowSchema:
             if len(self._layouts) > 1000:
                 self._layouts.clear()
             layout = self._layouts[keys] = self._find_columns(keys)
+
         return layout
 
     def _find_columns(self, keys: tuple[str, ...]) -> Layout:
@@ -151,6 +158,7 @@ class RowSchema:
             if column not in keys:
                 nearest = _nearest(column, keys) or " Write null if there is no value."
                 raise RowError(f"has no column {column!r}, which `columns` maps to {field!r}.{nearest}")
+
             if match := _NUMBERED.fullmatch(field):
                 numbered.setdefault(int(match[2]), [None, None])[match[1] is not None] = column
             else:
@@ -159,9 +167,11 @@ class RowSchema:
         taken = {column for _, column in mapped}
         for key in keys:
             match = _NUMBERED.fullmatch(key)
+
             name = _NAMES.get("negative" + (match[1] or "")) if match else _NAMES.get(key)
             if key in taken or key in self.columns or name in self.columns:
                 continue
+
             if match:
                 pair, part = numbered.setdefault(int(match[2]), [None, None]), match[1] is not None
                 if pair[part] is not None:
@@ -173,6 +183,7 @@ class RowSchema:
                 found[name] = key
             elif close := get_close_matches(key, _NAMES, n=1, cutoff=0.86):
                 fail(key, f"is no field. Did you mean {close[0]!r}? If not, give the column another name")
+
         return Layout(found, tuple((numbered[n][0], numbered[n][1]) for n in sorted(numbered)))
 
     def _mapped_columns(self) -> Iterator[tuple[str, str]]:
@@ -211,6 +222,7 @@ def content_id(item: Item) -> int:
             values += [b"t", part.value.encode("utf-8")]
         else:
             values += _image_values(part.source)
+
     return _hash63(values)
 
 

@@ -1,4 +1,4 @@
-"""What follows a backbone, of texts, of images or of both: pooling, dense layers, and what its embeddings are.
+"""The head after a backbone of texts, of images or of both: pooling, dense layers, and what embeddings are.
 
 Shapes: N texts or images, L states (of tokens; of class token, registers and patches), K chosen states,
 M size of a state, D embedding size.
@@ -59,7 +59,7 @@ class DenseConfig:
 
 @dataclass(kw_only=True)
 class HeadConfig:
-    """What follows a backbone: pooling, dense layers, normalisation."""
+    """The head after a backbone: pooling, dense layers, normalisation."""
 
     pooling: Pooling | Sequence[Pooling] = "mean"
     """
@@ -117,7 +117,7 @@ class HeadConfig:
 
 @dataclass(kw_only=True)
 class ImageHeadConfig(HeadConfig):
-    """What follows an image backbone: as any head, with the class token's state for a default."""
+    """The head after an image backbone: as any head, with the class token's state for a default."""
 
     pooling: Pooling | Sequence[Pooling] = "cls"
 
@@ -135,7 +135,7 @@ class States(NamedTuple):
     """What the backbone's own pooler makes. *Shape:* ``[N, P]``."""
 
     num_prefix_tokens: int = 0
-    """How many states come before those of the patches of an image; the first is the class token's."""
+    """The number of states before the patches' states of an image; the first is the class token's."""
 
 
 def validate_head(
@@ -160,6 +160,7 @@ def validate_head(
     known, poolings = get_args(Pooling), head.poolings
     if not poolings or any(pooling not in known for pooling in poolings):
         return [f"`{name}.pooling` must be one of {', '.join(known)}, but is '{head.pooling}' instead."]
+
     errors = []
     if head.is_multi_vector and len(poolings) > 1:
         errors.append(f"`{name}.pooling` must not have 'none' beside others.")
@@ -179,6 +180,7 @@ def validate_head(
         errors.append(f"`{name}.gem_p` must be positive, but is {head.gem_p} instead.")
     if head.similarity not in get_args(SingleSimilarity):
         errors.append(f"`{name}.similarity` must be 'cosine' or 'dot', but is '{head.similarity}' instead.")
+
     return errors + _dense_errors(head, _pooled_dim(head, input_dim, pooler_dim), name)
 
 
@@ -190,10 +192,13 @@ def _dense_errors(head: HeadConfig, input_dim: int, name: str) -> list[str]:
             errors.append(f"`{where}.input_dim` must be {input_dim}, but is {dense.input_dim} instead.")
         if dense.output_dim < 1:
             errors.append(f"`{where}.output_dim` must be positive, but is {dense.output_dim} instead.")
+
         if dense.activation not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             errors.append(f"`{where}.activation` must be one of {known}, but is '{dense.activation}' instead.")
+
         input_dim = dense.output_dim
+
     return errors
 
 
@@ -240,13 +245,16 @@ class Head(Module):
         else:
             parts = [self._pool(states, pooling) for pooling in self.config.poolings]
             embeds = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
         for dense, activation in zip(self.dense, self.activations):
             embeds = activation(dense(embeds))
+
         return embeds, mask
 
     def _separate(self, states: States) -> tuple[Tensor, Tensor]:
         """Give each state, or each that is chosen, a vector. *Returns:* ``[N, K, M]``, and which count, ``[N, K]``."""
         vectors, mask = _choose(states, self.config.top_k)
+
         # Never the last layer's own output. FSDP2 gathers weights in the order of its hooks on outputs, and would
         # gather in another order on a rank that packs its texts.
         vectors = vectors.view_as(vectors)
@@ -257,11 +265,14 @@ class Head(Module):
         if pooling == "pooler":
             assert states.pooled is not None
             return states.pooled
+
         if pooling == "cls":
             assert states.tokens is not None
             return pool(states.tokens, states.mask, "cls")
+
         if pooling == "topk":
             return pool(*_choose(states, self.config.top_k), "mean")
+
         return pool(*_choose(states, None), pooling, gem_p=self.config.gem_p)
 
     if TYPE_CHECKING:
@@ -280,15 +291,19 @@ def _choose(states: States, top_k: int | None) -> tuple[Tensor, Tensor | None]:
     """
     tokens, mask, _, num_prefix = states
     assert tokens is not None
+
     chosen, chosen_mask = tokens[:, num_prefix:], None if mask is None else mask[:, num_prefix:].bool()
     if top_k is None or top_k >= chosen.size(1):
         return chosen, chosen_mask
+
     with torch.no_grad():
         first = pool(tokens, mask, "cls").float().unsqueeze(1)
+
         score = cosine_similarity(chosen.float(), first, dim=2)
         if chosen_mask is not None:
             score = score.masked_fill(~chosen_mask, -torch.inf)
         index = score.topk(top_k, dim=1).indices.sort(dim=1).values
+
     chosen = chosen.gather(1, index.unsqueeze(2).expand(-1, -1, chosen.size(2)))
     return chosen, None if chosen_mask is None else chosen_mask.gather(1, index)
 

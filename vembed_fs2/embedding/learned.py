@@ -41,6 +41,7 @@ class LearnedPart:
     def __post_init__(self) -> None:
         """:raises ValueError: the name or the shape is not valid."""
         object.__setattr__(self, "shape", tuple(self.shape))  # A file holds a list.
+
         if not self.name.isidentifier():
             raise ValueError(f"The name of a learned part must be letters, digits and `_`, but is '{self.name}'.")
         if not self.shape or min(self.shape) < 1:
@@ -55,10 +56,10 @@ class LearnedPart:
 
 
 LOGIT_SCALE: Final = "logit_scale"
-"""Log of the inverse temperature. CLIP and SigLIP have it, too."""
+"""Log of the inverse temperature. CLIP and SigLIP have it as well."""
 
 LOGIT_BIAS: Final = "logit_bias"
-"""Bias of the logits. SigLIP has it, too."""
+"""Bias of the logits. SigLIP has it as well."""
 
 TEACHER_PROJECTION: Final = "teacher_projection"
 """Takes embeddings to the size of a teacher's. *Shape:* ``[T, D]``."""
@@ -93,8 +94,10 @@ class EmbeddingModelConfig:
         for name, init in ((LOGIT_SCALE, self.logit_scale_init), (LOGIT_BIAS, self.logit_bias_init)):
             if init is not None:
                 parts.append(LearnedPart(name=name, mean=init))
+
         if self.teacher_dim is not None:
             parts.append(teacher_projection(self.teacher_dim, embedding_dim))
+
         return [*parts, *(self.learned or ())]
 
 
@@ -108,6 +111,7 @@ def describe_changes(config: object, parts: Iterable[LearnedPart]) -> dict[str, 
     """
     wanted: dict[str, object] = {"teacher_dim": None}
     held = {part.name: part for part in getattr(config, "learned", None) or ()}
+
     others = dict(held)
     for part in parts:
         if part.name in (LOGIT_SCALE, LOGIT_BIAS):
@@ -117,9 +121,11 @@ def describe_changes(config: object, parts: Iterable[LearnedPart]) -> dict[str, 
             wanted["teacher_dim"] = part.shape[0]
         else:
             others[part.name] = part
+
     changes = {name: value for name, value in wanted.items() if getattr(config, name, None) != value}
     if others != held:
         changes["learned"] = [{**asdict(part), "shape": list(part.shape)} for part in others.values()]
+
     return changes
 
 
@@ -138,6 +144,7 @@ def merge_parts(declared: Iterable[LearnedPart]) -> list[LearnedPart]:
                 f"All objectives share the model's learned `{part.name}`, but they declare it differently: {differ}."
                 " Give them the same values."
             )
+
     return list(merged.values())
 
 

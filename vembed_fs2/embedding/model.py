@@ -87,7 +87,7 @@ class EmbeddingModel(Module, ABC):
     """
 
     head: Head
-    """What follows the backbone. It says what the embeddings are."""
+    """The head after the backbone. It says what the embeddings are."""
 
     embedding_dim = _SaidByHead[int](lambda head: head.output_dim)
     """The size of an embedding."""
@@ -178,6 +178,7 @@ class EmbeddingModel(Module, ABC):
             return self.encode_text(batch), None
         if batch.text is None and batch.num_images == batch.num_rows:
             return self.encode_image(batch), None
+
         return self._fuse(batch), None
 
     def _encode_vectors(self, batch: EncoderBatch) -> tuple[Tensor, Tensor | None]:
@@ -188,6 +189,7 @@ class EmbeddingModel(Module, ABC):
             if len(self.modalities) == 1:
                 allowed = "one text, and no image" if "text" in self.modalities else "one image, and no text"
             raise DataError(f"Each row of a model with several vectors per row must be {allowed}.")
+
         found = []
         if batch.text is not None:
             found.append((batch.text.rows, *self.head(self.encode_text_states(batch))))
@@ -195,10 +197,12 @@ class EmbeddingModel(Module, ABC):
             found.append((batch.images.rows, *self.head(self.encode_image_states(batch))))
         if len(found) == 1:
             return found[0][1], found[0][2]
+
         width = max(values.size(1) for _, values, _ in found)
         order = torch.cat([rows for rows, _, _ in found]).argsort()
         values = torch.cat([pad(values, (0, 0, 0, width - values.size(1))) for _, values, _ in found])
         mask = torch.cat([pad(mask, (0, width - mask.size(1))) for _, _, mask in found if mask is not None])
+
         return values[order], mask[order]
 
     def _fuse(self, batch: EncoderBatch) -> Tensor:
@@ -206,13 +210,16 @@ class EmbeddingModel(Module, ABC):
         if batch.text is not None:
             parts.append(self.encode_text(batch))
             rows.append(batch.text.rows)
+
         if batch.images is not None:
             parts.append(self.encode_image(batch))
             rows.append(batch.images.rows)
+
         part, row = torch.cat(parts), torch.cat(rows)
         count = torch.bincount(row, minlength=batch.num_rows)
         single = (count[row] == 1).unsqueeze(1)
         part = torch.where(single, part, normalize(part.float(), dim=-1).to(part.dtype))
+
         return part.new_zeros(batch.num_rows, part.size(1)).index_add(0, row, part)
 
     def blank(self, kind: Kind) -> EncoderBatch:
@@ -225,8 +232,10 @@ class EmbeddingModel(Module, ABC):
         if Kind.TEXT in kind:
             width = (self.max_text_length if self.text_padding == "max_length" else None) or 1
             text = TextInputs(torch.zeros(1, width, dtype=torch.int64), row)
+
         if Kind.IMAGE in kind:
             images = self.blank_image()
+
         return EncoderBatch(1, text, images)
 
     def blank_image(self) -> ImageInputs:
@@ -263,6 +272,7 @@ class EmbeddingModel(Module, ABC):
                 continue
             if getattr(self, part.name, None) is not None:
                 raise ValueError(f"`{part.name}` is a part of the model; the objective must learn another name.")
+
             initial = part.initial().to(device=like.device, dtype=like.dtype)
             if part.is_trained:
                 self.register_parameter(part.name, Parameter(initial))
@@ -270,6 +280,7 @@ class EmbeddingModel(Module, ABC):
                 # A buffer, which no recipe can train by accident.
                 self._parameters.pop(part.name, None)
                 self.register_buffer(part.name, initial)
+
             self.learned[part.name] = part
 
     def train_learned_parts(self, parts: Iterable[LearnedPart]) -> None:

@@ -66,7 +66,7 @@ def evaluate_retrieval(
         Grades that are not greater than 0 mean "not relevant".
     :param query_mask: The vectors of each query that count, for ``maxsim``. *Shape:* ``[Q, L]``, bool.
     :param document_mask: The vectors of each document that count, for ``maxsim``. *Shape:* ``[N, V]``, bool.
-    :param exclude: For each query a document that it must not find (itself, say), or -1; never relevant.
+    :param exclude: For each query a document that it must not find (for example itself), or -1; never relevant.
     :param device: Where to compare; the device of ``queries`` by default.
 
     :raises EmbeddingValueError: an embedding holds NaN or infinity.
@@ -101,14 +101,17 @@ def _score_queries(
     """Return each metric of each query; NaN for queries without relevant documents. *Shape:* ``[Q, M]``, float64."""
     if len(relevant) != queries.size(0):
         raise ValueError(f"There are {queries.size(0)} queries, but relevant documents of {len(relevant)}.")
+
     (query_mask, document_mask), (query_block, document_block) = masks, blocks
     excluded = torch.full((queries.size(0),), -1) if exclude is None else torch.as_tensor(exclude).cpu()
     scores = torch.full((queries.size(0), len(_metric_names(ks))), torch.nan, dtype=torch.float64)
     for rows in _blocks_of_rows(relevant, query_block, document_block):
         index, grades = _padded(relevant[rows], excluded[rows].tolist())
+
         keep = (index >= 0).any(1)
         if not keep.any():
             continue
+
         kept = keep.to(queries.device)
         ranks = relevant_ranks(
             queries[rows][kept],
@@ -123,6 +126,7 @@ def _score_queries(
             device=device or queries.device,
         )
         scores[rows][keep] = torch.stack(list(metrics_of_ranks(ranks, grades[keep], ks).values()), dim=1)
+
     return scores
 
 
@@ -135,10 +139,12 @@ def _mean_scores(scores: Tensor, ks: Sequence[int], *, num_documents: int) -> di
     counted = scores[~scores.isnan().all(1)]
     if counted.size(0) == 0:
         raise DataError(NOTHING_RELEVANT)
+
     results = dict(zip(_metric_names(ks), counted.mean(0).tolist()))
     results["num_queries"] = float(counted.size(0))
     results["num_documents"] = float(num_documents)
     results["num_queries_without_relevant"] = float(scores.size(0) - counted.size(0))
+
     return results
 
 
@@ -160,6 +166,7 @@ def metrics_of_ranks(ranks: Tensor, grades: Tensor | None, ks: Sequence[int] = D
     metrics["mrr@10"] = reciprocal_rank(ranks, 10)
     metrics["ndcg@10"] = ndcg_at_k(ranks, 10, grades)
     metrics["map"] = average_precision(ranks)
+
     return metrics
 
 
@@ -188,6 +195,7 @@ def evaluate_embedder(
     gather = gather or RowGather()
     own = share_of(len(task.queries), gather)
     items = [task.corpus[i] for i in share_of(len(task.corpus), gather)]
+
     encoded = embedder.encode_document(items, batch_size=batch_size)
     corpus, document_mask = _padded_vectors(gather_shares(encoded, len(task.corpus), gather))
     if task.exclude_self:
@@ -197,6 +205,7 @@ def evaluate_embedder(
         exclude = None
         encoded = embedder.encode_query([task.queries[i] for i in own], batch_size=batch_size)
         queries, query_mask = _padded_vectors(encoded)
+
     scores = _score_queries(
         queries,
         corpus,
@@ -207,6 +216,7 @@ def evaluate_embedder(
         exclude=exclude,
         device=device,
     )
+
     return _mean_scores(
         gather_shares(scores, len(task.queries), gather),
         ks,
@@ -231,17 +241,20 @@ def _blocks_of_rows(relevant: Sequence[Relevant], query_block: int, document_blo
         if (i > start and (i - start + 1) * widest > limit) or i - start == query_block:
             blocks.append(slice(start, i))
             start, widest = i, max(1, len(documents))
+
     return [*blocks, slice(start, len(relevant))] if relevant else []
 
 
 def _padded(relevant: Sequence[Relevant], excluded: Sequence[int]) -> tuple[Tensor, Tensor]:
     rows = [_graded(documents, left_out) for documents, left_out in zip(relevant, excluded)]
     width = max((len(row) for row in rows), default=0)
+
     index = torch.full((len(rows), width), -1, dtype=torch.int64)
     grades = torch.zeros(len(rows), width, dtype=torch.float64)
     for i, row in enumerate(rows):
         index[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
         grades[i, : len(row)] = torch.tensor(list(row.values()), dtype=torch.float64)
+
     return index, grades
 
 
@@ -250,5 +263,6 @@ def _graded(documents: Relevant, excluded: int) -> dict[int, float]:
         documents = dict.fromkeys(documents, 1.0)
     if documents and min(documents) < 0:
         raise ValueError(f"The index of a relevant document must not be negative, but one is {min(documents)}.")
+
     # Not `grade > 0`: NaN must reach the metrics, which refuse it.
     return {d: float(grade) for d, grade in documents.items() if not grade <= 0 and d != excluded}

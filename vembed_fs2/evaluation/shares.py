@@ -27,6 +27,7 @@ def gather_shares(embeddings: Any, size: int, gather: RowGather) -> Any:
     """
     if gather.size == 1:
         return embeddings
+
     order = torch.tensor([row for rank in range(gather.size) for row in range(rank, size, gather.size)])
     counts = [len(range(rank, size, gather.size)) for rank in range(gather.size)]
     if not isinstance(embeddings, list):
@@ -35,11 +36,14 @@ def gather_shares(embeddings: Any, size: int, gather: RowGather) -> Any:
 
     vectors = [torch.as_tensor(row).cpu() for row in embeddings]
     lengths = gather(torch.tensor([len(row) for row in vectors], dtype=torch.int64), counts)
+
     # A rank without a row does not know how long a vector is.
     (dim,) = set(gather.counts(vectors[0].size(1) if vectors else 0)) - {0}
     flat = torch.cat(vectors) if vectors else torch.empty(0, dim)
+
     rows_in_rank_order = torch.split(gather(flat, gather.counts(flat.size(0))), lengths.tolist())
     ordered: list[Tensor] = [torch.empty(0)] * size
     for row, values in zip(order.tolist(), rows_in_rank_order):
         ordered[row] = values
+
     return ordered

@@ -135,6 +135,7 @@ class CheckpointFormat(HuggingFaceConverter):
         native = getattr(transformers, hf_config.kls_name)()
         for name, value in hf_config.data.items():
             setattr(native, name, value)
+
         native.architectures = [hf_config.arch]
         native.save_pretrained(folder)
 
@@ -170,16 +171,20 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
             raise ModelLoadError("config.json: `model_config` must hold the fields of the model's configuration.")
         if wants_code(values):
             raise ModelLoadError("config.json: `model_config` asks for `trust_remote_code`, which a file must not.")
+
         try:
             config: ConfigT = StandardValueConverter().structure(values, self._config_kls)
         except StructureError as ex:
             raise ModelLoadError(f"config.json: `model_config` is not valid. {_reason_of(ex)}") from None
+
         if head is not None and _text_head_of(config) is not None:
             setattr(config, "head", head)  # noqa: B010  (mypy does not know the field)
         elif head is not None and head.dense:
             raise ModelLoadError(f"Dense modules after a {self._model_type} model are not supported.")
+
         if errors := config_errors(config):
             raise ModelLoadError(f"config.json: `model_config` is not valid. {' '.join(errors)}")
+
         return config
 
     @override
@@ -206,17 +211,21 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
             "transformers_version": transformers.__version__,
             **self._values_of(config),
         }
+
         # In transformers' order.
         write_json(folder / "config.json", json.loads(json.dumps(values, sort_keys=True)))
 
     def _values_of(self, config: object) -> dict[str, object]:
         values: Any = StandardValueConverter().unstructure(config)
+
         # What belongs to a training is of no use after it.
         kept = {k: v for k, v in values.items() if k not in ("teacher_dim", "learned")}
+
         data: dict[str, object] = {"model_config": kept}
         if _text_head_of(config) is not None:
             # sentence-transformers' pooling looks here for the size of its inputs.
             data["hidden_size"] = getattr(config, "model_dim")  # noqa: B009  (mypy does not know the field)
+
         return data
 
 
@@ -235,6 +244,7 @@ def declare_hf_config(name: str, model_type: str, fields: Iterable[str], base: t
     known = base()
     missing = {field: None for field in fields if not hasattr(known, field)}
     setattr(transformers, name, type(name, (base,), {"model_type": model_type, **missing}))
+
     return name
 
 
@@ -247,6 +257,7 @@ def _reason_of(error: StructureError) -> str:
         if not str(cause).startswith("Value cannot be structured to"):
             reasons.append(str(cause))
         cause = cause.__cause__
+
     return " ".join(reasons)
 
 

@@ -76,6 +76,7 @@ class ModelFolder:
         """
         if not path.is_dir():
             raise ModelLoadError(f"{path} is not a folder.")
+
         if (adapter := path / ADAPTER_CONFIG).is_file():
             raise ModelLoadError(
                 f"{adapter} describes an adapter, and adapters are not read. Merge it into its base model (peft's"
@@ -85,6 +86,7 @@ class ModelFolder:
         folder = ModelFolder.maybe_open(path)
         if folder is None:
             raise ModelLoadError(f"{path} has no config.json: it is not a Hugging Face model folder.")
+
         return folder
 
     @staticmethod
@@ -160,6 +162,7 @@ class SentenceTransformersFolder(ModelFolder):
     @override
     def text_options(self) -> dict[str, Any]:
         modules = self.modules
+
         return {
             "max_length": modules.max_length,
             "prompts": dict(modules.prompts),
@@ -236,6 +239,7 @@ def open_sentence_transformers(path: Path) -> ModelFolder:
 def _read_head(file: Path, kls: type[HeadT]) -> HeadT | None:
     if not file.is_file():
         return None
+
     try:
         values = read_json(file)
         return kls(**{**values, "dense": [DenseConfig(**d) for d in values.get("dense", ())]})
@@ -281,8 +285,10 @@ class FolderCheckpointLoader(ModelCheckpointLoader):
         if not is_model_folder(path):
             yield from self._load_other(path, shard_dims, options)
             return
+
         assert options.gangs is not None
         gangs = options.gangs
+
         tensors = _convert(ModelFolder.open(path).tensors(), options.state_dict_converter)
         sizes, ranks = (gangs.tp.size, gangs.sdp.size), (gangs.tp.rank, gangs.sdp.rank)
         for key, tensor in tensors:
@@ -296,6 +302,7 @@ class FolderCheckpointLoader(ModelCheckpointLoader):
         if convert is None or not path.joinpath("pp_00").is_dir():
             yield from self._fallback.lazy_load(path, shard_dims, options)
             return
+
         # A run's checkpoint. fairseq2 converts each rank's shard and concatenates the results, which would repeat
         # tensors that the converter adds; so convert the joined state.
         options = replace(options, state_dict_converter=None)

@@ -43,6 +43,7 @@ def resolve_hf_config(hf_config: Mapping[str, Any], kls_name: str, kind: str | N
     except (TypeError, ValueError, AttributeError) as ex:
         kind = kind or kls_name.removesuffix("Config")
         raise ModelLoadError(f"config.json is not a valid {kind} configuration: {ex}.") from None
+
     return resolved
 
 
@@ -69,6 +70,7 @@ def read_field(hf_config: Mapping[str, Any], name: str, kls: type, *, optional: 
         return float(value)
     if type(value) is not kls:
         raise ModelLoadError(f"config.json: `{name}` must be of type {kls.__name__}, but is {value!r} instead.")
+
     return value
 
 
@@ -126,13 +128,17 @@ def read_fields(
         kind = type(getattr(default, name))
         if kind is float and type(value) is int:
             value = float(value)
+
         if type(value) is not kind and not (hf_name in optional and value is None):
             raise ModelLoadError(
                 f"`{where}{hf_name}` must be of type `{kind.__name__}`, but is {value!r}, which is not supported."
             )
+
         if hf_name == "hidden_act":
             create_activation(value, field=where + hf_name)
+
         fields[name] = value
+
     return fields
 
 

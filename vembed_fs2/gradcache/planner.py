@@ -65,6 +65,7 @@ def plan_chunks(
         if rows:
             width = max(width, widths[row])
             patches += profile.patches[row]
+
             is_full = len(rows) == max_rows or not fits(width * (len(rows) + 1), patches)
             if is_full or profile.kinds[row] != profile.kinds[rows[0]]:
                 chunks.append(_chunk(rows, profile, widths))
@@ -72,10 +73,12 @@ def plan_chunks(
 
         if not rows:
             width, patches = widths[row], profile.patches[row]
+
         rows.append(row)
 
     if rows:
         chunks.append(_chunk(rows, profile, widths))
+
     return chunks
 
 
@@ -103,6 +106,7 @@ def match_counts(chunks: list[Chunk], counts: dict[int, int], profile: Profile) 
             largest = max(range(len(own)), key=lambda i: len(own[i].rows))
             own[largest : largest + 1] = _split(own[largest], profile, widths)
         matched += own
+
     return matched
 
 
@@ -144,6 +148,7 @@ def parse_budget(value: Budget, device: torch.device) -> int:
         return 2**62
     if value == "auto":
         return int(_free_memory(device) * _AUTO_FRACTION)
+
     if isinstance(value, int) and not isinstance(value, bool):
         if value >= 0:
             return value
@@ -151,6 +156,7 @@ def parse_budget(value: Budget, device: torch.device) -> int:
         unit = _UNITS.get(match[2].upper())
         if unit is not None:
             return int(float(match[1]) * unit)
+
     raise ValueError(f"`activation_budget` must be 'auto', 'all', 0, or a size such as '4GiB', but is {value!r}.")
 
 
@@ -159,6 +165,7 @@ def _free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + cached)
+
     # The processes of one machine share its memory.
     return min(_available(), _container_headroom()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -180,4 +187,5 @@ def _container_headroom() -> int:
         stat = dict(line.split() for line in root.joinpath("memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return 2**62  # No control group, or no limit ("max").
+
     return max(limit - used + int(stat.get("inactive_file", 0)), 0)

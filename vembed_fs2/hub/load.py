@@ -58,8 +58,10 @@ def load_source(
     except ModelLoadError as ex:
         # What a family finds wrong with tensors does not say where they are from.
         raise ex if source.name in str(ex) else ModelLoadError(f"{source.name}: {ex}") from ex
+
     if not isinstance(model, EmbeddingModel):
         raise ModelLoadError(f"{source.name} is of family {source.family}, which has no embedding models.")
+
     return model.eval()
 
 
@@ -73,6 +75,7 @@ def load_processor(
     :raises ModelLoadError: a file is missing or broken.
     """
     kinds: set[str] = set(model.modalities)
+
     processor = TowerProcessor.load(
         folder,
         frozenset(kinds if image_folder is None else kinds - {"image"}),
@@ -83,4 +86,5 @@ def load_processor(
     )
     if image_folder is not None:
         processor.image = TowerProcessor.load(image_folder, frozenset({"image"})).image
+
     return processor

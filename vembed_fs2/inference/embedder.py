@@ -60,16 +60,19 @@ class Embedder:
         :raises VembedError: an option is not valid.
         """
         device = _find_device(device)
+
         if max_length is not None and max_length < 3:
             raise VembedError(f"`max_length` must be greater than or equal to 3, but is {max_length}.")
+
         source = find_model(name_or_path, trust_remote_code=trust_remote_code)
         model = load_source(source, device=device, dtype=dtype)
         processor = load_processor(model, source.processor_folder(), max_length=max_length)
+
         return Embedder(model, processor, source)
 
     @property
     def device(self) -> torch.device:
-        """Where embeddings are computed."""
+        """The device that computes embeddings."""
         return next(self.model.parameters()).device
 
     @property
@@ -109,6 +112,7 @@ class Embedder:
         """
         options = VectorOptions.of(self.model, truncate_dim, precision, normalize_embeddings, convert_to_tensor)
         is_single = _is_single(inputs)
+
         items = [as_item(i) for i in ([inputs] if is_single else inputs)]  # type: ignore[attr-defined]
 
         encoded = self._encode(items, role, self._prompt(prompt_name, prompt), batch_size, options)
@@ -143,15 +147,16 @@ class Embedder:
         """Encode inputs as they come; yields one embedding per input, in order, in constant memory.
 
         Inputs are read and prepared up to 2,048 (or 256 images) ahead, while
-        those before them are encoded. The arguments are those of :meth:`encode`.
+        those before them are encoded. It takes the arguments of :meth:`encode`.
 
         :returns: ``[D]`` per input, or ``[L, D]`` of multi-vector models.
         :raises DataError: ``inputs`` is one input, or an input cannot be read;
             raised as soon as it is found, even if inputs before it have not been yielded.
         :raises VembedError: an option is not valid. ``int8`` and ``uint8`` are
-            not, because the range of their values is that of all inputs.
+            not, because the range of their values depends on all inputs.
         """
         options = VectorOptions.of(self.model, truncate_dim, precision, normalize_embeddings, convert_to_tensor)
+
         if precision in ("int8", "uint8"):
             raise VembedError(f"`precision` must not be {precision!r} in a stream: its range is not known.")
         if isinstance(inputs, _ONE_INPUT):  # A string would be a stream of its letters.
@@ -216,12 +221,14 @@ class Embedder:
         if name not in prompts:
             known = ", ".join(prompts) or "none"
             raise VembedError(f"The model has no prompt named '{name}'. Its prompts: {known}.")
+
         return prompts[name]
 
 
 def _find_device(device: torch.device | str | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as ex:  # The latter where torch is not built for GPUs.
@@ -236,4 +243,5 @@ def _is_single(inputs: object) -> bool:
         return False
     if isinstance(inputs, Iterable):
         raise DataError("`inputs` must be one input or a list. For an iterator, use `encode_stream`.")
+
     return True

@@ -34,7 +34,7 @@ class Encoder:
     :param processor: makes batches of items; not needed for :meth:`encode_batch`.
     :param chunk_tokens: the most tokens per forward pass, with padding; by default, what suits the device.
     :param chunk_patches: the most patches per forward pass; if ``None``, patches count as tokens.
-    :param autocast_dtype: the type that the model computes in; by default, that of its weights, or of the
+    :param autocast_dtype: the type that the model computes in; by default, the type of its weights, or of the
         autocast that the caller is in.
     """
 
@@ -80,6 +80,7 @@ class Encoder:
             it is found, even if inputs before it have not been yielded.
         """
         assert self._processor is not None
+
         offset = 0
 
         with PreparedWindows(cut_windows(items), self._processor, role=role, prompt=prompt) as batches:
@@ -106,6 +107,7 @@ class Encoder:
         for chunk in chunks:
             part = batch.select(chunk.rows)
             part.to(self._device)
+
             with torch.inference_mode():
                 output = self._model(part)
 
@@ -118,6 +120,7 @@ class Encoder:
         """Set the model and torch up. Once per window: autocast then casts the weights once per window."""
         training = [module for module in self._model.modules() if module.training]
         self._model.eval()
+
         try:
             with self._autocast():
                 yield

@@ -38,6 +38,7 @@ def cut_windows(items: Iterable[Item]) -> Iterator[Window]:
 
     for item in items:
         window.append(item)
+
         num_images += len(item.images)
         if len(window) >= WINDOW_ROWS or num_images >= WINDOW_IMAGES:
             yield window
@@ -96,6 +97,7 @@ class PreparedWindows:
         :raises DataError: an input cannot be read.
         """
         windows = iter(self._windows)
+
         window = next(windows, None)
         following = None if window is None else next(windows, None)
 

@@ -31,6 +31,7 @@ def compare_all(a: Embedded, b: Embedded, similarity: PairSimilarity) -> Any:
         scores = _maxsim(x, y) if x and y else torch.zeros(len(x), len(y))
         scores = scores[:, 0] if _is_one(b) else scores
         return _like(scores[0] if _is_one(a) else scores, a)
+
     x_ND, y_MD = _matrix(a, similarity), _matrix(b, similarity)
     return _like(x_ND @ (y_MD.T if y_MD.ndim > 1 else y_MD).to(x_ND.device), a)
 
@@ -44,8 +45,10 @@ def compare_pairs(a: Embedded, b: Embedded, similarity: PairSimilarity) -> Any:
         x, y = _list(a), _list(b)
         if len(x) != len(y):
             raise VembedError(f"To be compared row by row, embeddings must be as many, but are {len(x)} and {len(y)}.")
+
         scores = torch.cat([_maxsim([q], [d])[0] for q, d in zip(x, y)]) if x else torch.zeros(0)
         return _like(scores[0] if _is_one(a) and _is_one(b) else scores, a)
+
     x_ND, y_ND = _matrix(a, similarity), _matrix(b, similarity)
     return _like((x_ND * y_ND.to(x_ND.device)).sum(-1), a)
 

@@ -76,6 +76,7 @@ class VectorOptions:
         # Vectors of all inputs may not fit on the device.
         if self.is_multi_vector and not self.as_tensor:
             values, mask = values.cpu(), None if mask is None else mask.cpu()
+
         return Embeddings(values, mask)
 
     def collect(self, encoded: Iterable[Encoded], num_rows: int, device: torch.device) -> Any:
@@ -90,6 +91,7 @@ class VectorOptions:
         values = torch.empty(num_rows, self.dim, device=device)
         for rows, embeddings in encoded:
             values[torch.tensor(rows, device=device)] = embeddings.values
+
         return self._convert(values)
 
     def in_order(self, encoded: Iterable[Encoded]) -> Iterator[Any]:
@@ -110,6 +112,7 @@ class VectorOptions:
 
         if mask is None:
             mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+
         vectors = torch.split(values[mask], mask.sum(1).tolist())
         return [v if self.as_tensor else v.numpy() for v in vectors]
 
@@ -135,4 +138,5 @@ def quantize(values: Array, precision: Precision) -> Array:
     low, high = values.min(axis=0, keepdims=True), values.max(axis=0, keepdims=True)
     steps = np.where(high > low, (high - low) / 255, np.float32(1))
     buckets: Array = np.clip(np.floor((values - low) / steps), 0, 255)
+
     return buckets.astype(np.uint8) if precision == "uint8" else (buckets - 128).astype(np.int8)

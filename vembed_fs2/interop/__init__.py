@@ -10,7 +10,7 @@ from vembed_fs2.processing.towers import TowerProcessor
 
 
 class Exportable(Protocol):
-    """What is written: a model with its configuration and its processor."""
+    """The things that are written: a model with its configuration and its processor."""
 
     @property
     def model(self) -> EmbeddingModel: ...

@@ -25,9 +25,11 @@ def save_hf(exported: Exportable, folder: Path) -> None:
     head, has_modules = head_of(exported.source.config), can_write_head(exported)
     with new_folder(folder) as out:
         write_backbone(exported, out, with_dense=not has_modules)
+
         if has_modules:
             write_head(exported, out)
         elif head is not None:
             name = IMAGE_HEAD_FILE if "image" in exported.model.modalities else HEAD_FILE
             write_json(out / name, asdict(head))
+
         exported.processor.save(out)

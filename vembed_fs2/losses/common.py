@@ -48,7 +48,7 @@ _ConfigT = TypeVar("_ConfigT", bound=_Config)
 
 @dataclass
 class RowInfo:
-    """What is known of rows besides their embeddings."""
+    """The facts about rows besides their embeddings."""
 
     query_ids: Tensor
     """Content hash of each query. *Shape:* ``[b]``, int64."""
@@ -64,7 +64,7 @@ class RowInfo:
     first negative comes first, in row order, then each row's second. *Shape:* ``[m - b]``, int64."""
 
     scores: Tensor | None = None
-    """Scores of the documents for the queries of their rows, by a teacher or a human; NaN where there is none.
+    """Scores of the documents for the queries of their rows, by a teacher or a human; NaN if there is none.
     *Shape:* ``[m]``, float."""
 
     teacher_query: Tensor | None = None
@@ -89,12 +89,14 @@ class RowInfo:
             raise ValueError(
                 f"Each of {num_queries} queries needs a positive, but there are {num_documents} documents."
             )
+
         sizes = (self.query_ids.size(0), self.labels.size(0), self.document_ids.size(0))
         if sizes != (num_queries, num_queries, num_documents):
             raise ValueError(
                 f"There are {num_queries} queries and {num_documents} documents, but `rows` has {sizes[0]} query ids,"
                 f" {sizes[1]} labels and {sizes[2]} document ids."
             )
+
         expected = {"negative_rows": num_documents - num_queries, "scores": num_documents}
         expected |= {"teacher_query": num_queries, "teacher_document": num_documents}
         for name, size in expected.items():
@@ -111,6 +113,7 @@ class RowInfo:
             negative_rows = own.repeat(num_negatives // max(num_queries, 1))
         if negative_rows is None:
             negative_rows = own.new_full((num_negatives,), -1)
+
         return torch.cat([own, negative_rows])
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> None:
@@ -195,14 +198,16 @@ class Objective(ABC):
         :param document: embeddings of this rank's documents: the positive of
             each query, in query order, then explicit negatives. *Shape:* ``[m, D]`` or ``[m, K, D]``.
         :param rows: what is known of them; ``None`` if no row is like another.
-        :param logit_scale: log of the inverse temperature, where it is learned. *Shape:* ``[1]``.
+        :param logit_scale: log of the inverse temperature, if it is learned. *Shape:* ``[1]``.
         :param query_mask: the vectors of a query that count. *Shape:* ``[b, L]``, bool.
         :param document_mask: the vectors of a document that count. *Shape:* ``[m, K]``, bool.
         :param parts: what else is learned, by name.
         """
         if rows is None:
             rows = RowInfo.distinct(query.size(0), document.size(0), query.device)
+
         rows.check(query.size(0), document.size(0))
+
         # Autocast would round similarities to 8 bits before the temperature enlarges them.
         with torch.autocast(query.device.type, enabled=False):
             given = {name: x for name, x in {LOGIT_SCALE: logit_scale, **parts}.items() if x is not None}
@@ -236,12 +241,12 @@ class Objective(ABC):
         return False
 
     def dim_errors(self, embedding_dim: int) -> list[str]:
-        """What is wrong for embeddings of that size."""
+        """Return what is wrong for embeddings of that size, one sentence each."""
         return []
 
 
 def scope(gather: RowGather | None, negatives: Negatives) -> RowGather:
-    """Return what gathers the rows that an objective compares: those of all ranks, or its own."""
+    """Return what gathers the rows that an objective compares: all ranks' rows, or its own rank's."""
     return gather if gather is not None and negatives == "global" else RowGather()
 
 
@@ -269,6 +274,7 @@ def _parts_of_properties(objective: Objective) -> list[LearnedPart]:
             text = f"{type(objective).__name__}.initial_{name} is deprecated: define `learned_parts` instead."
             warnings.warn(text, DeprecationWarning, stacklevel=3)
             parts.append(LearnedPart(name=name, mean=init, max=bound))
+
     return parts
 
 
@@ -293,7 +299,7 @@ def known_rows(row: Tensor) -> Tensor:
 
 
 def choice_errors(config: Any, names: Sequence[str]) -> list[str]:
-    """What is wrong with fields of a configuration that are one of a few words."""
+    """Return what is wrong with fields of a configuration that must be one of a few words."""
     hints, errors = get_type_hints(type(config)), []
     for name in names:
         value, known = getattr(config, name), get_args(hints[name])
@@ -303,7 +309,7 @@ def choice_errors(config: Any, names: Sequence[str]) -> list[str]:
 
 
 def positive_errors(config: Any, names: Sequence[str]) -> list[str]:
-    """What is wrong with fields of a configuration that must be positive numbers."""
+    """Return what is wrong with fields of a configuration that must be positive numbers."""
     values = {name: getattr(config, name) for name in names}
     errors = [f"`{n}` must be positive, but is {v}." for n, v in values.items() if not v > 0.0]
     return errors + [f"`{n}` must be finite, but is {v}." for n, v in values.items() if v == math.inf]
@@ -321,7 +327,7 @@ class GlobalRows:
 
     query_mask: Tensor | None
     document: Tensor
-    """Of each rank its positives, then its explicit negatives. *Shape:* ``[M, D]`` or ``[M, K, D]``."""
+    """For each rank its positives, then its explicit negatives. *Shape:* ``[M, D]`` or ``[M, K, D]``."""
 
     document_mask: Tensor | None
     rows: RowInfo
@@ -366,13 +372,16 @@ class GlobalRows:
         if anchors == "document":
             anchor = inputs.document[:num_queries]
             anchor_mask = None if inputs.document_mask is None else inputs.document_mask[:num_queries]
+
         column, column_mask = (self.query, self.query_mask)
         if columns == "document":
             column, column_mask = self.document, self.document_mask
+
         kind: Similarity = DotProduct()
         if compares_several(similarity):
             # The vectors of a query look for their nearest, on whichever side it stands.
             kind = MaxSim(anchors_query=(anchors, columns) != ("document", "query"))
+
         return Block(anchor, column, kind, similarity != "dot", anchor_mask, column_mask)
 
 
@@ -381,10 +390,12 @@ def gather_all(inputs: LossInput, gather: RowGather) -> GlobalRows:
     rows, num_queries = inputs.rows, inputs.num_queries
     counts_b, counts_m = gather.counts(num_queries), gather.counts(inputs.document.size(0))
     start = sum(counts_b[: gather.rank])
+
     positive, column = [], 0
     for queries, documents in zip(counts_b, counts_m):
         positive.append(torch.arange(column, column + queries, device=inputs.query.device))
         column += documents
+
     query, query_mask = _gather_vectors(inputs.query, inputs.query_mask, gather, counts_b)
     document, document_mask = _gather_vectors(inputs.document, inputs.document_mask, gather, counts_m)
     info = RowInfo(
@@ -397,6 +408,7 @@ def gather_all(inputs: LossInput, gather: RowGather) -> GlobalRows:
     )
     own = rows.document_rows()
     document_row = gather(torch.where(own < 0, own, own + start), counts_m)
+
     return GlobalRows(
         inputs, query, query_mask, document, document_mask, info, document_row, torch.cat(positive), start
     )
@@ -407,10 +419,13 @@ def _gather_vectors(
 ) -> tuple[Tensor, Tensor | None]:
     if gather.size == 1 or x.ndim == 2:
         return gather(x, counts), None if mask is None else gather(mask, counts)
+
     # Ranks have texts of different lengths; what fills them up is masked.
     width = max(gather.counts(x.size(1)))
+
     if mask is None:
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+
     x = torch.nn.functional.pad(x, (0, 0, 0, width - x.size(1)))
     mask = torch.nn.functional.pad(mask, (0, width - mask.size(1)))
     return gather(x, counts), gather(mask, counts)

@@ -29,7 +29,7 @@ class LossSpec:
 
 
 def nested_errors(spec: LossSpec, path: str) -> list[str]:
-    """What is wrong with the configuration of a nested objective; keys are named from ``path`` on."""
+    """Return what is wrong with the configuration of a nested objective; keys are named from ``path`` on."""
     return [] if spec.config is None else prefix_keys(spec.config.errors(), f"{path}.config.")  # type: ignore[attr-defined]
 
 
@@ -58,6 +58,7 @@ class Composite(Objective):
     def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
         """:raises ValueError: two of its objectives declare a part differently."""
         declared = (x for p in self._parts for x in p.objective.learned_parts(p.dim or embedding_dim, teacher_dim))
+
         # The model holds values for all dimensions of its embeddings.
         return merge_parts(
             replace(part, shape=(*part.shape[:-1], embedding_dim)) if part.per_dimension else part for part in declared
@@ -82,6 +83,7 @@ class Composite(Objective):
                 errors.append(f"`dims` holds {part.dim}, but embeddings have only {embedding_dim} dimensions.")
             else:
                 errors += part.objective.dim_errors(part.dim or embedding_dim)
+
         return errors
 
     def compute_parts(self, inputs: LossInput) -> tuple[Tensor, list[LossOutput]]:
@@ -95,6 +97,7 @@ class Composite(Objective):
         outputs: list[LossOutput] = []
         declared = self.learned_parts(inputs.query.size(-1), inputs.teacher_dim)
         total = _SumOfParts.apply(inputs, self._parts, declared, outputs, needed, *tensors)  # type: ignore[no-untyped-call]
+
         return total, outputs
 
 
@@ -117,13 +120,17 @@ class _SumOfParts(torch.autograd.Function):
             seen = inputs if part.dim is None else _truncate(inputs, declared, part.dim)
             leaves = [x.detach().to(t).requires_grad_(n) for x, t, n in zip(_tensors_of(seen), dtypes, needed)]
             query, document, *learned = leaves
+
             seen = replace(seen, query=query, document=document, parts=dict(zip(seen.parts, learned)))
             with torch.set_grad_enabled(any(needed)):
                 output = part.objective.compute(seen)
+
             outputs.append(LossOutput(output.loss.detach(), output.metrics))
             total += part.weight * output.loss.detach()
+
             if output.loss.requires_grad:
                 _add_gradients(output.loss, part.weight, leaves, grads)
+
         ctx.grads = grads
         ctx.dtypes = [t.dtype for t in tensors]
         return total
@@ -134,6 +141,7 @@ class _SumOfParts(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("The objective was carried backward twice; its gradients are gone.")
+
         # In place, because nothing else holds these.
         scaled = (None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(grads, ctx.dtypes))
         return (None, None, None, None, None, *scaled)

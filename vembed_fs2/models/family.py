@@ -106,11 +106,14 @@ def register_family(
     def create(config: ConfigT) -> EmbeddingModel:
         if errors := config_errors(config):
             raise ConfigError(errors, where=f"The {name} configuration")
+
         facts.check_gangs(name, config)
+
         model = factory(config)
         model.frozen_parameters = frozenset(name for name, p in model.named_parameters() if not p.requires_grad)
         if isinstance(config, EmbeddingModelConfig):
             model.add_learned_parts(config.learned_parts(model.embedding_dim))
+
         return model
 
     dialects = dialects or {}
@@ -139,8 +142,10 @@ def register_family(
     container.register(ModelFamily, create_family, key=name)
     container.register_instance(FamilySupport, facts, key=name)
     container.register_instance(FamilyFactory, FamilyFactory(create, supports_meta and supports_reset), key=name)
+
     if checkpoint_format is not None:
         container.register_instance(HuggingFaceConverter, checkpoint_format, key=name)
+
     for library, dialect in dialects.items():
         container.register_instance(Dialect, dialect, key=(library, name))
 
@@ -177,6 +182,7 @@ class _FamilyConverter(StateConverter):
             if dialect.has_names(tensors):
                 yield from dialect.key_map(config).read(tensors)
                 return
+
         if self._format is None:
             yield from tensors.items()
         else:
@@ -189,14 +195,17 @@ class _FamilyConverter(StateConverter):
             # Only a projection depends on the model.
             dim = 1 if config.teacher_dim is None else self._create_blank(config).embedding_dim
             missing = {part.name: part for part in config.learned_parts(dim)}
+
         for name, tensor in tensors:
             can_differ = name in missing and name not in (LOGIT_SCALE, LOGIT_BIAS)
             if can_differ and (not isinstance(tensor, Tensor) or tensor.shape != missing[name].shape):
                 continue  # Another teacher's is of no use.
             if name == TEACHER_PROJECTION and name not in missing:
                 continue  # Without a teacher, none is.
+
             missing.pop(name, None)
             yield name, tensor
+
         yield from ((name, part.initial()) for name, part in missing.items())
 
     def _create_blank(self, config: Any) -> EmbeddingModel:
@@ -225,6 +234,7 @@ class _FolderConfigLoader(AssetConfigLoader):
             path = download_repository(uri) if uri.scheme == "hg" else uri.to_path() if uri.scheme == "file" else None
             if path is not None and is_model_folder(path):
                 base_config = read_folder_config(path, self._format, trust_remote_code=_is_trusted(card))
+
         return self._loader.load(card, base_config, config_key)
 
 
@@ -242,10 +252,12 @@ def read_folder_config(path: Path, checkpoint_format: CheckpointFormat, *, trust
     folder = ModelFolder.open(path)
     if folder.dialect is not None:
         return read_dialect_config(folder)[1]
+
     config = checkpoint_format.from_folder(folder, trust_remote_code=trust_remote_code)
     image_head = folder.image_head()
     if image_head is not None:
         set_image_head(config, image_head)
+
     return config
 
 
@@ -255,6 +267,7 @@ def read_dialect_config(folder: ModelFolder, resolver: DependencyResolver | None
     :raises ModelLoadError: the configuration is not valid, or not supported.
     """
     assert folder.dialect is not None
+
     try:
         family, dialect = find_dialect(folder.dialect, folder.config, resolver)
         return family, dialect.from_config(folder.root, folder.config)
@@ -270,6 +283,7 @@ def find_dialect(
     :raises ModelLoadError: there is none, or there are several.
     """
     resolver = resolver or get_resolver()
+
     dialects = _list_dialects(library, resolver)
     found = {name: dialect for name, dialect in dialects.items() if dialect.reads_config(content)}
     match list(found.items()):
@@ -324,8 +338,10 @@ def _drop_repetitions(state_dict: dict[str, object], model: EmbeddingModel) -> N
 def _apply_fsdp(model: EmbeddingModel, granularity: str, wrapper: FSDPWrapper) -> Module:
     if granularity != "layer":
         raise NotSupportedError(f"`fsdp.granularity` must be 'layer' or 'model', but is '{granularity}' instead.")
+
     for stack in model.layer_stacks():
         apply_layerwise_fsdp(stack, wrapper)
+
     # The remaining parameters (embeddings, heads, temperature) form the root group.
     return wrapper(model, reshard_after_forward=False)
 
@@ -361,14 +377,17 @@ def find_family(model_type: str, resolver: DependencyResolver | None = None, *, 
         converter = get_checkpoint_format(str(family), resolver)
         for known_type in converter.model_types if converter is not None else ():
             known.setdefault(known_type, []).append(str(family))
+
     match known.get(model_type, []):
         case [name]:
             return name
         case [*names] if names:
             text = f"model_type '{model_type}' is read by several families: {', '.join(sorted(names))}."
             raise ModelLoadError(f"{text} Uninstall the package of all but one.")
+
     if (has_code or model_type in CONFIG_MAPPING_NAMES) and get_checkpoint_format(FALLBACK_FAMILY, resolver):
         return FALLBACK_FAMILY
+
     nearest = get_close_matches(model_type, known, 1) or get_close_matches(model_type, CONFIG_MAPPING_NAMES, 1)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
     raise ModelLoadError(

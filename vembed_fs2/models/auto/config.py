@@ -25,7 +25,7 @@ class AutoModelConfig(EmbeddingModelConfig):
     """The content of ``config.json``."""
 
     pooler: bool | None = None
-    """Whether the model has the pooler of its class, where that is a choice; ``None`` leaves it to the class."""
+    """Whether the model has the pooler of its class, if that is a choice; ``None`` leaves it to the class."""
 
     head: HeadConfig | None = None
     """
@@ -65,9 +65,11 @@ class AutoModelConfig(EmbeddingModelConfig):
         except ModelLoadError as ex:
             result.add_error(str(ex))
             return result
+
         name = backbone.kls.__name__
         if self.head is not None and backbone.modalities != {"text"}:
             result.add_error(f"`head` must be null: transformers' {name} has no states of texts to pool.")
         if self.image_head is not None and backbone.modalities != {"image"}:
             result.add_error(f"`image_head` must be null: transformers' {name} has no states of images to pool.")
+
         return result

@@ -32,7 +32,7 @@ def create_auto_model(config: AutoModelConfig) -> AutoEmbeddingModel:
     :raises ConfigError: ``config`` is not valid.
     :raises ModelLoadError: no embeddings can be made with the model.
     """
-    # Where and in which type fairseq2 wants tensors.
+    # Has the device and the data type that fairseq2 wants.
     like = torch.empty(0)
 
     def create() -> AutoEmbeddingModel:
@@ -44,9 +44,11 @@ def create_auto_model(config: AutoModelConfig) -> AutoEmbeddingModel:
     # all of them disabled transformers could not make its masks.
     with ThreadPoolExecutor(1, "vembed-create") as pool:
         model = pool.submit(create).result()
+
     _convert(model, like.dtype)
     model.to(like.device)
     _log_once(describe(model))
+
     return model.train()
 
 
@@ -86,6 +88,7 @@ def wrap_model(
     :raises ModelLoadError: no embeddings can be made with the model.
     """
     model = AutoEmbeddingModel(wrapped.eval(), backbone)
+
     probe = wrapped if probe is None else probe.eval()
     used: dict[Modality, frozenset[str]] = {}
     calls: Counter[str] = Counter()
@@ -138,7 +141,7 @@ def find_towers(model: Module, used: Mapping[Modality, Collection[str]]) -> dict
 
 
 def _add_head(model: AutoEmbeddingModel, config: HeadConfig, field: str, trace: Trace) -> None:
-    """Add what follows the wrapped model; of a dual encoder, its projections of texts and images have one head.
+    """Add the head after the wrapped model. A dual encoder's projections of texts and images share one head.
 
     :raises ConfigError: it does not fit.
     :raises ModelLoadError: the wrapped model does not give what it reads.
@@ -147,16 +150,21 @@ def _add_head(model: AutoEmbeddingModel, config: HeadConfig, field: str, trace: 
     backbone, kls = model.backbone, model.backbone.kls.__name__
     if backbone.is_dual:
         assert pooled is not None
+
         size = pooled.size(1)
         if hasattr(model, "head") and model.embedding_dim != size:
             raise unfit(backbone.kls, f"its embeddings have {model.embedding_dim} values per text and {size} per image")
+
         model.head = Head(HeadConfig(pooling="pooler"), size)
         return
+
     if states is None and config.reads_states:
         what = f"states of {'tokens' if field == 'head' else 'patches'} (`last_hidden_state`)"
         raise ModelLoadError(f"transformers' {kls} gives no {what}: set another `{field}.pooling`.")
+
     state_dim = 0 if states is None else states.size(-1)
     pooler_dim = None if pooled is None else pooled.size(1)
+
     errors = validate_head(
         config,
         state_dim,
@@ -168,6 +176,7 @@ def _add_head(model: AutoEmbeddingModel, config: HeadConfig, field: str, trace: 
     )
     if errors:
         raise ConfigError(errors, where=f"The {AUTO_FAMILY} configuration")
+
     model.head = Head(config, state_dim, pooler_dim=pooler_dim)
 
 
@@ -175,18 +184,19 @@ def _count_tokens(backbone: Backbone, trace: Trace) -> int:
     """What an image costs to encode, in tokens; 1 if nothing tells."""
     if not backbone.is_dual:
         return 1 if trace.outputs.states is None else trace.outputs.states.size(1)
+
     patch = getattr(backbone.vision_config, "patch_size", None)
     height, width = backbone.image_size
     return (height // patch) * (width // patch) + 1 if isinstance(patch, int) else 1
 
 
 def default_head(backbone: Backbone) -> HeadConfig:
-    """What follows the states of texts where nothing says it."""
+    """Return the head after the states of texts, if nothing names one."""
     return HeadConfig(pooling="last" if backbone.is_causal else "mean")
 
 
 def default_image_head(trace: Trace) -> ImageHeadConfig:
-    """What follows the states of images where nothing says it."""
+    """Return the head after the states of images, if nothing names one."""
     if trace.outputs.pooled is not None:
         return ImageHeadConfig(pooling="pooler")
     return ImageHeadConfig(pooling="cls" if trace.has_class_token else "mean")
@@ -198,11 +208,13 @@ def describe(model: AutoEmbeddingModel) -> str:
     if not model.backbone.is_dual:
         field = "head" if "text" in model.modalities else "image_head"
         pooling = f"`{field}.pooling` {model.head.config.pooling}"
+
     names = {id(module): name for name, module in model.wrapped.named_modules()}
     stacks = [f"{names[id(stack)]} ({len(stack)})" for stack in model.layer_stacks()]
     layers = f"Its layers are {', '.join(stacks)}." if stacks else "It has no layers that FSDP2 could shard one by one."
     frozen = [name for name, p in model.wrapped.named_parameters() if not p.requires_grad]
     unused = f" Frozen, as no embedding depends on them: {', '.join(frozen)}." if frozen else ""
+
     return (
         f"{type(model.wrapped).__name__} is wrapped as transformers has it, with "
         f"{pooling}. "

@@ -47,7 +47,7 @@ class AutoEmbeddingModel(EmbeddingModel):
         self.wrapped = wrapped
         self._take_temperature(wrapped)
         self.num_prefix_tokens = 0
-        """How many states of an image come before those of its patches."""
+        """The number of an image's states before its patches' states."""
         self._stacks: list[ModuleList] = []
         self.constants: Mapping[str, Tensor] = {}
         """The values of the buffers of the wrapped model that no checkpoint has, by name, if they are to be set."""
@@ -84,6 +84,7 @@ class AutoEmbeddingModel(EmbeddingModel):
         if self.max_text_length is not None and ids.size(1) > self.max_text_length:
             length = f"A text has {ids.size(1)} tokens, but the model takes at most {self.max_text_length}."
             raise DataError(f"{length} Truncate it.")
+
         outputs = run_text(self.wrapped, self.backbone, ids, text.attention_mask, text.token_type_ids)
         return States(outputs.states, text.pooled_tokens, outputs.pooled)
 
@@ -95,7 +96,7 @@ class AutoEmbeddingModel(EmbeddingModel):
         return States(outputs.states, None, outputs.pooled, self.num_prefix_tokens)
 
     def _input_dtype(self) -> torch.dtype:
-        """The type of what reads pixels. Not of any parameter: FSDP2 converts those of a layer when it runs."""
+        """The data type of the module that reads pixels. Others may differ: FSDP2 converts a layer when it runs."""
         first: Any = next((m for m in self.wrapped.modules() if isinstance(m, Conv2d)), None)
         return next((first or self.wrapped).parameters()).dtype
 
@@ -110,6 +111,7 @@ class FixedBatchNorm(Module):
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
+
         self.eps = norm.eps
         for name in ("weight", "bias"):
             self.register_parameter(name, getattr(norm, name))

@@ -96,6 +96,7 @@ def _register_bert(container: DependencyContainer) -> None:
         config.num_layers = 2
         config.num_attn_heads = 2
         config.ffn_inner_dim = 64
+
         return config
 
 

@@ -27,7 +27,7 @@ BertType: TypeAlias = Literal["bert", "roberta", "xlm-roberta", "camembert", "di
 
 @dataclass(kw_only=True)
 class BertConfig(TextBackboneConfig):
-    """The configuration of a BERT model. The defaults are those of BERT base."""
+    """The configuration of a BERT model. The defaults describe BERT base."""
 
     model_type: BertType = "bert"
     """Which of transformers' models it is: BERT, or one that is built like it."""
@@ -81,16 +81,20 @@ class BertConfig(TextBackboneConfig):
             yield f"`type_vocab_size` must be positive, but is {self.type_vocab_size} instead."
         if not variant.has_segments and self.type_vocab_size != 0:
             yield f"`type_vocab_size` must be 0 for {variant.name}, but is {self.type_vocab_size} instead."
+
         if variant.counts_positions and (self.pad_idx is None or not 0 <= self.pad_idx < self.max_seq_len - 1):
             yield (
                 f"`pad_idx` must be less than `max_seq_len` ({self.max_seq_len}) minus 1 for {variant.name}, "
                 f"which counts positions from it, but is {self.pad_idx} instead."
             )
+
         if not variant.has_pooler and self.pooler:
             yield f"`pooler` must not be set for {variant.name}."
+
         if self.model_type == "mpnet":
             if self.pad_idx != 1:
                 yield f"`pad_idx` must be 1 for {variant.name}, whatever its tokenizer, but is {self.pad_idx}."
+
             if self.num_relative_buckets < NUM_BUCKETS:
                 yield (
                     f"`num_relative_buckets` must be at least {NUM_BUCKETS}, which {variant.name} uses in any case, "
@@ -98,6 +102,7 @@ class BertConfig(TextBackboneConfig):
                 )
         elif self.num_relative_buckets != 0:
             yield f"`num_relative_buckets` must be 0 for {variant.name}."
+
         if self.model_type == "distilbert":
             if self.layer_norm_eps != 1e-12:
                 yield f"`layer_norm_eps` must be 1e-12 for {variant.name}."
@@ -106,5 +111,5 @@ class BertConfig(TextBackboneConfig):
 
     @property
     def variant(self) -> BertVariant:
-        """What is special about ``model_type``."""
+        """The peculiarities of ``model_type``."""
         return VARIANTS[self.model_type]

@@ -38,6 +38,7 @@ class BertFactory(ModelFactory[BertConfig]):
 
     def create_frontend(self) -> BertFrontend:
         config = self._config
+
         return BertFrontend(
             self.create_embedding(config.vocab_size, config.pad_idx),
             self.create_embedding(config.type_vocab_size) if config.variant.has_segments else None,
@@ -80,6 +81,7 @@ class BertFactory(ModelFactory[BertConfig]):
 
     def create_self_attention(self) -> StandardMultiheadAttention:
         config = self._config
+
         return StandardMultiheadAttention(
             config.model_dim,
             config.num_attn_heads,
@@ -125,6 +127,7 @@ def init_sinusoidal(embed: StandardEmbedding) -> None:
     """Initialize ``embed`` with the sines and cosines of Vaswani et al., 2017 (https://arxiv.org/abs/1706.03762)."""
     device = embed.weight.device
     steps = torch.arange(embed.num_embeddings, dtype=torch.float64, device=device).unsqueeze(1)
+
     dims = torch.arange(embed.embed_dim, dtype=torch.float64, device=device)
     angles = steps / 10_000 ** (2 * (dims // 2) / embed.embed_dim)
     with torch.no_grad():

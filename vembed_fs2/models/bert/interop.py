@@ -49,29 +49,35 @@ class BertCheckpointFormat(BackboneCheckpointFormat):
         model_type = hf_config.get("model_type", "bert")
         if model_type not in VARIANTS:
             raise ModelLoadError(f"config.json: `model_type` '{model_type}' is not supported.")
+
         variant = VARIANTS[model_type]
         resolved = resolve_hf_config(hf_config, f"{variant.name}Config")
         refuse_other_values(resolved, _FIXED)
+
         values = {
             ours: read_field(resolved, name, kls, optional=ours == "pad_idx")
             for name, (ours, kls) in variant.fields.items()
         }
         if not variant.has_segments:
             values["type_vocab_size"] = 0
+
         has_pooler = not keys or any(key.removeprefix(f"{variant.prefix}.").startswith("pooler.") for key in keys)
         config = BertConfig(
             **values, model_type=model_type, pooler=has_pooler and variant.has_pooler, head=head or HeadConfig()
         )
         validate_hf_config(config, {ours: name for name, (ours, _) in variant.fields.items()})
+
         return config
 
     @override
     def key_map(self, config: BertConfig) -> KeyMap:
         variant = VARIANTS[config.model_type]
+
         rules: list[Rule] = [Drop(theirs=rf"({variant.heads}).*|{_BUFFERS}"), drop_learned(config)]
         if not config.pooler:
             # An architecture can leave out what the checkpoint has.
             rules.append(Drop(theirs=r"pooler\..*"))
+
         rules += [Rename(theirs, ours) for theirs, ours in variant.names.items()]
         return KeyMap(*rules, prefixes=[f"{variant.prefix}."], old_names=_OLD_NAMES)
 

@@ -48,10 +48,12 @@ class RelativePositions(Module):
         :returns: what to add to the attention weights. *Shape:* ``[H, L, L]``.
         """
         distances = torch.arange(1 - length, length, device=self.embed.weight.device)
+
         bias_AR = self.embed(_bucket_of(distances)).transpose(0, 1)
         if self.tp_gang.size > 1:
             # Each rank has some of the heads, and so the gradient of only these.
             bias_AR = reduce_on_backward(bias_AR, self.tp_gang).chunk(self.tp_gang.size)[self.tp_gang.rank]
+
         # Token i is (length - 1 - i) distances away from the first column of the last row.
         return bias_AR.unfold(1, length, 1).flip(1)
 
@@ -64,9 +66,11 @@ def _bucket_of(distances: Tensor) -> Tensor:
     half = NUM_BUCKETS // 2
     exact = half // 2
     size = distances.abs()
+
     # In the order of transformers' operations, for equal rounding.
     wide = torch.log(size.clamp(min=1).float() / exact) / math.log(_MAX_DISTANCE / exact) * (half - exact)
     wide = (exact + wide.long()).clamp(max=half - 1)
+
     return torch.where(size < exact, size, wide) + (distances > 0) * half
 
 
@@ -83,6 +87,7 @@ class RelativeLayout(PaddedLayout):  # type: ignore[misc]  # final in fairseq2
         :param bias: *Shape:* ``[H, L, L]``.
         """
         super().__init__(seqs, mask)
+
         self.bias = bias.unsqueeze(0)
         if self.mask is not None:
             padding = bias.new_zeros(self.mask.shape).masked_fill_(~self.mask, -torch.inf)
@@ -93,7 +98,7 @@ class RelativeLayout(PaddedLayout):  # type: ignore[misc]  # final in fairseq2
 class RelativeSDPA(EncoderSDPA):
     """Scaled dot-product attention with the bias of a :class:`RelativeLayout`.
 
-    It is used whatever default the user set in fairseq2, where no other takes a bias that is learned.
+    It is used whatever default the user set in fairseq2, because no other takes a learned bias.
     """
 
     @override

@@ -178,7 +178,7 @@ class ClipVisionConfig(ClipTowerConfig):
 
 @dataclass(kw_only=True)
 class ClipConfig(EmbeddingModelConfig):
-    """The configuration of a CLIP model. The defaults are those of ViT-B/32."""
+    """The configuration of a CLIP model. The defaults describe ViT-B/32."""
 
     text: ClipTextConfig = field(default_factory=ClipTextConfig)
     """The text Transformer."""

@@ -63,7 +63,7 @@ _KEYS: Final = {
     "vision_model.embeddings.class_embedding": "vision.frontend.class_embed",
     "vision_model.embeddings.patch_embedding.": "vision.frontend.patch_proj.",
     "vision_model.embeddings.position_embedding.": "vision.frontend.pos_embed.",
-    # The misspelling is that of transformers.
+    # The misspelling is transformers' own.
     "vision_model.pre_layrnorm.": "vision.frontend.layer_norm.",
     "vision_model.post_layernorm.": "vision.layer_norm.",
     "visual_projection.": "vision.proj.",
@@ -124,9 +124,11 @@ class ClipCheckpointFormat(DualCheckpointFormat):
             raise VembedError(
                 f"transformers' CLIP cannot express {fields} of the model. Write it for open_clip instead."
             )
+
         vision = write_fields(config.vision, _VISION_FIELDS)
         for name in ("image_size", "patch_size"):
             vision[name] = as_pair(getattr(config.vision, name))[0]
+
         data: dict[str, object] = {
             **write_fields(config, _FIELDS),
             "text_config": CLIPTextConfig(**write_fields(config.text, _TEXT_FIELDS)),
@@ -138,6 +140,7 @@ class ClipCheckpointFormat(DualCheckpointFormat):
 def _find_inexpressible(config: ClipConfig) -> list[str]:
     """The fields whose values no configuration of transformers stands for."""
     text, vision = config.text, config.vision
+
     # There, 2 stands for another pooling.
     is_first_end = text.pooling == "eos" and text.eos_idx != LEGACY_EOS_ID
     expressible = {
@@ -151,6 +154,7 @@ def _find_inexpressible(config: ClipConfig) -> list[str]:
         "vision.pre_norm": vision.pre_norm,
         "vision.pooling": vision.pooling == "cls",
     }
+
     return [name for name, is_expressible in expressible.items() if not is_expressible]
 
 

@@ -52,7 +52,7 @@ class ClipTextTower(Module):
     ) -> None:
         """
         :param pooling: which position; see :class:`~vembed_fs2.models.clip.ClipTextConfig`.
-        :param pad_id: what fills each text up to the full length, where the model sees padding; else ``None``.
+        :param pad_id: the token that fills each text up to the full length, if the model sees padding; else ``None``.
         """
         super().__init__()
         self.frontend = frontend
@@ -64,7 +64,7 @@ class ClipTextTower(Module):
 
     @override
     def forward(self, ids_TL: Tensor, mask_TL: Tensor | None, head: HeadConfig) -> States:
-        """Encode texts; return what ``head`` reads, projected: states ``[T, L, D]``, that of the text ``[T, D]``.
+        """Encode texts; return what ``head`` reads, projected: token states ``[T, L, D]``, the text's ``[T, D]``.
 
         :param mask_TL: True for tokens, which come before the padding. It only
             keeps padding from being taken for the end token: causal attention
@@ -75,10 +75,12 @@ class ClipTextTower(Module):
             raise ValueError(f"Texts must have at most {max_length} tokens, but one has {ids_TL.size(1)} instead.")
         if self.pad_id is not None:
             ids_TL, mask_TL = _fill(ids_TL, mask_TL, max_length, self.pad_id), None
+
         seqs_TLM, layout = self.frontend(ids_TL, PaddedLayout(ids_TL, None))
         seqs_TLM = self.encoder(seqs_TLM, layout)
         tokens_TLD = self.proj(seqs_TLM) if head.reads_states else None
         pooled_TD = self.proj(self._pool(seqs_TLM, ids_TL, mask_TL)) if head.reads_pooler else None
+
         return States(tokens_TLD, None, pooled_TD)
 
     def _pool(self, seqs_TLM: Tensor, ids_TL: Tensor, mask_TL: Tensor | None) -> Tensor:
@@ -87,6 +89,7 @@ class ClipTextTower(Module):
             return seqs_TLM[:, 0]
         if self.pooling == "last":
             return seqs_TLM[:, -1]
+
         rows = torch.arange(ids_TL.size(0), device=ids_TL.device, dtype=torch.int64)
         return seqs_TLM[rows, self._end_positions(ids_TL, mask_TL)]
 
@@ -150,16 +153,19 @@ class ClipVisionFrontend(Module):
         x_PMhw = self.patch_proj(x_PCHW.to(self.patch_proj.weight.dtype))
         positions_SM = self._positions(x_PMhw.size(2), x_PMhw.size(3))
         class_P1M = self.class_embed.expand(x_PMhw.size(0), 1, -1)
+
         seqs_PSM = torch.cat([class_P1M, x_PMhw.flatten(2).transpose(1, 2)], dim=1) + positions_SM
         if self.training and self.patch_dropout_p > 0.0:
             seqs_PSM = self._drop_patches(seqs_PSM)
+
         return seqs_PSM if self.layer_norm is None else self.layer_norm(seqs_PSM)
 
     def _positions(self, height: int, width: int) -> Tensor:
-        """Positions of a grid of ``height`` x ``width`` patches, resized from the trained grid where it differs."""
+        """Positions of a grid of ``height`` x ``width`` patches, resized from the trained grid if that differs."""
         table_SM = self.pos_embed.weight
         if (height, width) == self.grid:
             return table_SM
+
         grid_hwM = table_SM[1:].reshape(*self.grid, -1)
         return torch.cat([table_SM[:1], resize_positions(grid_hwM, height, width)])
 
@@ -170,6 +176,7 @@ class ClipVisionFrontend(Module):
         draws_PS = torch.rand((num_images, size - 1), device=seqs_PSM.device, dtype=torch.float32)
         index_PS = draws_PS.topk(num_kept, dim=1).indices + 1
         patches_PSM = seqs_PSM.gather(1, index_PS.unsqueeze(2).expand(-1, -1, model_dim))
+
         return torch.cat([seqs_PSM[:, :1], patches_PSM], dim=1)
 
     if TYPE_CHECKING:
@@ -186,7 +193,7 @@ class VisionTower(Module, ABC):
     def forward(self, x_PCHW: Tensor, head: HeadConfig) -> States:
         """Encode images of any size; return what ``head`` reads, projected.
 
-        The states are those of class token and patches, ``[P, S, D]``; that of the image is ``[P, D]``.
+        Class token and patches have states ``[P, S, D]``, and the image has one of its own, ``[P, D]``.
         """
 
     if TYPE_CHECKING:
@@ -251,7 +258,7 @@ class ClipModel(EmbeddingModel):
         """
         :param logit_scale_init: The initial log inverse temperature.
         :param train_logit_scale: If ``False``, it is a buffer, which no recipe can train by accident.
-        :param head: What follows the towers; ``None`` for their own poolings.
+        :param head: the head after the towers; ``None`` for their own poolings.
         """
         super().__init__()
         self.text = text

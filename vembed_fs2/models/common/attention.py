@@ -116,7 +116,7 @@ class PackedLayout(OpenBatchLayout):  # type: ignore[misc]  # its base is final
     """True for tokens of the padded batch. *Shape:* ``[N, S]``, bool."""
 
     indices: Tensor
-    """Where the tokens stand in the padded batch, row after row. *Shape:* ``[tokens]``."""
+    """The positions of the tokens in the padded batch, row after row. *Shape:* ``[tokens]``."""
 
     def __init__(self, mask: Tensor) -> None:
         """
@@ -241,19 +241,21 @@ def attend(
     :param q: *Shape:* ``[N, S, H, K]``.
     :param k: as is ``v``, *Shape:* ``[N, S_kv, H, K]``.
     :param bias: True where a key counts, or what is added to the weights before the softmax.
-        *Shape:* ``[N, H, S, S_kv]``, where 1 stands for all.
+        *Shape:* ``[N, H, S, S_kv]``; a size of 1 stands for all.
     :param causal: if ``True``, the keys after a query do not count.
     :returns: *Shape:* ``[N, S, H, K]``.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.to(q.dtype)
+
     if has_fast_masks(q, dropout_p):
         attns = attend_with_dropout(q, k, v, bias, Masks(dropout_p), causal=causal)
     elif dropout_p == 0.0 and _is_slow_on_cpu(q):
         attns = _attend_by_matmul(q, k, v, bias, causal)
     else:
         attns = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, is_causal=causal)
+
     return attns.transpose(1, 2)
 
 
@@ -273,9 +275,11 @@ def _attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, caus
             bias = weights.new_zeros(bias.shape).masked_fill_(~bias, -torch.inf)
         if bias is not None:
             weights = weights + bias
+
         if causal:
             size = weights.size(-1)
             weights = weights + weights.new_full((size, size), -torch.inf).triu_(1)
+
         attns: Tensor = weights.softmax(-1) @ v
         return attns
 
@@ -287,6 +291,7 @@ def _key_mask(keys: Tensor, layout: BatchLayout) -> Tensor | None:
         raise NotSupportedError(f"`{PaddedSDPA}` does not support packed batches.")
     if not layout.padded:
         return None
+
     return torch.arange(keys.size(1), device=keys.device) < layout.seq_lens_pt.unsqueeze(1)
 
 

@@ -1,6 +1,6 @@
-"""What the configurations of all families check, and the sentences that say what is wrong.
+"""The checks that the configurations of all families share.
 
-Each function yields one sentence per error. The names are those of fields of ``config``.
+Each function yields one sentence per error. Names are names of fields of ``config``.
 """
 
 from __future__ import annotations

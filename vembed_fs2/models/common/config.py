@@ -58,8 +58,9 @@ class TextBackboneConfig(TransformerSizes, EmbeddingModelConfig):
         return False
 
     def _backbone_errors(self) -> Iterator[str]:
-        """What is wrong with the fields of this class."""
+        """Return what is wrong with the fields of this class, one sentence each."""
         sizes = (*self._positive_fields(), "max_seq_len", "vocab_size")
+
         # A backbone without layers is allowed.
         yield from check_positive(self, *(name for name in sizes if name != "num_layers"))
         yield from check_not_negative(self, "num_layers", "init_std")

@@ -24,7 +24,7 @@ class FusedFeedForwardNetwork(OpenFeedForwardNetwork):  # type: ignore[misc]  # 
     """fairseq2's, with bias and GELU added within the matrix product in inference on CPUs.
 
     As operations of their own, each passes over all inner states. Training
-    needs the states before the activation, too.
+    also needs the states before the activation.
     """
 
     @override
@@ -32,7 +32,9 @@ class FusedFeedForwardNetwork(OpenFeedForwardNetwork):  # type: ignore[misc]  # 
         gelu = self._fused_gelu(seqs)
         if gelu is None:
             return super().forward(seqs)
+
         proj = self.inner_proj
+
         # What torch's own compiler calls for a linear layer and its activation.
         states = torch.ops.mkldnn._linear_pointwise(seqs, proj.weight, proj.bias, "gelu", [], _GELU[gelu])
         return self.output_proj(states)
@@ -41,15 +43,19 @@ class FusedFeedForwardNetwork(OpenFeedForwardNetwork):  # type: ignore[misc]  # 
         """The variant of GELU to compute within the matrix product, if that is possible."""
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or seqs.numel() == 0:
             return None
+
         # Single precision only: what it gains in others was not measured.
         if seqs.device != CPU or seqs.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not _HAS_ONEDNN:
             return None
+
         proj, activation = self.inner_proj, self.inner_activation
+
         # Not where an adapter has taken a module's place, or someone watches it.
         if type(proj) is not ColumnShardedLinear or not isinstance(activation, Activation) or self.inner_dropout:
             return None
         if any(m._forward_hooks or m._forward_pre_hooks for m in (proj, activation)):
             return None
+
         return activation.gelu
 
     if TYPE_CHECKING:

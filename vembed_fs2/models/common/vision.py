@@ -32,7 +32,7 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 @final
 class PatchProjection(Conv2d):
-    """Cuts images into patches that do not overlap, and projects each. What does not fill a patch is left out."""
+    """Cuts images into patches that do not overlap, and projects each. Pixels that do not fill a patch are left out."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class PatchPositionEncoder(PositionEncoder):
 
     @abstractmethod
     def rotate(self, seqs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate queries or keys. *Shape:* that of ``seqs``; cosines and sines ``[S, 1, head size]``."""
+        """Rotate queries or keys. *Shape:* as ``seqs``; cosines and sines ``[S, 1, head size]``."""
 
 
 @final
@@ -146,6 +146,7 @@ class BranchResidual(ResidualConnect):
             seqs = self.scale(seqs)
         if drops:
             seqs = seqs * self._draw_factors(seqs)
+
         return seqs + residual
 
     def _draw_factors(self, seqs: Tensor) -> Tensor:
@@ -175,6 +176,7 @@ def resize_positions(
     """
     if table_hwM.shape[:2] == (height, width):
         return table_hwM.flatten(0, 1)
+
     grid_1Mhw = table_hwM.permute(2, 0, 1).unsqueeze(0).float()
     grid_1Mhw = interpolate(grid_1Mhw, size=(height, width), mode=mode, align_corners=False, antialias=antialias)
     return grid_1Mhw.squeeze(0).flatten(1).transpose(0, 1).to(table_hwM.dtype)

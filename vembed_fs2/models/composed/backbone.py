@@ -32,7 +32,7 @@ class TowerEncoder:
     """The names of the modules that encode another modality, which it has no more."""
 
     constants: Mapping[str, Tensor]
-    """The values of non-persistent buffers, by name, where the model itself cannot set them again."""
+    """The values of non-persistent buffers, by name, if the model itself cannot set them again."""
 
 
 def create_backbone(family: str, config: object, modality: Modality) -> TowerEncoder:
@@ -45,11 +45,14 @@ def create_backbone(family: str, config: object, modality: Modality) -> TowerEnc
     """
     factory = get_resolver().resolve(FamilyFactory, key=family)
     device = torch.get_default_device()
+
     # A family that does not work on the meta device makes its values when it creates a model.
     with torch.device("meta" if factory.supports_meta else "cpu"):
         model = factory.create(config)
+
     _check(model, family, modality)
     stacks = _stack_names(model)
+
     left_out = _drop_other_tower(model, family, modality) if len(model.modalities) > 1 else []
     constants: dict[str, Tensor] = {}
     if not factory.supports_meta:
@@ -59,9 +62,11 @@ def create_backbone(family: str, config: object, modality: Modality) -> TowerEnc
         to_device(model, device)
     elif device.type != "meta":
         model = factory.create(config)
+
     for name in model.learned:
         # They belong to the objective that the model was trained with.
         getattr(model, name).requires_grad_(False)
+
     stacks = [name for name in stacks if not name.startswith(tuple(f"{part}." for part in left_out))]
     return TowerEncoder(model, family, config, stacks, left_out, constants)
 
@@ -94,6 +99,7 @@ def _drop_other_tower(model: EmbeddingModel, family: str, modality: Modality) ->
         )
 
     own = model.towers[modality]
+
     dropped = [name for names in model.towers.values() for name in names if name not in own]
     for name in dropped:
         parent, _, child = name.rpartition(".")

@@ -40,7 +40,7 @@ class ProjectionConfig:
     """A linear map, one with a hidden layer before it (``mlp``), or nothing."""
 
     hidden_dim: int | None = None
-    """The size of the hidden layer of ``mlp``; that of its inputs if ``None``."""
+    """The size of the hidden layer of ``mlp``; the size of its inputs if ``None``."""
 
     activation: str = "gelu"
     """The activation function of the hidden layer, by transformers' name."""
@@ -85,12 +85,12 @@ class TowerConfig:
     """The architecture that ``config`` starts from, for random weights."""
 
     config: object = None
-    """The configuration of the encoder, of the family's own class; that of ``arch`` if ``None``."""
+    """The configuration of the encoder, of the family's own class; the configuration of ``arch`` if ``None``."""
 
     freeze: Freeze = "none"
     """
     Which parameters of the encoder keep their values in training: none, all,
-    or with ``all_but_last`` those of all layers before the last
+    or with ``all_but_last`` all layers before the last
     ``trained_layers``, and of what comes before them.
     """
 
@@ -98,16 +98,17 @@ class TowerConfig:
     """The number of last layers that ``all_but_last`` trains."""
 
     frozen_params: Sequence[str] = field(default_factory=list)
-    """Regular expressions: parameters of the encoder that are frozen, too, by the beginnings of their names."""
+    """Regular expressions: more parameters of the encoder that are frozen, by the beginnings of their names."""
 
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     """What follows the encoder."""
 
     def __post_init__(self) -> None:
-        # What is read from a file is nested keys; only the family knows the class that they are of.
+        # A file holds nested keys; only the family knows their class.
         family = maybe_get_family(self.family)
         if family is None:
             return
+
         if self.config is None:
             self.config = family.maybe_get_arch_config(self.arch) if self.arch is not None else family.config_kls()
         elif isinstance(self.config, Mapping):
@@ -115,7 +116,7 @@ class TowerConfig:
 
     @property
     def source(self) -> str | Path | None:
-        """Where the initial weights come from; ``None`` if they are random."""
+        """The source of the initial weights; ``None`` if they are random."""
         return self.path if self.path is not None else self.name
 
     def validate(self) -> ValidationResult:
@@ -124,10 +125,12 @@ class TowerConfig:
     def _encoder_errors(self) -> Iterator[str]:
         if self.name is not None and self.path is not None:
             yield "`name` and `path` must not be specified at the same time."
+
         if not self.family:
             given = "`path` (a folder), `name` (a card) or `family`" if self.source is None else "`family`"
             yield f"{given} must be specified."
             return
+
         family = maybe_get_family(self.family)
         if family is None:
             yield unknown_family("family", self.family)
@@ -146,9 +149,12 @@ class TowerConfig:
             yield "`trained_layers` must be set for `freeze` 'all_but_last'."
         if self.freeze != "all_but_last" and self.trained_layers is not None:
             yield f"`trained_layers` is set, but `freeze` is '{self.freeze}' and not 'all_but_last'."
+
         yield from check_positive(self, "trained_layers")
+
         if self.frozen_params and self.freeze == "all":
             yield "`frozen_params` is set, but `freeze` is 'all'."
+
         for pattern in self.frozen_params:
             try:
                 re.compile(pattern)

@@ -44,7 +44,7 @@ class ComposedCheckpointFormat(CheckpointFormat):
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
-        # Where the encoders came from says nothing elsewhere, and may be private.
+        # The places that the encoders came from mean nothing elsewhere, and may be private.
         return self._plain.to_hg_config(forget_sources(cast_config_type(config, ComposedConfig)))
 
     @override

@@ -45,11 +45,13 @@ class Projection(Module):
         :param hidden_dim: the size of the hidden layer; ``None`` if there is none.
         """
         super().__init__()
+
         self.inner_proj: Linear | None = None
         self.activation: Module | None = None
         if hidden_dim is not None:
             self.inner_proj = Linear(input_dim, hidden_dim, bias, init_fn=_init_projection)
             self.activation = activation
+
         self.dropout = Dropout(dropout_p)
         self.output_proj = Linear(hidden_dim or input_dim, output_dim, bias, init_fn=_init_projection)
 

@@ -80,11 +80,13 @@ class EvaVisionFactory(ModelFactory[EvaVisionConfig]):
             bias=not config.input_norm,
             init_fn=Conv2d.reset_parameters,
         )
+
         pos_embed = rotations = None
         if config.learned_positions:
             pos_embed = StandardEmbedding(config.num_patches + 1, config.model_dim, init_fn=_init_positions)
         if config.rope:
             rotations = GridRotations(self._head_dim, config.rope_ref_size)
+
         layer_norm = self.create_layer_norm(config.model_dim) if config.input_norm else None
         return EvaFrontend(patch_proj, pos_embed, layer_norm, rotations)
 
@@ -130,6 +132,7 @@ class EvaVisionFactory(ModelFactory[EvaVisionConfig]):
             config.model_dim, config.model_dim, bias=False, gather_output=False, init_fn=_init_linear(INIT_STD)
         )
         attn.output_proj = self.create_output_proj(config.model_dim, idx, normalized=config.attn_norm)
+
         return attn
 
     def create_ffn(self, idx: int) -> FeedForwardNetwork:
@@ -142,6 +145,7 @@ class EvaVisionFactory(ModelFactory[EvaVisionConfig]):
             )
         else:
             ffn = create_ffn(config.model_dim, config.ffn_inner_dim, "gelu", init_fn)
+
         ffn.register_module(
             "output_proj", self.create_output_proj(config.ffn_inner_dim, idx, normalized=config.ffn_norm)
         )
@@ -157,6 +161,7 @@ class EvaVisionFactory(ModelFactory[EvaVisionConfig]):
 
     def create_head(self) -> EvaHead:
         config = self._config
+
         return EvaHead(
             self.create_layer_norm(config.model_dim),
             config.pooling,

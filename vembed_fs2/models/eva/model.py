@@ -90,6 +90,7 @@ class GridRotations:
         shape = (height, width, num_bands)
         angles_hwK = torch.cat([rows.expand(shape), columns.expand(shape)], dim=2).repeat_interleave(2, dim=2)
         angles_S1K = pad(angles_hwK.flatten(0, 1), (0, 0, 1, 0)).unsqueeze(1)
+
         return angles_S1K.cos(), angles_S1K.sin()
 
     def _number(self, size: int, device: torch.device) -> Tensor:
@@ -183,6 +184,7 @@ class EvaFrontend(Module):
         x_PMhw = self.patch_proj(x_PCHW)
         height, width = x_PMhw.shape[2:]
         class_P1M = self.class_embed.expand(x_PMhw.size(0), 1, -1)
+
         seqs_PSM = torch.cat([class_P1M, x_PMhw.flatten(2).transpose(1, 2)], dim=1)
         if self.pos_embed is not None:
             seqs_PSM = seqs_PSM + _positions(self.pos_embed.weight, height, width)
@@ -190,6 +192,7 @@ class EvaFrontend(Module):
             seqs_PSM = self.layer_norm(seqs_PSM)
         if self.rotations is None:
             return seqs_PSM, PaddedLayout(seqs_PSM, None)
+
         return seqs_PSM, PatchLayout(seqs_PSM, self.rotations(height, width, seqs_PSM.device))
 
     if TYPE_CHECKING:
@@ -197,10 +200,11 @@ class EvaFrontend(Module):
 
 
 def _positions(table_SM: Tensor, height: int, width: int) -> Tensor:
-    """Positions of the class token and of a grid of patches, resized from the trained grid where it differs."""
+    """Positions of the class token and of a grid of patches, resized from the trained grid if that differs."""
     side = isqrt(table_SM.size(0) - 1)
     if (height, width) == (side, side):
         return table_SM
+
     grid_hwM = table_SM[1:].reshape(side, side, -1)
     return torch.cat([table_SM[:1], resize_positions(grid_hwM, height, width, antialias=True)])
 

@@ -25,6 +25,7 @@ def register_modernbert_archs(container: DependencyContainer) -> None:
         config.num_layers = 28
         config.num_attn_heads = 16
         config.ffn_inner_dim = 2624
+
         return config
 
     @arch("modernbert_base_mean")
@@ -55,4 +56,5 @@ def register_modernbert_archs(container: DependencyContainer) -> None:
         config.num_attn_heads = 2
         config.ffn_inner_dim = 48
         config.local_attn_window = 8
+
         return config

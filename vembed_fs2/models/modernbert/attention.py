@@ -94,9 +94,11 @@ class RotaryPositions(PositionEncoder):
         """
         if not isinstance(seqs_layout, (RotaryLayout, PackedRotaryLayout)):
             raise NotSupportedError(f"`{RotaryPositions}` needs a `{RotaryLayout}`.")
+
         rotation = seqs_layout.local_rotation if self.local else seqs_layout.global_rotation
         cos, sin = rotation.to(seqs.dtype)
         left, right = seqs.chunk(2, dim=-1)
+
         return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
     if TYPE_CHECKING:
@@ -160,6 +162,7 @@ class LocalSDPA(EncoderSDPA):
             raise NotSupportedError(f"`{LocalSDPA}` needs a `{PaddedLayout}`.")
 
         mask, length = layout.mask, k.size(1)
+
         # Under `torch.compile` every branch is a recompilation, and torch limits those.
         if length <= self.reach + 1 and not torch.compiler.is_compiling():
             bias = None if mask is None else mask[:, None, None, :]
@@ -170,9 +173,10 @@ class LocalSDPA(EncoderSDPA):
             return _attend_in_blocks(q, k, v, mask, self.reach, block, dropout_p)
 
         positions = torch.arange(length, device=q.device)
+
         bias = _near(positions, positions, self.reach)[None, None]
         if mask is not None:
-            # A token sees itself even where it is padding: without any key its state would not be a number.
+            # A token sees itself even if it is padding: without any key its state would not be a number.
             own = torch.eye(length, dtype=torch.bool, device=q.device)
             bias = bias & mask[:, None, None, :] | own
 
@@ -241,16 +245,21 @@ def _attend_in_blocks(
     size, length = q.shape[:2]
     count = -(-length // block)
     tail = count * block - length
+
     # Blocks become rows: [N * B, C, H, K] and, with their neighbours, [N * B, 3 * C, H, K].
     q = pad(q, (0, 0, 0, 0, 0, tail)).reshape(size * count, block, *q.shape[2:])
     k, v = (_with_neighbours(x, block, tail).flatten(0, 1) for x in (k, v))
+
     if mask is None:
         mask = torch.ones((1, length), dtype=torch.bool, device=q.device).expand(size, -1)
+
     known = pad(mask, (block, block + tail)).unfold(1, 3 * block, block).flatten(0, 1)
     queries, keys = torch.arange(block, device=q.device), torch.arange(-block, 2 * block, device=q.device)
-    # A token sees itself even where it is padding: without any key its state would not be a number.
+
+    # A token sees itself even if it is padding: without any key its state would not be a number.
     bias = _near(queries, keys, reach) & known[:, None, None, :] | _near(queries, keys, 0)
     attns = attend(q, k, v, bias, dropout_p=dropout_p)
+
     return attns.reshape(size, count * block, *attns.shape[2:])[:, :length]
 
 

@@ -24,7 +24,7 @@ MODERNBERT_FAMILY: Final = "vembed_modernbert"
 
 @dataclass(kw_only=True)
 class ModernBertConfig(TextBackboneConfig):
-    """The configuration of a ModernBERT model. The defaults are those of ModernBERT base."""
+    """The configuration of a ModernBERT model. The defaults describe ModernBERT base."""
 
     max_seq_len: int = 8192
     """The longest text that the model was made for; there is no position table that ends there."""

@@ -63,6 +63,7 @@ class ModernBertFactory(ModelFactory[ModernBertConfig]):
         )
         if config.attn_dropout_p > 0.0:
             layer.self_attn_dropout = Dropout(config.attn_dropout_p)
+
         return layer
 
     def create_self_attention(self, *, local: bool) -> StandardMultiheadAttention:
@@ -71,6 +72,7 @@ class ModernBertFactory(ModelFactory[ModernBertConfig]):
             sdpa = create_local_sdpa(config.local_attn_window // 2, dropout_p=config.attn_dropout_p)
         else:
             sdpa = create_sdpa(dropout_p=config.attn_dropout_p)
+
         return StandardMultiheadAttention(
             config.model_dim,
             config.num_attn_heads,
@@ -94,8 +96,10 @@ class ModernBertFactory(ModelFactory[ModernBertConfig]):
         assert isinstance(ffn.output_proj, RowShardedLinear)
         ffn.output_proj.init_fn = self.init_output_projection
         ffn.output_proj.reset_parameters()
+
         if config.ffn_dropout_p > 0.0:
             ffn.inner_dropout = Dropout(config.ffn_dropout_p)
+
         return ffn
 
     def create_layer_norm(self) -> LayerNorm:

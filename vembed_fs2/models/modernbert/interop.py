@@ -22,7 +22,7 @@ from vembed_fs2.models.modernbert.model import ModernBertModel
 _LAYER: Final = "encoder.layers.*"
 
 _RULES: Final[Sequence[Rule]] = (
-    # Of the heads for pretraining and classification. `head.dense.0.weight` is a dense layer of our own head.
+    # The heads for pretraining and classification. `head.dense.0.weight` is a dense layer of our own head.
     Drop(theirs=r"(head\.(dense|norm)|decoder|classifier)\.(weight|bias)"),
     Rename("embeddings.tok_embeddings.", "frontend.embed."),
     Rename("embeddings.norm.", "frontend.layer_norm."),
@@ -90,6 +90,7 @@ class ModernBertCheckpointFormat(BackboneCheckpointFormat):
         validate_hf_config(config, {ours: name for name, (ours, _) in _FIELDS.items()})
         head_dim = config.model_dim // config.num_attn_heads
         refuse_other_values(hf_config, {"head_dim": (None, head_dim), "rope_theta": (config.global_rope_theta,)})
+
         return config
 
     @override
@@ -114,18 +115,22 @@ def _with_old_names(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     if kinds is not None:
         interval = next((idx for idx, kind in enumerate(kinds) if idx > 0 and kind == "full_attention"), len(kinds))
         interval = values.setdefault("global_attn_every_n_layers", max(interval, 1))
+
         known = ["sliding_attention" if idx % interval else "full_attention" for idx in range(len(kinds))]
         if list(kinds) != known:
             raise ModelLoadError(f"config.json: `layer_types` is {kinds!r}, which is not supported.")
+
     parameters = values.pop("rope_parameters", None)
     for kind, name in (("full_attention", "global_rope_theta"), ("sliding_attention", "local_rope_theta")):
         if parameters is None:
             continue
+
         rope = parameters.get(kind) or {}
         if rope.keys() - {"rope_type", "rope_theta"} or rope.get("rope_type", "default") != "default":
             raise ModelLoadError(f"config.json: `rope_parameters` is {parameters!r}, which is not supported.")
         if "rope_theta" in rope:
             values[name] = rope["rope_theta"]
+
     return values
 
 

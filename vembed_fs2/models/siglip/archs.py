@@ -185,6 +185,7 @@ def _so400m(image_size: int, patch_size: int, *, vocab_size: int = 32_000, max_s
     assert config.vision is not None
     config.text.max_seq_len = max_seq_len
     config.vision.patch_size = patch_size
+
     return config
 
 
@@ -196,6 +197,7 @@ def _giant(image_size: int) -> SiglipConfig:
     config.vision.model_dim = 1536
     config.vision.num_layers = 40
     config.vision.ffn_inner_dim = 6144
+
     return config
 
 
@@ -203,11 +205,13 @@ def _sized(config: SiglipConfig, model_dim: int, num_layers: int, ffn_inner_dim:
     """Make both Transformers larger; both have 16 heads."""
     assert config.text is not None
     assert config.vision is not None
+
     for tower in (config.text, config.vision):
         tower.model_dim = model_dim
         tower.num_layers = num_layers
         tower.num_attn_heads = 16
         tower.ffn_inner_dim = ffn_inner_dim
+
     config.text.projection_dim = model_dim
     return config
 

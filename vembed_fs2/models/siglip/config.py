@@ -72,7 +72,7 @@ class SiglipVisionConfig(SiglipTowerConfig):
 
     num_patches: int = 256
     """
-    The number of positions that are learned, a square; those of an image are
+    The number of positions that are learned, a square; an image's positions are
     interpolated. Used with ``naflex`` only.
     """
 
@@ -97,7 +97,7 @@ class SiglipVisionConfig(SiglipTowerConfig):
 
 @dataclass(kw_only=True)
 class SiglipConfig(EmbeddingModelConfig):
-    """The configuration of a SigLIP model. The defaults are those of SigLIP base, 224 pixels."""
+    """The configuration of a SigLIP model. The defaults describe SigLIP base, 224 pixels."""
 
     text: SiglipTextConfig | None = field(default_factory=SiglipTextConfig)
     """The text Transformer; ``None`` for a model of images only."""
@@ -126,6 +126,7 @@ class SiglipConfig(EmbeddingModelConfig):
 
     def validate(self) -> ValidationResult:
         dim = self.text.projection_dim if self.text is not None else self.vision.model_dim if self.vision else 0
+
         result = to_result(check_head(self.head, dim, has_class_token=self.vision is None))
 
         if self.text is None and self.vision is None:

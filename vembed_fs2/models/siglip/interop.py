@@ -107,6 +107,7 @@ class SiglipCheckpointFormat(DualCheckpointFormat):
         refuse_dense_layers(head, "SigLIP")
 
         generation, _, part = str(hf_config.get("model_type", "siglip")).partition("_")
+
         text, vision = _resolve(hf_config, generation, part.removesuffix("_model"))
         if keys and not any(key.startswith("text_model.") for key in keys):
             text = None  # `SiglipForImageClassification` has the configuration of both and the images' weights only.
@@ -147,10 +148,12 @@ class SiglipCheckpointFormat(DualCheckpointFormat):
         name = "Siglip2" if config.naflex else "Siglip"
         text = {} if config.text is None else write_fields(config.text, _TEXT_FIELDS)
         fields = _PATCH_FIELDS if config.naflex else _IMAGE_FIELDS
+
         vision = {} if config.vision is None else write_fields(config.vision, fields)
         if not text or not vision:
             name += "Text" if text else "Vision"
             return HuggingFaceConfig(text or vision, kls_name=f"{name}Config", arch=f"{name}Model")
+
         data: dict[str, object] = {
             "text_config": getattr(transformers, f"{name}TextConfig")(**text),
             "vision_config": getattr(transformers, f"{name}VisionConfig")(**vision),
@@ -173,6 +176,7 @@ def _resolve(
 
     for name in ("text_config", "vision_config"):
         refuse_dual_options(f"{name}.", resolved[name], "SigLIP")
+
     return resolved["text_config"], resolved["vision_config"]
 
 

@@ -55,7 +55,7 @@ class SiglipTextTower(Module):
 
     @override
     def forward(self, ids_TL: Tensor, mask_TL: Tensor | None, head: HeadConfig) -> States:
-        """Encode texts; return what ``head`` reads, projected: states ``[T, L, D]``, that of the text ``[T, D]``.
+        """Encode texts; return what ``head`` reads, projected: token states ``[T, L, D]``, the text's ``[T, D]``.
 
         :param mask_TL: True for tokens; ``None`` if padding is not masked, as in training of the public models.
         :raises DataError: a text is longer than the position table.
@@ -63,9 +63,11 @@ class SiglipTextTower(Module):
         length, max_length = ids_TL.size(1), self.frontend.pos_embed.num_embeddings
         if length > max_length:
             raise DataError(f"A text has {length} tokens, but the model takes at most {max_length}. Truncate it.")
+
         seqs_TLM, layout = self.frontend(ids_TL, PaddedLayout(ids_TL, mask_TL))
         seqs_TLM = self.encoder(seqs_TLM, layout)
         tokens_TLD = self.proj(seqs_TLM) if head.reads_states else None
+
         return States(tokens_TLD, None, self.proj(seqs_TLM[:, -1]) if head.reads_pooler else None)
 
     if TYPE_CHECKING:
@@ -104,12 +106,15 @@ class SiglipImageFrontend(SiglipFrontend):
     @override
     def forward(self, batch: EncoderBatch) -> tuple[Tensor, PaddedLayout]:
         assert batch.images is not None
+
         x_PCHW = batch.images.values
         if x_PCHW.ndim != 4:
             raise DataError(f"Pixel values must be of shape [P, C, H, W], but are {list(x_PCHW.shape)}.")
+
         x_PMhw = self.patch_proj(x_PCHW)
         positions_SM = resize_positions(_grid(self.pos_embed), x_PMhw.size(2), x_PMhw.size(3))
         seqs_PSM = x_PMhw.flatten(2).transpose(1, 2) + positions_SM
+
         return seqs_PSM, PaddedLayout(seqs_PSM, None)
 
 
@@ -123,6 +128,7 @@ class SiglipPatchFrontend(SiglipFrontend):
     def forward(self, batch: EncoderBatch) -> tuple[Tensor, PaddedLayout]:
         images, patch_dim = batch.images, self.patch_proj.input_dim
         assert images is not None
+
         if images.grids is None or images.values.size(1) != patch_dim:
             raise DataError(
                 f"Images must be cut into patches of {patch_dim} values, but are of shape {list(images.values.shape)}. "
@@ -132,17 +138,20 @@ class SiglipPatchFrontend(SiglipFrontend):
         x_PSK, mask_PS = images.pad_patches()
         patches_PSM = self.patch_proj(x_PSK.to(self.patch_proj.weight.dtype))
         seqs_PSM = patches_PSM + self._positions(images.grids[:, 1:], x_PSK.size(1))
+
         return seqs_PSM, PaddedLayout(seqs_PSM, mask_PS)
 
     def _positions(self, shapes_P2: Tensor, width: int) -> Tensor:
         """The positions of each image, interpolated from the grid that is learned. *Returns:* ``[P, S, M]``."""
         shapes = [(int(h), int(w)) for h, w in shapes_P2.tolist()]
         grid_hwM = _grid(self.pos_embed)
+
         # Images of one shape share their positions.
         tables = {
             (h, w): pad(resize_positions(grid_hwM, h, w, mode="bilinear", antialias=True), (0, 0, 0, width - h * w))
             for h, w in dict.fromkeys(shapes)
         }
+
         return torch.stack([tables[shape] for shape in shapes])
 
 
@@ -204,7 +213,7 @@ class SiglipVisionTower(Module):
 
     @override
     def forward(self, batch: EncoderBatch, head: HeadConfig) -> States:
-        """Encode the images of ``batch``; return what ``head`` reads: states ``[P, S, D]``, that of the image."""
+        """Encode the images of ``batch``; return what ``head`` reads: patch states ``[P, S, D]``, the image's."""
         seqs_PSM, layout = self.frontend(batch)
         seqs_PSM = self.encoder(seqs_PSM, layout)
         return States(seqs_PSM, layout.mask, self.head(seqs_PSM, layout) if head.reads_pooler else None)
@@ -230,24 +239,28 @@ class SiglipModel(EmbeddingModel):
         """
         :param logit_scale_init: The initial log inverse temperature; ``None`` if the model has none.
         :param logit_bias_init: The initial bias of the logits; ``None`` if the model has none.
-        :param head: What follows the towers; ``None`` for their own poolings.
+        :param head: the head after the towers; ``None`` for their own poolings.
         """
         super().__init__()
         self.text: SiglipTextTower | None
         self.vision: SiglipVisionTower | None
         self.register_module("text", text)
         self.register_module("vision", vision)
+
         embedding_dim, modalities = 0, set[Modality]()
         if vision is not None:
             embedding_dim = vision.frontend.pos_embed.embed_dim
             modalities.add("image")
+
         if text is not None:
             embedding_dim = text.proj.output_dim
             self.max_text_length = text.frontend.pos_embed.num_embeddings
             modalities.add("text")
+
         self.modalities = frozenset(modalities)
         if len(modalities) > 1:
             self.towers = {"text": ["text"], "image": ["vision"]}
+
         self.head = Head(head or HeadConfig(pooling="pooler"), embedding_dim)
         inits = ((LOGIT_SCALE, logit_scale_init), (LOGIT_BIAS, logit_bias_init))
         self.add_learned_parts([LearnedPart(name=name, mean=init) for name, init in inits if init is not None])
@@ -264,10 +277,13 @@ class SiglipModel(EmbeddingModel):
         """
         if self.text is None:
             return super().encode_text_states(batch)
+
         assert batch.text is not None
+
         ids_TL, mask_TL = batch.text.input_ids, batch.text.attention_mask
         if mask_TL is not None and not batch.text.fixed_width:
             ids_TL, mask_TL = self.text.fill(ids_TL, mask_TL.bool())
+
         states = self.text(ids_TL, mask_TL, self.head.config)
         return states._replace(mask=counted_tokens(batch.text, ids_TL.size(1)))
 

@@ -131,6 +131,7 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> SiglipConfig:
     :raises ModelLoadError: an option is not supported; the message names it.
     """
     options = read_model_options(model_cfg)
+
     config = SiglipConfig(
         vision=_read_vision(options["vision_cfg"]),
         text=_read_text(model_cfg),
@@ -139,6 +140,7 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> SiglipConfig:
     )
     if config.logit_bias_init is None:
         raise ModelLoadError("`init_logit_bias` must be set for a SigLIP model.")
+
     check_config(config)
 
     return config
@@ -169,12 +171,14 @@ def _read_vision(vision_cfg: Mapping[str, Any]) -> SiglipVisionConfig:
     tower = TIMM_TOWERS.get(values["timm_model_name"])
     if tower is None:
         raise ModelLoadError(f"`vision_cfg.timm_model_name` is '{values['timm_model_name']}', which is not supported.")
+
     values["image_size"] = read_pair(values["image_size"] or 224, "vision_cfg.image_size")
     for name, expected in {"timm_pool": "map", "timm_proj": "none", "image_size": tower["image_size"]}.items():
         if values[name] != expected:
             raise ModelLoadError(
                 f"`vision_cfg.{name}` is {values[name]!r}, which is not supported; it must be {expected!r}."
             )
+
     return SiglipVisionConfig(**tower)
 
 
@@ -186,9 +190,11 @@ def config_to_open_clip(config: SiglipConfig) -> dict[str, Any]:
     text, vision = config.text, config.vision
     if text is None or vision is None or config.naflex:
         raise VembedError("open_clip has no SigLIP models with `naflex`, nor with one Transformer only.")
+
     text_cfg = text_config_to_open_clip(
         ClipTextConfig(**_text_values(text), pooling="last", causal=False, proj_bias=True)
     )
+
     return {
         "embed_dim": vision.model_dim,
         "quick_gelu": text.activation == "quick_gelu",
@@ -211,6 +217,7 @@ def _find_timm_name(vision: SiglipVisionConfig) -> str:
     for name, tower in TIMM_TOWERS.items():
         if SiglipVisionConfig(**tower, attn_dropout_p=vision.attn_dropout_p) == vision:
             return name
+
     raise VembedError(
         "timm, which open_clip's SigLIP models are made of, has no image Transformer of this `vision`: its sizes, "
         f"`activation` ('{vision.activation}') or another of its options have no name there."

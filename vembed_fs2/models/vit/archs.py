@@ -54,6 +54,7 @@ def _register_mae(container: DependencyContainer) -> None:
         config.num_attn_heads = 16
         config.ffn_inner_dim = 5120
         config.patch_size = 14
+
         return config
 
 
@@ -132,6 +133,7 @@ def _register_dinov3(container: DependencyContainer) -> None:
         config.num_layers = 32
         config.num_attn_heads = 20
         config.ffn_inner_dim = 5120
+
         return config
 
     @arch("dinov3_7b_patch16")
@@ -144,6 +146,7 @@ def _register_dinov3(container: DependencyContainer) -> None:
         config.ffn_inner_dim = 8192
         config.query_bias = False
         config.value_bias = False
+
         return config
 
 
@@ -244,4 +247,5 @@ def _as_tiny(config: VitConfig) -> VitConfig:
     config.ffn_inner_dim = 128
     config.image_size = 16
     config.patch_size = 4
+
     return config

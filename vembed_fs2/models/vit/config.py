@@ -71,7 +71,7 @@ _REQUIRED: Final[dict[str, tuple[str, ...]]] = {
 
 @dataclass(kw_only=True)
 class VitConfig(TransformerSizes, EmbeddingModelConfig):
-    """The configuration of a Vision Transformer. The defaults are those of ViT-B/16, without pooler."""
+    """The configuration of a Vision Transformer. The defaults describe ViT-B/16, without pooler."""
 
     model_type: VitType = "vit"
     """

@@ -54,6 +54,7 @@ class VitFactory(ModelFactory[VitConfig]):
         )
         model.tokens_per_image = config.grid.height * config.grid.width + num_prefix_tokens
         model.image_shape = (config.num_channels, *as_pair(config.image_size))
+
         return model
 
     def create_frontend(self) -> VitFrontend:
@@ -61,6 +62,7 @@ class VitFactory(ModelFactory[VitConfig]):
         patch_proj = PatchProjection(
             config.num_channels, config.model_dim, as_pair(config.patch_size), bias=True, init_fn=self.init_patch_proj
         )
+
         return VitFrontend(
             patch_proj,
             self.create_positions(),
@@ -74,6 +76,7 @@ class VitFactory(ModelFactory[VitConfig]):
         config = self._config
         if config.rope_theta is not None:
             return None
+
         return PositionTable(
             config.grid,
             config.model_dim,
@@ -86,6 +89,7 @@ class VitFactory(ModelFactory[VitConfig]):
         config = self._config
         if config.rope_theta is None:
             return None
+
         return PatchRotation(
             config.model_dim // config.num_attn_heads,
             config.rope_theta,
@@ -119,6 +123,7 @@ class VitFactory(ModelFactory[VitConfig]):
     def create_self_attention(self) -> StandardMultiheadAttention:
         config = self._config
         head_dim = config.model_dim // config.num_attn_heads
+
         attention = StandardMultiheadAttention(
             config.model_dim,
             config.num_attn_heads,
@@ -129,11 +134,13 @@ class VitFactory(ModelFactory[VitConfig]):
             bias=True,
             output_proj_bias=config.proj_bias,
         )
+
         # fairseq2 has one switch for all three.
         biases = (config.query_bias, config.key_bias, config.value_bias)
         for proj, has_bias in zip((attention.q_proj, attention.k_proj, attention.v_proj), biases):
             if not has_bias:
                 proj.register_parameter("bias", None)
+
         return attention
 
     def create_ffn(self) -> FeedForwardNetwork:
@@ -162,8 +169,10 @@ class VitFactory(ModelFactory[VitConfig]):
         config = self._config
         if not config.pooler:
             return None
+
         pooler_dim = config.pooler_dim or config.model_dim
         pooler = Linear(config.model_dim, pooler_dim, bias=True, init_fn=self.init_projection)
+
         # A parameter without a gradient is an error under DDP.
         return pooler.requires_grad_(config.head.reads_pooler)
 
@@ -176,6 +185,7 @@ class VitFactory(ModelFactory[VitConfig]):
         if self._is_mae:
             nn.init.normal_(weight, std=self._config.init_std)
             return
+
         # Not every data type has what this needs.
         draws = nn.init.trunc_normal_(torch.empty_like(weight, dtype=torch.float32), std=self._config.init_std)
         with torch.no_grad():
@@ -197,11 +207,13 @@ class VitFactory(ModelFactory[VitConfig]):
 
     def init_frontend(self, frontend: VitFrontend) -> None:
         self.init_weight(frontend.class_embed)
+
         if frontend.registers is not None:
             if self._config.model_type == "dinov3_vit":
                 self.init_weight(frontend.registers)
             else:
                 nn.init.zeros_(frontend.registers)
+
         if frontend.mask_embed is not None:
             nn.init.zeros_(frontend.mask_embed)
 

@@ -68,6 +68,7 @@ class PositionTable(Module):
         table_SM = self.weight.detach() if self.fixed else self.weight
         if grid == self.grid:
             return table_SM
+
         patches_hwM = table_SM[1:].reshape(*self.grid, -1)
         patches_SM = resize_positions(patches_hwM, grid.height, grid.width, antialias=self.antialias)
         return torch.cat([table_SM[:1], patches_SM])
@@ -104,6 +105,7 @@ class VitFrontend(Module):
             "registers", Parameter(torch.empty(num_registers, model_dim)) if num_registers else None
         )
         self.mask_embed: Parameter | None
+
         # Frozen: a parameter without a gradient is an error under DDP.
         mask_embed = Parameter(torch.empty(model_dim), requires_grad=False) if mask_token else None
         self.register_parameter("mask_embed", mask_embed)
@@ -128,17 +130,21 @@ class VitFrontend(Module):
             raise DataError(
                 f"Images must have at least {patch[0]} x {patch[1]} pixels, but have {size[0]} x {size[1]} instead."
             )
+
         x_PMhw = self.patch_proj(x_PCHW)
         grid = PatchGrid(x_PMhw.size(2), x_PMhw.size(3))
         num_images = x_PMhw.size(0)
         class_P1M = self.class_embed.expand(num_images, 1, -1)
+
         seqs_PSM = torch.cat([class_P1M, x_PMhw.flatten(2).transpose(1, 2)], dim=1)
         if self.positions is not None:
             seqs_PSM = seqs_PSM + self.positions(grid)
+
         if self.registers is not None:
             # They have no positions.
             registers_PRM = self.registers.expand(num_images, -1, -1)
             seqs_PSM = torch.cat([seqs_PSM[:, :1], registers_PRM, seqs_PSM[:, 1:]], dim=1)
+
         seqs_PSM = self.dropout(seqs_PSM)
         return seqs_PSM, grid
 
@@ -151,11 +157,13 @@ def sincos_positions(grid: PatchGrid, model_dim: int, device: torch.device) -> T
     steps = torch.arange(model_dim // 4, dtype=torch.float64, device=device) / (model_dim / 4)
     frequencies = 1.0 / 10_000.0**steps
     rows, columns = (torch.arange(n, dtype=torch.float64, device=device) for n in grid)
+
     rows_hw, columns_hw = torch.meshgrid(rows, columns, indexing="ij")
     parts = []
     for positions in (columns_hw, rows_hw):
         angles = positions.reshape(-1, 1) * frequencies
         parts += [angles.sin(), angles.cos()]
+
     return torch.cat(parts, dim=1).float()
 
 
@@ -196,26 +204,33 @@ class PatchRotation(Module):
     def forward(self, grid: PatchGrid, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return cosines and sines of the angles, ``[S, 1, K]`` each, float32."""
         rows_h, columns_w = (_centers(n, device) for n in grid)
+
         points_S2 = torch.stack(torch.meshgrid(rows_h, columns_w, indexing="ij"), dim=-1).flatten(0, 1)
         if self.training:
             points_S2 = self._augment(points_S2)
+
         steps = torch.arange(0, 1, 4 / self.head_dim, dtype=torch.float32, device=device)[: self.head_dim // 4]
         angles_SK = (2 * math.pi * points_S2.unsqueeze(2) * (1 / self.theta**steps)).flatten(1).tile(2)
+
         # An angle of zero leaves a token as it is.
         prefix_SK = angles_SK.new_zeros(self.num_prefix_tokens, self.head_dim)
         angles_S1K = torch.cat([prefix_SK, angles_SK]).unsqueeze(1)
+
         return angles_S1K.cos(), angles_S1K.sin()
 
     def _augment(self, points_S2: Tensor) -> Tensor:
-        # The draws are those of transformers, in the same order.
+        # The same draws as transformers', in the same order.
         if self.shift is not None:
             points_S2 = points_S2 + points_S2.new_empty(1, 2).uniform_(-self.shift, self.shift)
+
         if self.jitter is not None:
             limit = math.log(self.jitter)
             points_S2 = points_S2 * points_S2.new_empty(1, 2).uniform_(-limit, limit).exp()
+
         if self.rescale is not None:
             limit = math.log(self.rescale)
             points_S2 = points_S2 * points_S2.new_empty(1).uniform_(-limit, limit).exp()
+
         return points_S2
 
     if TYPE_CHECKING:
@@ -283,6 +298,7 @@ class VitModel(EmbeddingModel):
         :raises DataError: the images are smaller than a patch.
         """
         assert batch.images is not None
+
         seqs_PSM, grid = self.frontend(batch.images.values)
         layout = PaddedLayout(seqs_PSM, None)
         if self.rotation is not None:
