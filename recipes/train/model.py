@@ -14,17 +14,17 @@ from fairseq2.runtime.dependency import DependencyLookup
 from fairseq2.utils.config import StandardConfigMerger
 from fairseq2.utils.structured import StandardValueConverter
 
-from vembed_fs2.embedding.model import EmbeddingModel, Modality
+from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.hub.find import find_model
 from vembed_fs2.hub.load import load_processor
 from vembed_fs2.hub.towers import refuse_sources, resolve_towers
 from vembed_fs2.models.composed import ComposedConfig, ComposedModel
 from vembed_fs2.models.composed.interop import forget_sources
-from vembed_fs2.processing.towers import TowerProcessor
+from vembed_fs2.processing.processor import Processor
 from vembed_fs2.recipes.layers import structure
 from vembed_fs2.recipes.train.config import EmbeddingModelSection, TrainConfig
-from vembed_fs2.recipes.train.objective import check_vectors, create_blank
+from vembed_fs2.recipes.train.objective import Reads, check_vectors, create_blank
 from vembed_fs2.resolver import get_resolver
 
 
@@ -39,8 +39,7 @@ class ModelPlan:
 
     embedding_dim: int
 
-    modalities: frozenset[Modality]
-    """What it reads."""
+    reads: Reads
 
 
 def plan_model(config: TrainConfig) -> ModelPlan:
@@ -82,7 +81,7 @@ def plan_model(config: TrainConfig) -> ModelPlan:
 
     model_config = override_config(model_config, overrides)
     model = _check(config, family, model_config)
-    return ModelPlan(family, model_config, overrides, model.embedding_dim, model.modalities)
+    return ModelPlan(family, model_config, overrides, model.embedding_dim, Reads.of(model))
 
 
 def _check(config: TrainConfig, family: str, model_config: object) -> EmbeddingModel:
@@ -152,7 +151,7 @@ def _not_known(key: str, name: str, known: Iterable[str]) -> str:
 
 def create_processor(
     config: TrainConfig, model: EmbeddingModel, gangs: Gangs, *, max_length: int | None = None
-) -> TowerProcessor:
+) -> Processor[Any]:
     """Load the processor of the model, changed as the configuration says.
 
     :param max_length: the longest text, if it is not the configuration's.

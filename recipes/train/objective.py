@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Final, NamedTuple
 
 import torch
 from fairseq2.gang import create_fake_gangs
@@ -14,7 +14,7 @@ from vembed_fs2.data.example import Example
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.embedding.head import compares_several
 from vembed_fs2.embedding.learned import describe_changes
-from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
+from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig, Modality
 from vembed_fs2.errors import ConfigError, DataError
 from vembed_fs2.losses import (
     LOSSES,
@@ -110,26 +110,46 @@ def _vector_errors(name: str, config: object, path: str, several: bool) -> Itera
                 yield from _vector_errors(spec.name, spec.config, inner, several)
 
 
-def check_row(example: Example, loss: Objective, modalities: Mapping[str, Collection[str]]) -> None:
+class Reads(NamedTuple):
+    """What a model can read."""
+
+    modalities: frozenset[Modality]
+
+    is_interleaved: bool
+
+    @staticmethod
+    def of(model: EmbeddingModel) -> Reads:
+        return Reads(model.modalities, model.is_interleaved)
+
+
+def check_row(example: Example, loss: Objective, readers: Mapping[str, Reads]) -> None:
     """Check that a row to train on holds what the objective needs.
 
-    :param modalities: what can be read, by who reads it.
+    :param readers: what the models that read the row can read, by what messages call them.
     :raises DataError: it does not.
     """
     if example.positive is None:
         raise DataError(f"{example.source}: the row has no positive to train on.")
     if loss.needs_scores and not example.scores:
         raise DataError(f"{example.source}: the row has no `scores`, which the objective learns from.")
-    check_modalities(example, modalities)
+    check_readable(example, readers)
 
 
-def check_modalities(example: Example, modalities: Mapping[str, Collection[str]]) -> None:
+def check_readable(example: Example, readers: Mapping[str, Reads]) -> None:
     """:raises DataError: the row holds what a model cannot read."""
     for held, article in (("text", "a"), ("image", "an")):
         if any(item.images if held == "image" else item.text is not None for item in example.items):
-            for reader, readable in modalities.items():
-                if held not in readable:
-                    raise DataError(f"{example.source}: the row has {article} {held}, but {reader} reads none.")
+            for name, reads in readers.items():
+                if held not in reads.modalities:
+                    raise DataError(f"{example.source}: the row has {article} {held}, but {name} reads none.")
+
+    for item in example.items:
+        for name, reads in readers.items():
+            if item.is_interleaved and not reads.is_interleaved:
+                raise DataError(
+                    f"{example.source}: {name} encodes texts and images apart, so it cannot read them in the order"
+                    f" {item.describe_order()}. Give one text, before or after the images."
+                )
 
 
 def check_negatives(dataset: ExampleDataset, loss: Objective) -> None:

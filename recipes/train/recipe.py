@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,8 +41,9 @@ from vembed_fs2.recipes.train.config import DataSection, TrainConfig
 from vembed_fs2.recipes.train.dataset import Collator, ContrastiveBatch
 from vembed_fs2.recipes.train.model import create_processor, override_config, plan_model
 from vembed_fs2.recipes.train.objective import (
-    check_modalities,
+    Reads,
     check_negatives,
+    check_readable,
     check_row,
     create_blank,
     create_objective,
@@ -102,14 +103,14 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
             config.trainer.mixed_precision.mode = "auto"  # Autocast, as fairseq2 does; but it warns.
 
         loss = create_objective(config.loss)
-        teacher, teacher_dim, modalities = None, None, {}
+        teacher, teacher_dim, readers = None, None, {}
         if loss.needs_teacher:
             teacher = find_teacher(config.teacher)
             blank = create_blank(teacher.family, teacher.config)
-            teacher_dim, modalities["the teacher"] = blank.embedding_dim, blank.modalities
+            teacher_dim, readers["the teacher"] = blank.embedding_dim, Reads.of(blank)
 
         plan = plan_model(config)
-        modalities["the model"] = plan.modalities
+        readers["the model"] = plan.reads
         parts = learned_parts(loss, plan.config, plan.embedding_dim, teacher_dim)
         override_config(plan.config, parts)
 
@@ -117,9 +118,9 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
         for section in (config.dataset, config.valid):
             make_absolute(section)
 
-        dataset = open_dataset(config.dataset, partial(check_row, loss=loss, modalities=modalities))
+        dataset = open_dataset(config.dataset, partial(check_row, loss=loss, readers=readers))
         check_negatives(dataset, loss)
-        valid_task = load_valid_task(config, {"the model": plan.modalities}) if config.valid.paths else None
+        valid_task = load_valid_task(config, {"the model": plan.reads}) if config.valid.paths else None
 
         return PreparedTraining(dataset, valid_task, teacher, teacher_dim)
 
@@ -280,13 +281,13 @@ def set_num_steps(config: TrainConfig, steps_per_epoch: int) -> None:
     log.info("Training for %s steps; an epoch has %s.", f"{regime.num_steps:,}", f"{steps_per_epoch:,}")
 
 
-def load_valid_task(config: TrainConfig, modalities: Mapping[str, Collection[str]]) -> RetrievalTask:
+def load_valid_task(config: TrainConfig, readers: Mapping[str, Reads]) -> RetrievalTask:
     """Make a retrieval task of the held-out rows.
 
-    :param modalities: what can be read, by who reads it.
+    :param readers: what the models that read the rows can read, by what messages call them.
     """
     section = config.valid
-    examples = list(open_dataset(section, partial(check_modalities, modalities=modalities)))
+    examples = list(open_dataset(section, partial(check_readable, readers=readers)))
     if section.on_error == "skip":
         # All now: what is relevant to which query must not change during the training.
         rows, examples = examples, []

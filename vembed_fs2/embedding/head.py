@@ -6,7 +6,7 @@ M size of a state, D embedding size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, get_args
 
@@ -33,9 +33,34 @@ def compares_several(similarity: object) -> bool:
     return similarity == MAXSIM
 
 
-Pooling: TypeAlias = Literal[
-    "cls", "mean", "pooler", "last", "max", "none", "weightedmean", "mean_sqrt_len", "cls_mean", "gem", "topk"
-]
+Pooling: TypeAlias = str
+"""The name of a pooling: one of :class:`HeadConfig`'s, or one that a package has registered."""
+
+PoolFunction: TypeAlias = Callable[[Tensor, "Tensor | None"], Tensor]
+"""
+Makes one state of many: takes states ``[N, L, M]`` and a mask ``[N, L]``, True for
+the states that count (``None`` means all), and returns ``[N, M]``.
+"""
+
+_BUILT_IN: Final = (
+    "cls", "mean", "pooler", "last", "max", "none", "weightedmean", "mean_sqrt_len", "cls_mean", "gem", "topk",
+)  # fmt: skip
+
+_registered: Final[dict[str, PoolFunction]] = {}
+
+
+def register_pooling(name: str, function: PoolFunction) -> None:
+    """Register a pooling, which ``head.pooling`` can then name for models of any family.
+
+    Of an image, the function gets the states of the patches.
+
+    :raises ValueError: another pooling has this name.
+    """
+    if name in _BUILT_IN or _registered.get(name, function) is not function:
+        raise ValueError(f"There is a pooling '{name}' already.")
+
+    _registered[name] = function
+
 
 _ACTIVATIONS: Final = {"identity": "linear", "tanh": "tanh", "relu": "relu", "gelu": "gelu", "sigmoid": "sigmoid"}
 
@@ -157,7 +182,7 @@ def validate_head(
     :param pooler_dim: the size of what the pooler makes, if that differs from ``input_dim``.
     :param name: the field that holds ``head``.
     """
-    known, poolings = get_args(Pooling), head.poolings
+    known, poolings = (*_BUILT_IN, *_registered), head.poolings
     if not poolings or any(pooling not in known for pooling in poolings):
         return [f"`{name}.pooling` must be one of {', '.join(known)}, but is '{head.pooling}' instead."]
 
@@ -349,7 +374,9 @@ def pool(seqs: Tensor, mask: Tensor | None, pooling: Pooling, *, gem_p: float = 
         case "max":
             return seqs.amax(1) if mask is None else seqs.masked_fill(~mask.bool().unsqueeze(2), -torch.inf).amax(1)
         case _:
-            raise ValueError(f"`pooling` must not be '{pooling}'.")
+            if pooling not in _registered:
+                raise ValueError(f"`pooling` must not be '{pooling}'.")
+            return _registered[pooling](seqs, mask)
 
 
 def _weighted_sum(seqs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,8 +98,14 @@ class EmbeddingModel(Module, ABC):
     similarity = _SaidByHead[Similarity](lambda head: head.similarity, "cosine")
     """How two embeddings are compared; ``maxsim`` if there are several vectors per row."""
 
+    family: str = ""
+    """The name of the family that created the model."""
+
     modalities: frozenset[Modality]
     """What a row may hold."""
+
+    is_interleaved: bool = False
+    """Whether the model reads a row's texts and images in their order. Others take one text beside images."""
 
     towers: Mapping[Modality, Sequence[str]] | None = None
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from fairseq2.assets import AssetCardError, AssetDownloadError
@@ -13,6 +14,8 @@ from fairseq2.models import ModelFamily, ModelGatedError
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.hub.find import ModelSource, find_model
+from vembed_fs2.models.support import get_family_support
+from vembed_fs2.processing.processor import Processor
 from vembed_fs2.processing.towers import TowerProcessor
 from vembed_fs2.resolver import get_resolver
 
@@ -67,13 +70,24 @@ def load_source(
 
 def load_processor(
     model: EmbeddingModel, folder: Path, image_folder: Path | None = None, *, max_length: int | None = None
-) -> TowerProcessor:
+) -> Processor[Any]:
     """Load the processor that belongs to ``model`` from ``folder``.
 
-    :param image_folder: where the image processor is, if the tokenizer is somewhere else.
+    :param image_folder: the folder of the image processor, if it is not the tokenizer's.
     :param max_length: overrides the model's longest text, in tokens.
     :raises ModelLoadError: a file is missing or broken.
     """
+    load = get_family_support(model.family, get_resolver()).load_processor
+    if load is not None and image_folder is None:
+        return load(model, folder, max_length)
+
+    return load_tower_processor(model, folder, image_folder, max_length=max_length)
+
+
+def load_tower_processor(
+    model: EmbeddingModel, folder: Path, image_folder: Path | None = None, *, max_length: int | None = None
+) -> TowerProcessor:
+    """Load the processor of a model that encodes texts and images apart. See :func:`load_processor`."""
     kinds: set[str] = set(model.modalities)
 
     processor = TowerProcessor.load(

@@ -19,8 +19,7 @@ from vembed_fs2.inference.progress import track
 from vembed_fs2.inference.similarity import Embedded, compare_all, compare_pairs
 from vembed_fs2.inference.vectors import Precision, VectorOptions
 from vembed_fs2.inference.vectors import quantize as quantize
-from vembed_fs2.processing.processor import as_item
-from vembed_fs2.processing.towers import TowerProcessor
+from vembed_fs2.processing.processor import Processor, as_item
 
 _ONE_INPUT: Final = (str, bytes, dict, Item, Path)
 """Inputs that are not several, although one can iterate over most of them."""
@@ -35,7 +34,7 @@ class Embedder:
         vectors = embedder.encode(["a text", "another"])
     """
 
-    def __init__(self, model: EmbeddingModel, processor: TowerProcessor, source: ModelSource) -> None:
+    def __init__(self, model: EmbeddingModel, processor: Processor[Any], source: ModelSource) -> None:
         self.model = model
         self.processor = processor
         self.source = source

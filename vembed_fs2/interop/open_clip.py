@@ -38,17 +38,21 @@ def save_open_clip(exported: Exportable, folder: Path) -> None:
     if head_of(source.config) is not None:
         raise VembedError("open_clip has no place for the `head` of a model, which replaces its own poolings.")
 
-    model_cfg = checkpoint_format.config_to_open_clip(source.config)
-    model_cfg["text_cfg"].update(_describe_tokenizer(exported.processor, folder.name))
+    processor = exported.processor
+    if not isinstance(processor, TowerProcessor):
+        raise VembedError(f"open_clip cannot express the {type(processor).__name__} of {source.family} models.")
 
-    preprocess_cfg = _describe_images(exported.processor, model_cfg["vision_cfg"]["image_size"])
+    model_cfg = checkpoint_format.config_to_open_clip(source.config)
+    model_cfg["text_cfg"].update(_describe_tokenizer(processor, folder.name))
+
+    preprocess_cfg = _describe_images(processor, model_cfg["vision_cfg"]["image_size"])
     tensors = {k: v.detach().cpu() for k, v in exported.model.state_dict().items()}
     state = checkpoint_format.state_dict_to_open_clip(tensors, source.config)
     with new_folder(folder) as out:
         tensors = {k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)}
         save_file(tensors, out / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
         write_json(out / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
-        exported.processor.save(out)
+        processor.save(out)
 
 
 def _describe_tokenizer(processor: TowerProcessor, name: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from vembed_fs2.formats.dialect import Dialect
 from vembed_fs2.formats.download import FolderDownloadManager, download_repository
 from vembed_fs2.formats.folder import FolderCheckpointLoader, ModelFolder, StateConverter, is_model_folder
 from vembed_fs2.formats.open_clip import OpenClipFormat
-from vembed_fs2.models.support import FamilySupport
+from vembed_fs2.models.support import FamilySupport, ProcessorLoader
 from vembed_fs2.resolver import get_resolver
 
 ConfigT = TypeVar("ConfigT")
@@ -75,6 +75,7 @@ def register_family(
     factory: Callable[[ConfigT], EmbeddingModel],
     checkpoint_format: CheckpointFormat | None = None,
     dialects: Mapping[str, Dialect] | None = None,
+    processor: ProcessorLoader | None = None,
     supports_meta: bool = True,
     supports_reset: bool = True,
     supports_compile: bool = True,
@@ -93,6 +94,9 @@ def register_family(
         :class:`PlainCheckpointFormat`; without it the family loads fairseq2
         checkpoints only.
     :param dialects: the family's checkpoints in other libraries, by the library's name: ``open_clip``.
+    :param processor: loads the processor of a model, for families with rules of their own (see
+        :class:`~vembed_fs2.processing.processor.Processor`); by default the one of models that encode texts and
+        images apart.
     :param supports_meta: whether the factory works on the meta device.
     :param supports_reset: whether all modules have ``reset_parameters``, so that they draw their initial weights when
         they leave the meta device.
@@ -101,7 +105,7 @@ def register_family(
     :param supports_tensor_parallel: whether the model is built of fairseq2's sharded layers; or which
         configurations' models are. Others are refused where there are several tensor parallel ranks.
     """
-    facts = FamilySupport(supports_tensor_parallel, supports_packed)
+    facts = FamilySupport(supports_tensor_parallel, supports_packed, processor)
 
     def create(config: ConfigT) -> EmbeddingModel:
         if errors := config_errors(config):
@@ -110,6 +114,7 @@ def register_family(
         facts.check_gangs(name, config)
 
         model = factory(config)
+        model.family = name
         model.frozen_parameters = frozenset(name for name, p in model.named_parameters() if not p.requires_grad)
         if isinstance(config, EmbeddingModelConfig):
             model.add_learned_parts(config.learned_parts(model.embedding_dim))
