@@ -130,9 +130,7 @@ def test_an_order_that_a_model_cannot_express_is_refused_before_anything_is_trai
     ordered = replace(row(3, 1), query=Item(parts=parts))
     joint = ALL._replace(is_interleaved=True)
     check_row(ordered, InfoNCE(), {"the model": joint})
-    with pytest.raises(
-        DataError, match="f:3: the teacher encodes texts and images apart.* the order text, image, text"
-    ):
+    with pytest.raises(DataError, match=r"f:3: the teacher encodes .* apart, .* the order text, image, text"):
         check_row(ordered, InfoNCE(), {"the model": joint, "the teacher": ALL})
 
 
