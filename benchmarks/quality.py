@@ -26,11 +26,11 @@ from ruamel.yaml import YAML
 from texts import add_model_argument
 from train_step import PEERS
 
-from vembed_fs2.commands.evaluate import load_embedder
 from vembed_fs2.demo.text import write_pairs
 from vembed_fs2.evaluation.datasets import task_from_folder
 from vembed_fs2.evaluation.retrieval import evaluate_embedder
 from vembed_fs2.evaluation.task import RetrievalTask
+from vembed_fs2.recipes.evaluate.evaluate import load_embedder
 from vembed_fs2.recipes.optim import WarmupDecayConfig, schedule
 
 

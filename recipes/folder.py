@@ -16,7 +16,7 @@ from vembed_fs2.recipes.layers import load_yaml
 
 log = logging.getLogger("vembed_fs2")
 
-# What may differ when a run is resumed.
+# The keys that may differ when a run is resumed.
 _RESUMABLE: Final = ("regime", "common", "gang", "valid", "grad_cache", "dataset.num_workers", "dataset.prefetch")
 
 # But not this of it: the order of the rows goes on with the first seed.
@@ -31,12 +31,15 @@ def prepare_output_dir(output_dir: Path, checkpoint_dir: Path | None, config: An
     :raises ConfigError: says what differs.
     """
     file = output_dir / "config.yaml"
+
     # fairseq2 begins its log before it writes the configuration: a configuration alone is a user's file.
     if not file.exists() or not output_dir.joinpath("logs").is_dir():
         _check_empty(output_dir)
         return
+
     _check_checkpoint_dir(output_dir, checkpoint_dir)
     checkpoints = checkpoint_dir or output_dir / "checkpoints"
+
     steps = dict(_steps(checkpoints))
     if steps:
         differ = _find_differences(load_yaml(file), config)
@@ -44,6 +47,7 @@ def prepare_output_dir(output_dir: Path, checkpoint_dir: Path | None, config: An
             text = f"it holds a run with other values in {', '.join(differ)}. Give a new folder, or delete this one."
             raise ConfigError(text, where=str(output_dir))
         _check_world_size(output_dir, steps[max(steps)], world_size)
+
     for half in checkpoints.glob("step_*.tmp"):
         shutil.rmtree(half, ignore_errors=True)
 
@@ -53,6 +57,7 @@ def link_checkpoints(output_dir: Path, checkpoint_dir: Path) -> None:
     link, target = output_dir / "checkpoints", checkpoint_dir.resolve()
     if target in (link.resolve(), output_dir.resolve()):
         return
+
     try:
         link.unlink(missing_ok=True)
         link.symlink_to(target, target_is_directory=True)
@@ -89,6 +94,7 @@ def check_writable(folder: Path) -> None:
 def _check_empty(folder: Path) -> None:
     if not folder.exists():
         return
+
     # The other ranks may be ahead of this one; and a run that failed at its start leaves these.
     if any(path.name not in ("logs", "cache") for path in folder.iterdir()):
         raise ConfigError("it holds files, but no run. Give a new folder.", where=str(folder))
@@ -108,10 +114,12 @@ def _differing(before: Any, now: Any, path: str) -> Iterator[str]:
     """The dotted keys whose values differ. A run of an older version lacks newer keys, but not those above them."""
     if before == now:
         return
+
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
         if path in _FIXED or not any(f"{path}.".startswith(f"{part}.") for part in _RESUMABLE):
             yield path
         return
+
     for key in {**before, **now}:
         yield from _differing(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
 

@@ -10,36 +10,46 @@ import re
 import sys
 import threading
 from collections.abc import Mapping
-from functools import cache
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vembed_fs2.errors import ConfigError, VembedError
 from vembed_fs2.recipes.arguments import add_recipe_arguments
 from vembed_fs2.recipes.processes import RESUME, claim_error, defer_error, is_error_claimed, run_processes
 from vembed_fs2.recipes.secrets import redact_logs, redactor
 
+if TYPE_CHECKING:
+    from vembed_fs2.recipes.base import VembedRecipe
+
 _DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 _GLOO_LOST: Final = re.compile(r"gloo/transport/.*(closed by peer|reset by peer|Broken pipe)", re.IGNORECASE)
-"""What gloo says where the process at the other end is gone. It says other things of, say, sizes that differ."""
+"""Matches gloo's error for a lost peer. Other gloo errors, such as size mismatches, do not match."""
 
 
-def run_recipe(recipe: str, args: argparse.Namespace) -> int:
-    """Run the recipe in package ``vembed_fs2.recipes.<recipe>``.
+def run_recipe(package: str, args: argparse.Namespace) -> int:
+    """Run the recipe of a package, with the command line of :mod:`vembed_fs2.recipes.arguments`.
 
+    :param package: its module ``recipe`` has ``create_recipe``, which returns a
+        :class:`~vembed_fs2.recipes.base.VembedRecipe`; presets are YAML files in its folder ``configs``.
     :returns: the exit status: 0, 1 (the run failed), 2 (a user's mistake), or
         128 plus the number of the signal that stopped it.
     """
     try:
         if args.preset == "list":
-            print("\n".join(_presets(recipe)))
+            print("\n".join(_presets(package)))
             return 0
+
         _check_arguments(args)
+
         if args.nproc_per_node is not None and "RANK" not in os.environ:
-            return run_processes(_command(recipe, args), args.nproc_per_node)
-        return _run(recipe, args)
+            # Libraries print to the standard output as well.
+            stdout = sys.stderr.fileno() if args.quiet else None
+            return run_processes(_command(package, args), args.nproc_per_node, advice=_advice(package), stdout=stdout)
+
+        return _run(package, args)
     except VembedError as ex:
         if args.traceback:
             raise
@@ -51,6 +61,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.output_dir is None and not args.dump_config:
         hint = "; give it before --config" if any("=" not in item for item in args.config) else ""
         errors.append(f"OUTPUT_DIR is required{hint}.")
+
     if args.nproc_per_node is not None and args.nproc_per_node < 1:
         errors.append(f"--nproc-per-node must be at least 1, but is {args.nproc_per_node}.")
     if errors:
@@ -64,25 +75,41 @@ def _report(error: Exception, status: int) -> int:
     return status
 
 
-def main(recipe: str) -> None:
-    """The entry point of ``python -m vembed_fs2.recipes.<recipe>``."""
-    parser = argparse.ArgumentParser(prog=f"python -m vembed_fs2.recipes.{recipe}")
+def main(package: str) -> None:
+    """The entry point of ``python -m <package>``."""
+    parser = argparse.ArgumentParser(prog=f"python -m {package}")
     add_recipe_arguments(parser)
+
     try:
-        sys.exit(run_recipe(recipe, parser.parse_args()))
+        sys.exit(run_recipe(package, parser.parse_args()))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _presets(recipe: str) -> list[str]:
-    folder = files(f"vembed_fs2.recipes.{recipe}.configs")
+def _advice(package: str) -> str:
+    """What to do after a process was killed."""
+    advice: str = getattr(import_module(package), "ADVICE", "")
+    return advice
+
+
+def _presets(package: str) -> list[str]:
+    folder = files(package) / "configs"
+    if not folder.is_dir():
+        return []
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def _command(recipe: str, args: argparse.Namespace) -> list[str]:
+def _find_preset(package: str, name: str) -> Path:
+    if name not in _presets(package):
+        known = ", ".join(_presets(package)) or "none"
+        raise ConfigError(f"'{name}' is not a preset. Presets: {known}.", where="--preset")
+    return Path(str(files(package) / "configs" / f"{name}.yaml"))
+
+
+def _command(package: str, args: argparse.Namespace) -> list[str]:
     # Without the working folder, which `-c` adds: a user's `datasets.py` may lie there.
     code = "import sys; sys.path = [p for p in sys.path if p]; from vembed_fs2.recipes.launch import main; "
-    return [sys.executable, "-c", f"{code}main({recipe!r})", *_as_arguments(args)]
+    return [sys.executable, "-c", f"{code}main({package!r})", *_as_arguments(args)]
 
 
 def _as_arguments(args: argparse.Namespace) -> list[str]:
@@ -90,50 +117,57 @@ def _as_arguments(args: argparse.Namespace) -> list[str]:
     arguments += ["--preset", args.preset] if args.preset else []
     for file in args.config_file:
         arguments += ["--config-file", str(file)]
+
     arguments += ["--checkpoint-dir", str(args.checkpoint_dir)] if args.checkpoint_dir else []
-    arguments += [
-        f"--{flag.replace('_', '-')}" for flag in ("dump_config", "no_rich", "traceback") if getattr(args, flag)
-    ]
+    flags = ("dump_config", "quiet", "no_rich", "traceback")
+    arguments += [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
+
     return arguments + (["--config", *args.config] if args.config else [])
 
 
-def _run(recipe_name: str, args: argparse.Namespace) -> int:
+def _run(package: str, args: argparse.Namespace) -> int:
     # Heavy imports only now that there is something to do.
-    from importlib import import_module
-
     from fairseq2.logging import configure_logging
 
+    from vembed_fs2.recipes.base import load_recipe
     from vembed_fs2.recipes.folder import check_writable, prepare_output_dir
 
-    module = import_module(f"vembed_fs2.recipes.{recipe_name}.recipe")
-    recipe = module.create_recipe()
-    config = load_config(recipe_name, recipe.config_kls, args)
+    if args.quiet:
+        logging.disable(logging.INFO)
+
+    recipe = load_recipe(package)
+
+    config = load_config(package, recipe, args)
     if args.dump_config:
         print(dump_config(config), end="")
         return 0
+
     redact_logs(os.environ)
     logging.raiseExceptions = False  # A full disk is said once, not with a stack trace for each line that is logged.
     configure_logging(no_rich=args.no_rich)
+
     if is_first := os.environ.get("RANK", "0") == "0":
         for folder in filter(None, (args.output_dir, args.checkpoint_dir)):
             check_writable(folder)
-    recipe.prepare_config(config)
+
+    recipe.open(config)
+
     if is_first:
         prepare_output_dir(args.output_dir, args.checkpoint_dir, config, int(os.environ.get("WORLD_SIZE", "1")))
+
     return _run_fairseq2(recipe, config, args)
 
 
-def _run_fairseq2(recipe: Any, config: Any, args: argparse.Namespace) -> int:
+def _run_fairseq2(recipe: VembedRecipe[Any, Any], config: Any, args: argparse.Namespace) -> int:
     from fairseq2.model_checkpoint import CorruptModelCheckpointError
-    from fairseq2.recipe.cli import _handle_errors, _register_cli_errors
     from fairseq2.recipe.run import run
-    from fairseq2.runtime.dependency import DependencyContainer
 
-    _repair_wandb()
+    from vembed_fs2.fairseq2_seams import handle_cli_errors, repair_wandb
+
+    repair_wandb()
     _report_no_system_errors_of_threads()
-    container = DependencyContainer()
-    _register_cli_errors(container)
-    with _handle_errors(container, args.traceback):
+
+    with handle_cli_errors(raises=args.traceback):
         try:
             run(recipe, config, args.output_dir, checkpoint_dir=args.checkpoint_dir, no_rich=args.no_rich)
         except Exception as ex:
@@ -147,22 +181,14 @@ def _run_fairseq2(recipe: Any, config: Any, args: argparse.Namespace) -> int:
                 return _report(cause, 1)
             if (lost := find_connection_error(ex)) is not None:
                 _leave_to_launcher(lost)
+
             raise
-    status: int = recipe.exit_status()
-    return status
 
-
-def _repair_wandb() -> None:
-    """Give W&B the function that fairseq2 0.8 looks for; W&B 0.23 and later have it elsewhere."""
-    from importlib import import_module
-
-    util: Any = import_module("wandb.util")
-    if not hasattr(util, "generate_id"):
-        util.generate_id = import_module("wandb.sdk.lib.runid").generate_id
+    return recipe.exit_status()
 
 
 def find_system_error(error: BaseException) -> OSError | None:
-    """Return what the operating system said, if that is why a run failed: a full disk, say.
+    """Return the operating system's error, if that is why a run failed: for example a full disk.
 
     Its ``OSError`` can lie deep: when a checkpoint cannot be written, torch
     raises a ``RuntimeError``, and fairseq2 says that the data cannot be pickled.
@@ -171,11 +197,13 @@ def find_system_error(error: BaseException) -> OSError | None:
 
     if isinstance(error, OperationalError) and isinstance(error.__cause__, OSError):
         return error.__cause__
+
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError) and link.errno in _DISK_ERRORS:
             return link
         link = link.__cause__ or link.__context__
+
     return None
 
 
@@ -190,6 +218,7 @@ def find_connection_error(error: BaseException) -> BaseException | None:
         if isinstance(link, RuntimeError) and _GLOO_LOST.search(str(link)):
             return link
         link = link.__cause__
+
     return None
 
 
@@ -201,7 +230,7 @@ def _leave_to_launcher(error: BaseException) -> None:
 
 
 def _report_no_system_errors_of_threads() -> None:
-    """Print no stack trace when the disk is full in TensorBoard's thread, say: the main thread then has that error."""
+    """Print no stack trace for a full disk in a thread such as TensorBoard's: the main thread reports it."""
     report = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
@@ -216,13 +245,14 @@ def _message_of(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError):
         return f"{error}.{f' {RESUME}' if error.errno in _DISK_ERRORS else ''}"
+
     from fairseq2.model_checkpoint import CorruptModelCheckpointError
 
     assert isinstance(error, CorruptModelCheckpointError)
     return f"The checkpoint at {error.path} does not fit the model. {error.__cause__ or error}"
 
 
-def load_config(recipe: str, kls: type[Any], args: argparse.Namespace) -> Any:
+def load_config(package: str, recipe: VembedRecipe[Any, Any], args: argparse.Namespace) -> Any:
     """Build the configuration: defaults, then the preset, then the files in order, then ``--config``.
 
     :raises ConfigError: lists everything that is wrong.
@@ -230,92 +260,25 @@ def load_config(recipe: str, kls: type[Any], args: argparse.Namespace) -> Any:
     from fairseq2.utils.structured import StandardValueConverter
 
     from vembed_fs2.models.family import config_errors
+    from vembed_fs2.recipes.components import Components
     from vembed_fs2.recipes.layers import load_yaml, merge_layers, parse_overrides, structure
 
     layers: list[Mapping[str, Any]] = []
     if args.preset:
-        if args.preset not in _presets(recipe):
-            known = ", ".join(_presets(recipe))
-            raise ConfigError(f"'{args.preset}' is not a preset. Presets: {known}.", where="--preset")
-        layers.append(load_yaml(Path(str(files(f"vembed_fs2.recipes.{recipe}.configs") / f"{args.preset}.yaml"))))
+        layers.append(load_yaml(_find_preset(package, args.preset)))
+
     layers += [load_yaml(file) for file in args.config_file]
     layers.append(parse_overrides(args.config))
+    kls, components = recipe.config_kls, Components(recipe)
     defaults = StandardValueConverter().unstructure(kls())
     assert isinstance(defaults, Mapping)
-    config = structure(kls, merge_layers(defaults, layers), component_config)
-    resolve_components(config)
+    config = structure(kls, merge_layers(defaults, layers), components.find_config)
+    components.resolve(config)
+
     if errors := config_errors(config):
         raise ConfigError(errors)
+
     return config
-
-
-def component_config(section: str, name: str) -> type[Any] | None:
-    """Return the configuration class of a component.
-
-    :raises ConfigError: there is no component of that name.
-    """
-    from difflib import get_close_matches
-
-    known = _components(section)
-    if name in known:
-        return known[name]
-    nearest = get_close_matches(name, known, 1)
-    hint = f" Did you mean '{nearest[0]}'?" if nearest else f" Known: {', '.join(sorted(known))}."
-    raise ConfigError(f"`{section}.name` '{name}' is not known.{hint}")
-
-
-def _components(section: str) -> dict[str, type[Any]]:
-    from fairseq2.optim.lr_schedulers import LRScheduler
-    from fairseq2.recipe.component import _ComponentEntry
-    from torch.optim import Optimizer
-
-    from vembed_fs2.losses import LOSSES
-
-    container = recipe_container()  # Other packages register theirs when it is made.
-    if section.partition(".")[0] == "loss":  # Also of objectives within an objective.
-        return {name: entry.config_kls for name, entry in LOSSES.items()}
-    interface = {"optimizer": Optimizer, "lr_scheduler": LRScheduler}[section]
-    found = {}
-    for key in container.iter_keys(_ComponentEntry):
-        if isinstance(key, tuple) and key[0] is interface:
-            found[key[1]] = container.resolve(_ComponentEntry, key=key).config_kls
-    return found
-
-
-@cache
-def recipe_container() -> Any:
-    """A container with all that fairseq2, its extensions and our recipes register; for looking things up."""
-    from fairseq2.composition import _register_library
-    from fairseq2.recipe.composition import _register_train_recipe
-    from fairseq2.runtime.dependency import DependencyContainer
-
-    from vembed_fs2.recipes.train.recipe import create_recipe
-
-    container = DependencyContainer()
-    _register_library(container, no_progress=True)
-    _register_train_recipe(container, create_recipe())
-    return container
-
-
-def resolve_components(config: Any) -> None:
-    """Convert the ``config`` of each section that names a component to that component's class."""
-    for section in ("optimizer", "lr_scheduler", "loss"):
-        value = getattr(config, section, None)
-        if value is not None:
-            _resolve_component(value, section)
-
-
-def _resolve_component(component: Any, path: str) -> None:
-    from fairseq2.utils.structured import StandardValueConverter
-
-    from vembed_fs2.losses import LossSpec
-
-    kls = component_config(path, component.name)
-    component.config = StandardValueConverter().structure({} if component.config is None else component.config, kls)
-    for name, value in vars(component.config).items():
-        for nested in value if isinstance(value, list) else [value]:
-            if isinstance(nested, LossSpec):
-                _resolve_component(nested, f"{path}.config.{name}")
 
 
 def dump_config(config: Any) -> str:
@@ -330,4 +293,5 @@ def dump_config(config: Any) -> str:
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.dump(StandardValueConverter().unstructure(config), stream)
+
     return stream.getvalue()

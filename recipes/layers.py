@@ -36,8 +36,10 @@ def load_yaml(file: Path) -> Mapping[str, Any]:
         raise ConfigError(f"the file cannot be read: {ex.strerror}", where=str(file)) from None
     except (UnicodeDecodeError, YAMLError) as ex:
         raise ConfigError(f"not valid YAML: {ex}", where=str(file)) from None
+
     if not isinstance(content, dict):
         raise ConfigError("it must hold keys and values", where=str(file))
+
     processed = StandardConfigProcessor([]).process(content, [ReplacePathDirective(file.resolve().parent)])
     assert isinstance(processed, Mapping)
     return processed
@@ -55,19 +57,24 @@ def parse_overrides(items: Sequence[str]) -> Mapping[str, Any]:
             *parents, key = item[4:].split(".")
             _node(overrides, parents).setdefault("_del_", []).append(key)
             continue
+
         name, sign, text = item.partition("=")
         if not sign or not name.strip():
             errors.append(f"'{item}' must have the form KEY=VALUE.")
             continue
+
         try:
             value = parse_yaml(text)
         except YAMLError:
             errors.append(f"The value of '{item}' is not valid YAML.")
             continue
+
         *parents, key = name.strip().split(".")
         _node(overrides, parents)[key] = value
+
     if errors:
         raise ConfigError(errors, where="--config")
+
     return overrides
 
 
@@ -94,12 +101,13 @@ def merge_layers(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -
         if errors := list(_find_directive_errors(merged, layer, "")):
             raise ConfigError(errors)
         merged = merger.merge(_without_replaced(merged, layer), layer)
+
     assert isinstance(merged, Mapping)
     return merged
 
 
 def _find_directive_errors(below: Mapping[str, Any], layer: Mapping[str, Any], path: str) -> Iterator[str]:
-    """What is wrong with the keys that say what to do with others."""
+    """Return what is wrong with the keys that say what to do with other keys."""
     deleted = layer.get("_del_", [])
     if not isinstance(deleted, list):
         yield f"`{path}_del_` must be a list of keys, but is {deleted!r}."
@@ -109,8 +117,10 @@ def _find_directive_errors(below: Mapping[str, Any], layer: Mapping[str, Any], p
                 nearest = get_close_matches(str(key), map(str, below), 1)
                 hint = f" Did you mean `{path}{nearest[0]}`?" if nearest else ""
                 yield f"`{path}{key}` cannot be deleted, because there is no such key.{hint}"
+
     if not isinstance(values := layer.get("_set_", {}), Mapping):
         yield f"`{path}_set_` must hold keys and values, but is {values!r}."
+
     for key, section in layer.items():
         if isinstance(section, Mapping):
             under = below.get(key)
@@ -118,13 +128,15 @@ def _find_directive_errors(below: Mapping[str, Any], layer: Mapping[str, Any], p
 
 
 def _without_replaced(below: Mapping[str, Any], layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is below a layer, without the configurations of components that it replaces, at any depth."""
+    """Return the layer below, without the configurations of components that this layer replaces, at any depth."""
     cleaned = dict(below)
     if "config" in below and layer.get("name", below.get("name")) != below.get("name"):
         cleaned["config"] = {}
+
     for key, section in layer.items():
         if isinstance(section, Mapping) and isinstance(cleaned.get(key), Mapping):
             cleaned[key] = _without_replaced(cleaned[key], section)
+
     return cleaned
 
 
@@ -150,15 +162,17 @@ def _find_errors(kls: type[Any], values: Mapping[str, Any], path: str, component
             yield _unknown_key(where, str(key), path, kls, names)
         elif key != "config" or selector is None:
             yield from _find_value_errors(value, hints[key], where, components)
+
     if selector is not None:
         yield from _find_component_errors(values.get("config", {}), values.get(selector), path, components)
+
     for field in fields(kls):
         if field.name not in values and field.default is field.default_factory is MISSING:
             yield f"`{path}{field.name}` is missing."
 
 
 def _selector(names: Sequence[str], hints: Mapping[str, Any]) -> str | None:
-    """The field whose value says of which class ``config`` is: that of a model's family, or a component's name."""
+    """The field that selects the class of ``config``: ``family`` for models, ``name`` for components."""
     if hints.get("config") is not object:
         return None
     return next((name for name in ("family", "name") if name in names), None)
@@ -167,6 +181,7 @@ def _selector(names: Sequence[str], hints: Mapping[str, Any]) -> str | None:
 def _find_value_errors(value: Any, hint: Any, where: str, components: ComponentConfigs) -> Iterator[str]:
     if value is not None:
         hint = _section_of(hint)
+
     if is_dataclass(hint) and isinstance(value, Mapping):
         assert isinstance(hint, type)
         yield from _find_errors(hint, value, f"{where}.", components)
@@ -188,13 +203,16 @@ def _section_of(hint: Any) -> Any:
 def _find_component_errors(value: Any, name: Any, path: str, components: ComponentConfigs) -> Iterator[str]:
     if not isinstance(name, str):
         return  # Missing, or found to be of a wrong type.
+
     try:
         kls = components(path.rstrip("."), name)
     except ConfigError as ex:
         yield from ex.errors
         return
+
     if kls is None or not is_dataclass(kls):
         return
+
     if isinstance(value, Mapping):
         yield from _find_errors(kls, value, f"{path}config.", components)
     elif not isinstance(value, kls):
@@ -205,15 +223,17 @@ def _unknown_key(where: str, key: str, path: str, kls: type[Any], names: Sequenc
     nearest = get_close_matches(key, names, 1, 0.5)
     if nearest:
         return f"`{where}` is not a known key. Did you mean `{path}{nearest[0]}`?"
+
     for found in _find_key(kls, key, path):
         return f"`{where}` is not a known key. Did you mean `{found}`?"
     return f"`{where}` is not a known key. Known here: {', '.join(names)}."
 
 
 def _find_key(kls: type[Any], key: str, path: str) -> Iterator[str]:
-    """Where else in the tree a key of that name is."""
+    """The other places in the tree that have a key of that name."""
     for name, hint in get_type_hints(kls).items():
         hint = _section_of(hint)
+
         if name == key:
             yield f"{path}{name}"
         if is_dataclass(hint) and isinstance(hint, type):
@@ -223,17 +243,22 @@ def _find_key(kls: type[Any], key: str, path: str) -> Iterator[str]:
 def _type_error(value: Any, hint: Any, where: str) -> str | None:
     if isinstance(value, str) and get_origin(hint) is Sequence:
         return f"`{where}` must be a list, but is {value!r}. Write [{value}]."  # Else each letter is an element.
+
     kinds = {*get_args(hint), hint}
     is_number = isinstance(value, (int, float))
+
     if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
         return f"`{where}` must be {_describe(hint)}, but is {value!r}."
+
     # A fraction would be cut off.
     if is_number and int in kinds and float not in kinds and value != value // 1:
         return f"`{where}` must be {_describe(hint)}, but is {value!r}."
+
     try:
         StandardValueConverter().structure(value, hint)
     except StructureError:
         return f"`{where}` must be {_describe(hint)}, but is {value!r}."
+
     return None
 
 
@@ -242,9 +267,12 @@ def _describe(hint: Any) -> str:
     options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if all(option in names for option in options):
         return " or ".join(names[option] for option in options)
+
     text = hint.__name__ if isinstance(hint, type) else str(hint)
     for name in ("collections.abc.", "typing.", "pathlib.", "torch."):
         text = text.replace(name, "")
+
     if text.startswith("Literal["):
         return "one of " + text[8:-1]
+
     return f"of type {text}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 import torch
 from fairseq2.metrics.formatters import format_as_float, format_as_int, format_as_percentage
@@ -12,7 +13,19 @@ from torch import Tensor
 from torcheval.metrics import Metric
 from typing_extensions import Self, override
 
-_DESCRIPTORS = (
+_RETRIEVAL: Final = (
+    MetricDescriptor("recall@1", "Recall@1", 200, format_as_float, higher_better=True),
+    MetricDescriptor("recall@5", "Recall@5", 201, format_as_float, higher_better=True),
+    MetricDescriptor("recall@10", "Recall@10", 202, format_as_float, higher_better=True),
+    MetricDescriptor("mrr", "MRR", 203, format_as_float, higher_better=True),
+    MetricDescriptor("ndcg@10", "nDCG@10", 204, format_as_float, higher_better=True),
+)
+
+VALID_METRICS: Final = tuple(descriptor.name for descriptor in _RETRIEVAL)
+"""What a validation measures."""
+
+_DESCRIPTORS: Final = (
+    *_RETRIEVAL,
     MetricDescriptor("num_negatives", "Negatives per Query", 205, format_as_float),
     MetricDescriptor("masked_fraction", "Masked Candidates (%)", 206, format_as_percentage),
     MetricDescriptor("queries_per_second", "Queries per Second", 810, format_as_float),
@@ -22,11 +35,6 @@ _DESCRIPTORS = (
     MetricDescriptor("padding_fraction", "Padding (%)", 814, format_as_percentage),
     MetricDescriptor("bytes_per_token", "Bytes per Token", 815, format_as_int),
     MetricDescriptor("total_num_queries", "Total Number of Queries", 840, format_as_int),
-    MetricDescriptor("recall@1", "Recall@1", 200, format_as_float, higher_better=True),
-    MetricDescriptor("recall@5", "Recall@5", 201, format_as_float, higher_better=True),
-    MetricDescriptor("recall@10", "Recall@10", 202, format_as_float, higher_better=True),
-    MetricDescriptor("mrr", "MRR", 203, format_as_float, higher_better=True),
-    MetricDescriptor("ndcg@10", "nDCG@10", 204, format_as_float, higher_better=True),
 )
 
 

@@ -49,24 +49,28 @@ class EmbeddingAdamWConfig:
         result = ValidationResult()
         for error in _value_errors(self, ""):
             result.add_error(error)
+
         for idx, group in enumerate(self.groups):
             for error in _value_errors(group, f"groups[{idx}]."):
                 result.add_error(error)
+
             for pattern in _patterns(group):
                 try:
                     re.compile(pattern)
                 except re.error as ex:
                     result.add_error(f"`groups[{idx}].params`: '{pattern}' is not a valid regular expression: {ex}.")
+
         return result
 
 
 def _value_errors(config: EmbeddingAdamWConfig | AdamWGroupConfig, path: str) -> Iterator[str]:
-    """What is wrong with the numbers of an optimizer, or of a group that may leave some to it."""
+    """Return what is wrong with the numbers of an optimizer, or of a group that may leave some to it."""
     for name in ("lr", "eps", "weight_decay"):
         value = getattr(config, name)
         if value != default and not (0.0 <= value < math.inf and (value > 0.0 or name != "lr")):
             rule = "greater than 0" if name == "lr" else "at least 0"
             yield f"`{path}{name}` must be {rule} and finite, but is {value} instead."
+
     if config.betas != default and not all(0.0 <= beta < 1.0 for beta in config.betas):
         yield f"`{path}betas` must be at least 0 and less than 1, but are {config.betas} instead."
 
@@ -91,10 +95,12 @@ class WarmupDecayConfig:
         result = ValidationResult()
         if self.warmup_steps is not None and self.warmup_steps < 0:
             result.add_error(f"`warmup_steps` must not be negative, but is {self.warmup_steps} instead.")
+
         for name in ("warmup_ratio", "final_lr_scale"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 result.add_error(f"`{name}` must be between 0 and 1, but is {value} instead.")
+
         return result
 
 
@@ -118,10 +124,12 @@ def split_decay(model: Module, config: EmbeddingAdamWConfig) -> list[dict[str, A
     for group in _group_parameters(model, config.groups):
         matrices = [p for p in group["params"] if p.ndim > 1]
         vectors = [p for p in group["params"] if p.ndim <= 1]
+
         if matrices:
             groups.append({**group, "params": matrices})
         if vectors:
             groups.append({**group, "params": vectors, "weight_decay": 0.0})
+
     return groups
 
 
@@ -139,6 +147,7 @@ def _group_parameters(model: Module, configs: Sequence[AdamWGroupConfig]) -> lis
             name = full_name.replace("_checkpoint_wrapped_module.", "")
             fitting = (group for group, config in zip(groups, configs) if _matches(config, name))
             next(fitting, rest)["params"].append(parameter)
+
     errors = [
         f"`groups[{idx}].params` {config.params!r} matches no parameter that is trained and in no earlier group."
         for idx, config in enumerate(configs)
@@ -146,6 +155,7 @@ def _group_parameters(model: Module, configs: Sequence[AdamWGroupConfig]) -> lis
     ]
     if errors:
         raise ConfigError(errors, where="`optimizer.config`")
+
     return [*groups, rest]
 
 
@@ -194,9 +204,11 @@ def schedule(config: WarmupDecayConfig, num_steps: int) -> Callable[[int], float
         if step < warmup:
             # The first step is not wasted on a learning rate of zero.
             return (step + 1) / (warmup + 1)
+
         progress = min((step - warmup) / max(num_steps - warmup, 1), 1.0)
         if config.decay == "cosine":
             return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
         return 1.0 - (1.0 - low) * progress if config.decay == "linear" else 1.0
 
     return factor

@@ -31,15 +31,18 @@ _POLL: Final = 0.05
 RESUME: Final = "Checkpoints that were complete are intact; run the same command again to resume."
 
 
-def run_processes(command: Sequence[str], count: int) -> int:
+def run_processes(command: Sequence[str], count: int, *, advice: str = RESUME, stdout: int | None = None) -> int:
     """Run ``command`` as ``count`` ranks and return their exit status.
 
+    :param advice: what to do after a process has failed without saying why.
+    :param stdout: the file that they print to; this process's by default.
     :returns: 0 if all succeeded, else the status of the first that failed; 128
         plus the number of the signal for one that was killed.
     """
     with TemporaryDirectory(prefix="vembed_") as folder:
         claim = Path(folder) / "error"
-        gang = _Gang(command, count, {**os.environ, **_environment(count), _CLAIM: str(claim)})
+
+        gang = _Gang(command, count, {**os.environ, **_environment(count), _CLAIM: str(claim)}, stdout)
         previous = {s: signal.signal(s, gang.forward) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             rank, status = gang.wait()
@@ -47,11 +50,14 @@ def run_processes(command: Sequence[str], count: int) -> int:
             gang.kill()
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
+
         if claim.exists():
             return int(claim.read_text() or 1)
+
         # What Ctrl-C or SIGTERM has ended needs no explanation.
         if status and not (gang.signalled and status in (-signal.SIGINT, -signal.SIGTERM)):
-            _explain(rank, status, gang.deferred_error(rank))
+            _explain(rank, status, gang.deferred_error(rank), advice)
+
     return 128 - status if status < 0 else status
 
 
@@ -60,6 +66,7 @@ def claim_error(status: int) -> bool:
     file = os.environ.get(_CLAIM)
     if file is None:
         return True
+
     try:
         # Complete or not at all: the launcher reads the status from it.
         own = Path(f"{file}.{os.getpid()}")
@@ -69,6 +76,7 @@ def claim_error(status: int) -> bool:
         return False
     except OSError:
         return True
+
     return True
 
 
@@ -83,10 +91,12 @@ def defer_error(text: str) -> bool:
     file = os.environ.get(_CLAIM)
     if file is None:
         return False
+
     try:
         _deferred_file(file, os.environ["RANK"]).write_text(text)
     except OSError:
         return False
+
     return True
 
 
@@ -99,21 +109,24 @@ def _environment(count: int) -> dict[str, str]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         environment["MASTER_PORT"] = str(s.getsockname()[1])
+
     if "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // count, 1))
+
     return environment
 
 
 class _Gang:
     """The processes, by rank."""
 
-    def __init__(self, command: Sequence[str], count: int, environment: dict[str, str]) -> None:
+    def __init__(self, command: Sequence[str], count: int, environment: dict[str, str], stdout: int | None) -> None:
         self.signalled = False
         self._claim = environment[_CLAIM]
         self._processes = [
             subprocess.Popen(
                 command,
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=stdout,
                 preexec_fn=_stop_with_parent,
             )
             for rank in range(count)
@@ -131,17 +144,21 @@ class _Gang:
         deadline = float("inf")
         while True:
             running = None in [process.poll() for process in self._processes]
+
             # One that was asked to stop, or only lost its connection to another, may end before the one that failed.
             if failed is None or failed[1] >= 128 or self.deferred_error(failed[0]) is not None:
                 failed = self._find_failed()
             if not running:
                 return failed or (0, 0)
-            # One that was asked to stop has not failed: the others are about to end, too.
+
+            # A process that was asked to stop has not failed: the others are about to end as well.
             if failed is not None and failed[1] < 128:
                 deadline = min(deadline, time.monotonic() + _GRACE)
+
             if failed is not None and time.monotonic() > deadline:
                 self.kill()
                 return failed
+
             time.sleep(_POLL)
 
     def _find_failed(self) -> tuple[int, int] | None:
@@ -167,20 +184,26 @@ def _stop_with_parent() -> None:
     """Have the kernel send SIGTERM when the launcher is killed: no run may go on unseen and write to its folder."""
     if sys.platform != "linux":
         return
+
     import ctypes
 
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def _explain(rank: int, status: int, deferred: str | None) -> None:
+def _explain(rank: int, status: int, deferred: str | None, advice: str) -> None:
     if status >= 128:
         return  # It was asked to stop, and did.
+
     if status < 0:
         name = signal.Signals(-status).name
         hint = " Was the memory full?" if -status == signal.SIGKILL else ""
-        print(f"error: the process of rank {rank} was killed by {name}.{hint} {RESUME}", file=sys.stderr)
+        text = f"the process of rank {rank} was killed by {name}.{hint}"
     elif deferred is not None:
-        print(f"error: {deferred} logs/rank_{rank}.log says more. {RESUME}", file=sys.stderr)
-    elif rank != 0:  # Only rank 0 logs to the console.
-        print(f"error: the process of rank {rank} failed; logs/rank_{rank}.log says why. {RESUME}", file=sys.stderr)
+        text = f"{deferred} logs/rank_{rank}.log says more."
+    elif rank != 0:
+        text = f"the process of rank {rank} failed; logs/rank_{rank}.log says why."
+    else:
+        return  # Rank 0 logs to the console.
+
+    print(f"error: {text} {advice}".rstrip(), file=sys.stderr)

@@ -28,10 +28,12 @@ def redactor(environment: Mapping[str, str]) -> Callable[[str], str]:
         if name not in ("PWD", "OLDPWD") and value and _SECRET_NAME.search(name):
             pairs.add((f"{name}={value}", f"{name}={_MASK}"))
             secrets.add(value)
+
         # A password may hold the very characters that end an address elsewhere.
         if match := re.match(r"(\w+://)(.+)@", value):
             pairs.add((f"{name}={value}", f"{name}={match[1]}{_MASK}@{value[match.end() :]}"))
             secrets.update(part for part in [match[2], *match[2].split(":", 1)[1:]] if part)
+
     masks = sorted(pairs, key=lambda p: -len(p[0]))
     masks += [(s, _MASK) for s in sorted(secrets, key=len, reverse=True) if len(s) >= _SHORTEST]
 
@@ -55,10 +57,12 @@ def redact_logs(environment: Mapping[str, str]) -> None:
         clean = redact(text)
         if clean != text:
             record.msg, record.args = clean, ()
+
         if record.exc_info and record.exc_info[0] is not None:
             trace = formatter.formatException(record.exc_info)
             if (clean := redact(trace)) != trace:
                 record.exc_info, record.exc_text = None, clean
+
         return record
 
     logging.setLogRecordFactory(make_record)

@@ -12,7 +12,8 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from fairseq2.trainer import Trainer
-from fairseq2.validator import NOOP_VALIDATOR
+
+from vembed_fs2.fairseq2_seams import stop_after_step
 
 log = logging.getLogger("vembed_fs2")
 
@@ -43,6 +44,7 @@ class StopRequest:
             self._is_first = dist.get_rank() == 0
             # On the CPU, so that asking costs no synchronisation with a GPU.
             self._group = dist.new_group(backend="gloo")
+
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._handle)
 
@@ -60,17 +62,16 @@ class StopRequest:
         """Find out whether any rank was asked to stop. Called by all ranks at the start of a step."""
         if self.signum:
             return
+
         received = self._received
         if self._group is not None:
             flag = torch.tensor([received])
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
             received = int(flag)
+
         if not received or self._trainer is None:
             return
+
         self.signum = received
         log.warning("%s received. Writing a checkpoint, then stopping.", signal.Signals(received).name)
-        self._trainer.request_stop()
-        # fairseq2 0.8 looks at the request only where no number of steps is set,
-        # and would validate before it stops.
-        self._trainer._max_num_steps = None
-        self._trainer._validator = NOOP_VALIDATOR
+        stop_after_step(self._trainer)

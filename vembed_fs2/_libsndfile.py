@@ -18,6 +18,7 @@ def preload_libsndfile() -> None:
     spec = find_spec("_soundfile_data")
     if spec is None or not spec.submodule_search_locations:
         return
+
     suffix = "dylib" if sys.platform == "darwin" else "so"
     for folder in spec.submodule_search_locations:
         for library in sorted(Path(folder).glob(f"libsndfile*.{suffix}")):

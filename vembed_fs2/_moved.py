@@ -18,6 +18,7 @@ def forward_names(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]
     def forward(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
         text = f"`{module}.{name}` has moved to `{homes[name]}`. It is found here for one version more."
         warnings.warn(text, DeprecationWarning, stacklevel=2)
         return getattr(import_module(homes[name]), name)

@@ -59,10 +59,12 @@ class VembedGroup:
         parser = argparse.ArgumentParser(prog=prog, description=self.help.capitalize() + ".")
         parser.set_defaults(module=None)
         _add_verbs(parser, _VERBS, argv)
+
         args = parser.parse_args(argv)
         if args.module is None:
             parser.print_help()
             return 2
+
         return _run(args)
 
 
@@ -78,10 +80,12 @@ class AssetsGroup:
         from runpy import run_module
 
         sys.argv = [prog, *argv]
+
         try:
             run_module("fairseq2.assets", run_name="__main__")
         except SystemExit as ex:
             return ex.code if isinstance(ex.code, int) else 1 if ex.code else 0
+
         return 0
 
 
@@ -90,10 +94,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="fairseq2", description="fairseq2 and the packages that extend it.")
     groups = parser.add_subparsers(dest="group", metavar="GROUP")
     found = {e.name: e for e in entry_points(group="fairseq2.cli")}
+
     argv = sys.argv[1:]
     name = argv[0] if argv else None
     if name == "assets":
         sys.exit(AssetsGroup().main(argv[1:], "fairseq2 assets"))
+
     if name in found:
         try:
             group: CommandGroup = found[name].load()
@@ -101,9 +107,12 @@ def main() -> None:
             print(f"error: {found[name].value} cannot be loaded: {ex}", file=sys.stderr)
             sys.exit(1)
         sys.exit(group.main(argv[1:], f"fairseq2 {name}"))
+
     groups.add_parser("assets", help=AssetsGroup.help)
+
     for entry_name, entry in sorted(found.items()):
         groups.add_parser(entry_name, help=_help_of(entry))
+
     parser.parse_args(argv)
     parser.print_help()
     sys.exit(2)
@@ -134,8 +143,10 @@ def _add_verbs(parser: argparse.ArgumentParser, verbs: dict[str, Verb | dict[str
             inner: dict[str, Verb | dict[str, Verb]] = dict(verb)
             _add_verbs(child, inner, argv[1:] if is_asked else [])
             continue
+
         child = subparsers.add_parser(name, help=verb.help, description=verb.help.capitalize() + ".")
         child.set_defaults(module=verb.module)
+
         if is_asked:
             import_module(verb.module).add_arguments(child)
 
@@ -155,4 +166,5 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
+
     return status

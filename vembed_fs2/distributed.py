@@ -146,8 +146,10 @@ class FsdpSync(GradSync):
     def backward(self, *, last: bool) -> Iterator[None]:
         self._module.set_requires_gradient_sync(last or self.reduces_chunks)
         self._module.set_is_last_backward(last)
+
         if last and not self.reduces_chunks:
             self._unify_gradient_types()
+
         try:
             yield
         finally:
@@ -164,9 +166,11 @@ class FsdpSync(GradSync):
         root: Any = self._module  # Also a `Module`, which its type does not say.
         for module in root.modules():
             group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+
             params = [p for p in group.fsdp_params if p.sharded_param.requires_grad] if group is not None else []
             if all(p.unsharded_accumulated_grad is None for p in params):
                 continue
+
             for p in params:
                 if p.unsharded_accumulated_grad is None and p.reduce_dtype not in (None, p.param_dtype):
                     device = p.sharded_param.device
@@ -199,10 +203,12 @@ def _data_parallel_sync(encoder: Callable[..., Any]) -> GradSync:
             f"The encoder uses {len(found)} DDP or FSDP2 modules. Give each an encoder of its own, which holds no dict"
             " or list with the others."
         )
+
     if not found:
         return LocalSync()
     if isinstance(found[0], FullyShardedDataParallel):
         raise TypeError("FSDP1 is not supported. Use FSDP2 (`torch.distributed.fsdp.fully_shard`).")
+
     return DdpSync(found[0]) if isinstance(found[0], DistributedDataParallel) else FsdpSync(found[0])
 
 
@@ -225,23 +231,28 @@ def average_gradients(parameters: Sequence[Parameter], group: ProcessGroup | Non
     trained = [p for p in parameters if p.requires_grad]
     if size == 1 or not trained:
         return
+
     device = trained[0].device
     used = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=device)
     dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
+
     grads = []
     for parameter, is_used in zip(trained, used.tolist()):
         if is_used:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             grads.append(parameter.grad)
+
     pending = []
     for bucket in _buckets(grads):
         flat = torch.cat([g.reshape(-1) for g in bucket])
         pending.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
+
     for bucket, flat, work in pending:
         assert work is not None
         work.wait()
         flat.div_(size)
+
         for grad, part in zip(bucket, torch.split(flat, [g.numel() for g in bucket])):
             grad.copy_(part.view_as(grad))
 
@@ -253,8 +264,10 @@ def _buckets(grads: Sequence[Tensor]) -> list[list[Tensor]]:
         if not buckets or size + grad.numel() > _BUCKET_SIZE or buckets[-1][0].dtype != grad.dtype:
             buckets.append([])
             size = 0
+
         buckets[-1].append(grad)
         size += grad.numel()
+
     return buckets
 
 
@@ -262,6 +275,7 @@ def all_max(values: list[int], group: ProcessGroup | None) -> list[int]:
     """Return the maximum over ranks of each value."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return values
+
     tensor = torch.tensor(values, dtype=torch.int64, device=_collective_device(group))
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return [int(v) for v in tensor]
@@ -287,6 +301,7 @@ class RowGather:
         """The number of rows of each rank."""
         if self.size == 1:
             return [num_rows]
+
         counts = [0] * self.size
         counts[self.rank] = num_rows
         return all_max(counts, self._group)
@@ -314,6 +329,7 @@ class _GatherRows(torch.autograd.Function):
         padded[: x.size(0)] = x
         gathered = x.new_empty(width * len(counts), *x.shape[1:])
         dist.all_gather_into_tensor(gathered, padded, group=group)
+
         return torch.cat([gathered[i * width : i * width + n] for i, n in enumerate(counts)])
 
     @staticmethod

@@ -8,7 +8,7 @@ __getattr__ = forward_names(
     __name__,
     {
         "Embedder": "vembed_fs2.inference.embedder",
-        "load_processor": "vembed_fs2.inference.embedder",
-        "quantize": "vembed_fs2.inference.embedder",
+        "load_processor": "vembed_fs2.hub.load",
+        "quantize": "vembed_fs2.inference.vectors",
     },
 )

@@ -24,8 +24,10 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ModelLoadError(f"{file} cannot be read: {ex.strerror or ex}.") from None
     except ValueError as ex:
         raise ModelLoadError(f"{file} is not valid JSON: {ex}.") from None
+
     if not isinstance(content, dict):
         raise ModelLoadError(f"{file} must hold a JSON object.")
+
     return content
 
 
@@ -76,15 +78,19 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+
     try:
         yield temporary
+
         # Some writers make files private; these are as open as the folder.
         mode = temporary.stat().st_mode & 0o666
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(mode)
+
         if path.exists():
             path.rmdir()
+
         temporary.rename(path)
     except SafetensorError as ex:  # A full disk raises it as well; it is not an `OSError`.
         raise VembedError(f"{path} cannot be written: {ex}.") from ex

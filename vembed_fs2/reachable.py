@@ -35,10 +35,13 @@ def find_module_with(source: Any, method: str) -> Any:
 def _search(source: Any, is_wanted: Callable[[Any], bool], seen: set[int]) -> Iterator[Any]:
     if id(source) in seen:
         return
+
     seen.add(id(source))
+
     if is_wanted(source):
         yield source
         return
+
     for value in _parts_of(source):
         yield from _search(value, is_wanted, seen)
 
@@ -57,6 +60,7 @@ def _parts_of(source: Any) -> Iterable[Any]:
         return _elements_of(source)
     if callable(source) or _is_record(source):
         return _attributes_of(source)
+
     return ()
 
 
@@ -104,9 +108,11 @@ def _used_by(function: FunctionType) -> Iterator[Any]:
     """What a function closes over, and the modules, containers of them and neighbouring functions that it names."""
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
+
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # Not assigned yet.
             yield cell.cell_contents
+
     for name in function.__code__.co_names:
         value = function.__globals__.get(name)
         if (

@@ -1,3 +1,3 @@
 from vembed_fs2.recipes.launch import main
 
-main("train")
+main("vembed_fs2.recipes.train")

@@ -24,8 +24,8 @@ from typing_extensions import override
 from vembed_fs2.gradcache import parse_budget
 from vembed_fs2.losses import LOSSES, InfoNCEConfig, create_loss
 from vembed_fs2.losses.nested import prefix_keys
+from vembed_fs2.recipes.metrics import VALID_METRICS
 from vembed_fs2.recipes.optim import ADAMW, WARMUP_DECAY, EmbeddingAdamWConfig, WarmupDecayConfig
-from vembed_fs2.recipes.train.valid import VALID_METRICS
 
 
 @dataclass(kw_only=True)
@@ -48,7 +48,7 @@ class EmbeddingModelSection(ModelSection):
 
 @dataclass(kw_only=True)
 class ProcessorSection:
-    """How inputs are prepared. What is not given here comes from the model."""
+    """How inputs are prepared. Values that are not given come from the model."""
 
     path: Path | None = None
     """The folder with the tokenizer and the image processor, if it is not the model's own."""
@@ -81,14 +81,14 @@ class DataSection:
     paths: Sequence[Path] = field(default_factory=list)
     """JSONL, CSV, TSV or Parquet files, or folders of them."""
 
-    columns: dict[str, str | None] = field(default_factory=dict)
-    """Our field -> the file's column; ``None`` leaves the field out."""
+    columns: dict[str, str | list[str] | None] = field(default_factory=dict)
+    """Our field -> the file's column, or columns of several negatives; ``None`` leaves the field out."""
 
     mode: Literal["auto", "t2t", "t2i", "i2t", "i2i", "m2i", "m2t"] = "auto"
     """What queries and documents consist of: t text, i image, m both."""
 
     image_root: Path | None = None
-    """The folder that images must lie in; by default, that of the data file."""
+    """The folder that images must lie in; the folder of the data file by default."""
 
     allow_urls: bool = False
     """If ``True``, images may be fetched from URLs."""
@@ -124,10 +124,12 @@ class DatasetSection(DataSection):
         result = ValidationResult()
         if not self.paths:
             result.add_error("`paths` must name at least one file or folder.")
+
         for name, low in (("batch_size", 1), ("max_length", 3), ("num_workers", 0), ("prefetch", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
                 result.add_error(f"`{name}` must be greater than or equal to {low}, but is {value} instead.")
+
         return result
 
 
@@ -159,6 +161,7 @@ class LossSection:
         entry = LOSSES.get(self.name)
         if entry is None or not isinstance(self.config, entry.config_kls):
             return None
+
         try:
             return create_loss(self.name, self.config).needs_teacher
         except ValueError:
@@ -201,6 +204,7 @@ class TeacherSection:
             result.add_error(f"`max_length` must be greater than or equal to 3, but is {self.max_length} instead.")
         if not self.dtype.is_floating_point:
             result.add_error(f"`dtype` must be a floating point type, but is {self.dtype} instead.")
+
         return result
 
 
@@ -224,10 +228,12 @@ class GradCacheSection:
             value = getattr(self, name)
             if value is not None and value < 1:
                 result.add_error(f"`{name}` must be greater than or equal to 1, but is {value} instead.")
+
         try:
             parse_budget(self.activation_budget, torch.device("cpu"))
         except ValueError as ex:
             result.add_error(str(ex))
+
         return result
 
 
@@ -279,18 +285,22 @@ class TrainConfig:
             result.add_error("`regime.validate_at_start` needs held-out data in `valid.paths`.")
         if not has_valid and self.regime.score_metric is not None:
             result.add_error("`regime.score_metric` needs held-out data in `valid.paths`.")
+
         if (score_metric := self.regime.score_metric) not in (None, *VALID_METRICS):
             result.add_error(
                 f"`regime.score_metric` must be one of {', '.join(VALID_METRICS)}, but is {score_metric!r} instead."
             )
+
         if not 0 <= self.common.seed < 2**32:
             result.add_error(f"`common.seed` must be between 0 and 2**32 - 1, but is {self.common.seed} instead.")
+
         if (needs_teacher := self.loss.needs_teacher) is not None and needs_teacher != self.teacher.is_given:
             result.add_error(
                 "`loss` needs a teacher: name a card as `teacher.name`, or a folder as `teacher.path`."
                 if needs_teacher
                 else "`teacher` is given, but `loss` needs none."
             )
+
         trainer = self.trainer
         if trainer.max_grad_norm is not None and not trainer.max_grad_norm > 0.0:
             result.add_error(f"`trainer.max_grad_norm` must be positive, but is {trainer.max_grad_norm} instead.")
@@ -302,4 +312,5 @@ class TrainConfig:
             result.add_error("`trainer.grad_accumulation.no_sync` works with DDP only.")
         if self.grad_cache.grad_sync == "every_chunk" and trainer.data_parallelism != "fsdp":
             result.add_error("`grad_cache.grad_sync` can be 'every_chunk' with `trainer.data_parallelism=fsdp` only.")
+
         return result

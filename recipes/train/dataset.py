@@ -83,11 +83,13 @@ class Collator:
 
     def __call__(self, rows: Sequence[LoadedRow]) -> ContrastiveBatch:
         query, document = _collate(self._processor, [row.items for row in rows])
+
         batch = ContrastiveBatch(query, document, _row_info([row.example for row in rows]))
 
         if self._teacher is not None:
             teacher_items = [row.teacher_items for row in rows]
             batch.teacher_query, batch.teacher_document = _collate(self._teacher, teacher_items)
+
         return batch
 
 
@@ -113,6 +115,6 @@ def _row_info(examples: Sequence[Example]) -> RowInfo:
 
 
 def _scores(examples: Sequence[Example]) -> Tensor:
-    """The scores of the documents, in their order; NaN where there is none. A tensor in any case: ranks gather it."""
+    """Return the scores of the documents, in their order; NaN if there is none. Always a tensor: ranks gather it."""
     scores = [e.scores or (math.nan,) * (1 + len(e.negatives)) for e in examples]
     return torch.tensor([s[0] for s in scores] + [x for s in scores for x in s[1:]], dtype=torch.float32)

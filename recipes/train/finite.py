@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from fairseq2.metrics import MetricBag
 from fairseq2.metrics.aggregation import Mean, Sum
 from torch import Tensor
 from torch.nn import Module
+from torch.optim import Optimizer
 
 from vembed_fs2.distributed import all_max
 from vembed_fs2.errors import VembedError
+from vembed_fs2.fairseq2_seams import call_before, complete_checkpoint
 from vembed_fs2.recipes.processes import RESUME
 
 if TYPE_CHECKING:
@@ -27,30 +31,21 @@ class FiniteGuard:
     All ranks end at the same point, whichever has such a number, and a checkpoint
     that is being written is completed first.
 
-    :param model: the model as it is trained: that of DDP or FSDP2, if it is one.
+    :param model: the model as it is trained: DDP's or FSDP2's, if there is one.
     """
+
+    bag: MetricBag
+    """The trainer's sums since its last report. It gives them to the unit before it is complete itself."""
 
     def __init__(self, model: Module) -> None:
         self._model = model
-        self._trainer: Any = None
         self._first = 0
         """The first parameter that was not finite when a loss was not, as :meth:`_find` counts; 0 if none was."""
 
-    def install(self, trainer: Trainer) -> None:
+    def install(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Check before each checkpoint and each report from now on."""
-        seam: Any = trainer
-        save, publish = seam._save_checkpoint, seam._publish_metrics
-
-        def save_checkpoint(blocking: bool) -> None:
-            self.check(with_state=True)
-            save(blocking)
-
-        def publish_metrics() -> None:
-            self.check(with_state=False)
-            publish()
-
-        self._trainer = seam
-        seam._save_checkpoint, seam._publish_metrics = save_checkpoint, publish_metrics
+        self._trainer, self._optimizer = trainer, optimizer
+        call_before(trainer, save=partial(self.check, with_state=True), publish=partial(self.check, with_state=False))
 
     def see(self, loss: Tensor) -> None:
         """Remember where the first number that is not finite was: a step later, it may be everywhere.
@@ -67,23 +62,27 @@ class FiniteGuard:
             since the last report have recorded.
         :raises VembedError: a number of any rank is not finite.
         """
-        bag = self._trainer._metric_bag
-        loss, grad_norm = bag.get("loss", Sum).weighted_sum, bag.get("grad_norm", Mean).weighted_sum
-        codes = [_code(float(loss)), _code(float(grad_norm))]
+        loss: Any = self.bag.get("loss", Sum)
+        grad_norm: Any = self.bag.get("grad_norm", Mean)
+        codes = [_code(float(metric.weighted_sum)) for metric in (loss, grad_norm)]
         codes += [self._find(self._weights()), self._find(self._averages())] if with_state else [0, 0]
+
         loss_code, grad_code, weight, average, first = all_max([*codes, self._first], None)
         if not (loss_code or grad_code or weight or average):
             self._first = 0  # A step that was skipped for its loss scale.
             return
 
-        # What is in it is finite.
-        self._trainer._maybe_complete_checkpoint_save_operation()
+        # Its content is finite.
+        complete_checkpoint(self._trainer)
+
         if not with_state:
             (weight,) = all_max([self._find(self._weights())], None)
+
         if loss_code or grad_code:
             what = f"The loss is {_VALUES[loss_code]}" if loss_code else f"The gradient is {_VALUES[grad_code]}"
         else:
             what = "The weights are not finite" if weight else "The optimizer's state is not finite"
+
         raise VembedError(
             f"{what}: the training has diverged. {self._where(first or weight, average)}Lower `optimizer.config.lr`, "
             "set `trainer.max_grad_norm`, or look for numbers that are not finite in the model's weights. "
@@ -111,8 +110,10 @@ class FiniteGuard:
                 extremes.append(
                     torch.stack(torch.aminmax(tensor)).float()
                 )  # In one pass; each is NaN if any number is.
+
         if not places:
             return 0
+
         finite = torch.stack(extremes).isfinite().all(1).tolist()
         return max((place for place, is_finite in zip(places, finite) if not is_finite), default=0)
 
@@ -124,7 +125,7 @@ class FiniteGuard:
 
     def _averages(self) -> Iterator[tuple[int, Tensor]]:
         parameters = list(self._model.parameters())
-        state = self._trainer._optimizer.state
+        state = self._optimizer.state
         for idx, parameter in enumerate(parameters):
             for value in state[parameter].values() if parameter in state else ():
                 if isinstance(value, Tensor):

@@ -14,17 +14,17 @@ from fairseq2.runtime.dependency import DependencyLookup
 from fairseq2.utils.config import StandardConfigMerger
 from fairseq2.utils.structured import StandardValueConverter
 
-from vembed_fs2.embedding.model import EmbeddingModel, Modality
+from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.hub.find import find_model
+from vembed_fs2.hub.load import load_processor
 from vembed_fs2.hub.towers import refuse_sources, resolve_towers
-from vembed_fs2.inference.embedder import load_processor
 from vembed_fs2.models.composed import ComposedConfig, ComposedModel
 from vembed_fs2.models.composed.interop import forget_sources
-from vembed_fs2.processing.towers import TowerProcessor
+from vembed_fs2.processing.processor import Processor
 from vembed_fs2.recipes.layers import structure
 from vembed_fs2.recipes.train.config import EmbeddingModelSection, TrainConfig
-from vembed_fs2.recipes.train.objective import check_vectors, create_blank
+from vembed_fs2.recipes.train.objective import Reads, check_vectors, create_blank
 from vembed_fs2.resolver import get_resolver
 
 
@@ -35,12 +35,11 @@ class ModelPlan:
     family: str
     config: object
     overrides: Mapping[str, Any]
-    """What ``config`` is made of, on top of what ``model`` names."""
+    """The values of ``config`` that differ from what ``model`` names."""
 
     embedding_dim: int
 
-    modalities: frozenset[Modality]
-    """What it reads."""
+    reads: Reads
 
 
 def plan_model(config: TrainConfig) -> ModelPlan:
@@ -53,13 +52,15 @@ def plan_model(config: TrainConfig) -> ModelPlan:
     :raises ModelLoadError: there is no such model.
     """
     section = config.model
+
     overrides = section.config_overrides or {}
     if not isinstance(overrides, Mapping):
         raise ConfigError(f"`model.config_overrides` must hold keys and values, but is {overrides!r}.")
+
     if section.path is None and section.name is None:
         model_config, family = new_model_config(section), str(section.family)
         if isinstance(model_config, ComposedConfig):
-            # Not merged over the architecture's encoders: those of another family have other fields.
+            # Not merged over the architecture's encoders: another family's encoders have other fields.
             overrides, section.arch = resolve_towers(model_config, overrides), None
             model_config = ComposedConfig()
     else:
@@ -67,17 +68,20 @@ def plan_model(config: TrainConfig) -> ModelPlan:
         source = find_model(section.path or section.name or "", trust_remote_code=trusted)
         model_config, family = source.config, source.family
         section.family, section.arch = None, None
+
         if isinstance(model_config, ComposedConfig):
             model_config = forget_sources(model_config)
             refuse_sources(model_config, overrides)
+
         if isinstance(source.weights, Path):
             section.family, section.path = source.family, source.weights
             values = StandardValueConverter().unstructure(model_config)
             overrides = cast(Mapping[str, object], StandardConfigMerger().merge(values, overrides))
             config.processor.path = config.processor.path or source.folder
+
     model_config = override_config(model_config, overrides)
     model = _check(config, family, model_config)
-    return ModelPlan(family, model_config, overrides, model.embedding_dim, model.modalities)
+    return ModelPlan(family, model_config, overrides, model.embedding_dim, Reads.of(model))
 
 
 def _check(config: TrainConfig, family: str, model_config: object) -> EmbeddingModel:
@@ -86,15 +90,18 @@ def _check(config: TrainConfig, family: str, model_config: object) -> EmbeddingM
     errors = []
     if not any(parameter.requires_grad for parameter in model.parameters()):
         errors.append("all parameters are frozen: nothing is left to train.")
+
     has_files = config.processor.path is not None or config.model.name is not None
     if isinstance(model, ComposedModel) and not has_files and None in (model.text.source, model.image.source):
         errors.append(
             "`processor.path` must name a folder with a tokenizer and an image processor, because `text` or `image` "
             "has no `path` or `name`."
         )
+
     if errors:
         raise ConfigError(errors, where="`model`")
-    check_vectors(config.loss, several=model.similarity == "maxsim")
+
+    check_vectors(config.loss, several=model.is_multi_vector)
     return model
 
 
@@ -125,11 +132,14 @@ def new_model_config(section: EmbeddingModelSection) -> object:
     if family is None:
         known = [str(k) for k in DependencyLookup(resolver, ModelFamily).iter_keys()]
         raise ConfigError(_not_known("model.family", str(section.family), known))
+
     if section.arch is None:
         return family.config_kls()
+
     config = family.maybe_get_arch_config(section.arch)
     if config is None:
         raise ConfigError(_not_known("model.arch", section.arch, family.get_archs()))
+
     return config
 
 
@@ -141,7 +151,7 @@ def _not_known(key: str, name: str, known: Iterable[str]) -> str:
 
 def create_processor(
     config: TrainConfig, model: EmbeddingModel, gangs: Gangs, *, max_length: int | None = None
-) -> TowerProcessor:
+) -> Processor[Any]:
     """Load the processor of the model, changed as the configuration says.
 
     :param max_length: the longest text, if it is not the configuration's.
@@ -149,30 +159,37 @@ def create_processor(
     section = config.processor
     folders = _processor_folders(config, model, gangs)
     processor = load_processor(model, *folders, max_length=max_length or section.max_length)
+
     settings = processor.settings
     for name, prompt in (("query", section.query_prompt), ("document", section.document_prompt)):
         if prompt is not None:
             settings.prompts[name] = prompt
+
     if section.instruction_template is not None:
         settings.instruction_template = section.instruction_template
+
     processor.image_root = None  # The rows' paths were checked against the section's root when they were read.
     processor.allow_urls = config.dataset.allow_urls or config.valid.allow_urls  # Checked with the paths.
     return processor
 
 
 def _processor_folders(config: TrainConfig, model: EmbeddingModel, gangs: Gangs) -> list[Path]:
-    """The folder of the processor, or those of the tokenizer and of the image processor."""
+    """Return the folder of the processor, or the folders of the tokenizer and of the image processor."""
     if config.processor.path is not None:
         return [config.processor.path]
+
     if config.model.name is not None:
         names: list[str | Path | None] = [config.model.name]
     else:
         names = [model.text.source, model.image.source] if isinstance(model, ComposedModel) else [None]
+
     sources = [find_model(name) for name in names if name is not None]
     if len(sources) < len(names):
         raise ConfigError("`processor.path` must name a folder with a tokenizer or image processor.")
+
     if gangs.root.rank == 0:
         for source in sources:
             source.processor_folder()  # One process downloads, the others find the files.
+
     gangs.root.barrier()
     return [source.processor_folder() for source in sources]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Final, NamedTuple
 
 import torch
 from fairseq2.gang import create_fake_gangs
@@ -12,7 +12,9 @@ from fairseq2.models import ModelFamily
 from vembed_fs2.data.dataset import CHECKED_ROWS, ExampleDataset
 from vembed_fs2.data.example import Example
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
+from vembed_fs2.embedding.head import compares_several
+from vembed_fs2.embedding.learned import describe_changes
+from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig, Modality
 from vembed_fs2.errors import ConfigError, DataError
 from vembed_fs2.losses import (
     LOSSES,
@@ -45,10 +47,11 @@ def create_objective(section: LossSection, gather: RowGather | None = None) -> O
 def create_blank(family_name: str, config: object) -> EmbeddingModel:
     """Create a model without memory for its weights, if the family can.
 
-    :raises ConfigError: it is no embedding model.
+    :raises ConfigError: it is not an embedding model.
     """
     family = get_resolver().resolve(ModelFamily, key=family_name)
     gangs = create_fake_gangs(torch.device("cpu"))
+
     model = family.create_new_model(config, gangs, torch.float32, family.supports_meta, True)
     if not isinstance(model, EmbeddingModel):
         raise ConfigError(f"'{family_name}' is not a family of embedding models.", where="`model`")
@@ -65,21 +68,12 @@ def learned_parts(
     """
     if errors := loss.dim_errors(embedding_dim):
         raise ConfigError(errors, where="`loss`")
-    parts: dict[str, object] = {}
-    for name, initial in (
-        ("logit_scale_init", loss.initial_logit_scale),
-        ("logit_bias_init", loss.initial_logit_bias),
-    ):
-        # A model that has learned one already goes on from there.
-        if initial is not None and getattr(model_config, name, None) is None:
-            parts[name] = initial
-    projected = teacher_dim is not None and loss.needs_teacher_projection(embedding_dim, teacher_dim)
-    wanted = teacher_dim if projected else None
-    if getattr(model_config, "teacher_dim", None) != wanted:
-        parts["teacher_dim"] = wanted
+
+    parts = describe_changes(model_config, loss.learned_parts(embedding_dim, teacher_dim))
     if parts and not isinstance(model_config, EmbeddingModelConfig):
         names = ", ".join(parts)
         raise ConfigError(f"models of this family cannot hold what the objective learns ({names}).", where="`loss`")
+
     return parts
 
 
@@ -95,16 +89,19 @@ def check_vectors(section: LossSection, *, several: bool) -> None:
 
 def _vector_errors(name: str, config: object, path: str, several: bool) -> Iterator[str]:
     config = LOSSES[name].config_kls() if config is None else config
+
     similarity = getattr(config, "similarity", None)
-    if similarity == "maxsim" and not several:
+    if compares_several(similarity) and not several:
         yield (
             f"`{path}config.similarity` is 'maxsim', which is for several vectors per row, but the model gives one: "
             "set another, or `model.config_overrides.head.pooling=none`."
         )
+
     if several and isinstance(config, _SINGLE_VECTOR):
         yield f"`{path}name` is '{name}', which is for one vector per row, but the model gives several."
     elif several and similarity in ("cosine", "dot"):
         yield f"`{path}config.similarity` must be 'maxsim', because the model gives several vectors per row."
+
     for field, value in vars(config).items():
         specs = enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]
         for idx, spec in specs:
@@ -113,26 +110,46 @@ def _vector_errors(name: str, config: object, path: str, several: bool) -> Itera
                 yield from _vector_errors(spec.name, spec.config, inner, several)
 
 
-def check_row(example: Example, loss: Objective, modalities: Mapping[str, Collection[str]]) -> None:
+class Reads(NamedTuple):
+    """What a model can read."""
+
+    modalities: frozenset[Modality]
+
+    is_interleaved: bool
+
+    @staticmethod
+    def of(model: EmbeddingModel) -> Reads:
+        return Reads(model.modalities, model.is_interleaved)
+
+
+def check_row(example: Example, loss: Objective, readers: Mapping[str, Reads]) -> None:
     """Check that a row to train on holds what the objective needs.
 
-    :param modalities: what can be read, by who reads it.
+    :param readers: what the models that read the row can read, by what messages call them.
     :raises DataError: it does not.
     """
     if example.positive is None:
         raise DataError(f"{example.source}: the row has no positive to train on.")
     if loss.needs_scores and not example.scores:
         raise DataError(f"{example.source}: the row has no `scores`, which the objective learns from.")
-    check_modalities(example, modalities)
+    check_readable(example, readers)
 
 
-def check_modalities(example: Example, modalities: Mapping[str, Collection[str]]) -> None:
+def check_readable(example: Example, readers: Mapping[str, Reads]) -> None:
     """:raises DataError: the row holds what a model cannot read."""
     for held, article in (("text", "a"), ("image", "an")):
         if any(item.images if held == "image" else item.text is not None for item in example.items):
-            for reader, readable in modalities.items():
-                if held not in readable:
-                    raise DataError(f"{example.source}: the row has {article} {held}, but {reader} reads none.")
+            for name, reads in readers.items():
+                if held not in reads.modalities:
+                    raise DataError(f"{example.source}: the row has {article} {held}, but {name} reads none.")
+
+    for item in example.items:
+        for name, reads in readers.items():
+            if item.is_interleaved and not reads.is_interleaved:
+                raise DataError(
+                    f"{example.source}: {name} encodes texts and images apart, so it cannot read them in the order"
+                    f" {item.describe_order()}. Give one text, before or after the images."
+                )
 
 
 def check_negatives(dataset: ExampleDataset, loss: Objective) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import final
 
 from fairseq2.checkpoint import CheckpointDir
 from fairseq2.gang import Gangs
-from fairseq2.recipe.base import Recipe, RecipeContext
-from fairseq2.runtime.dependency import DependencyContainer
+from fairseq2.optim.lr_schedulers import LRScheduler
+from fairseq2.recipe.base import RecipeContext
+from fairseq2.runtime.dependency import DependencyContainer, DependencyResolver
 from fairseq2.task import Task
 from torch.nn import Module
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from vembed_fs2.data.dataset import ExampleDataset
@@ -25,9 +28,12 @@ from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import DataError
 from vembed_fs2.evaluation.datasets import task_from_examples
 from vembed_fs2.evaluation.task import RetrievalTask
+from vembed_fs2.fairseq2_seams import complete_checkpoint, list_components, seconds_since_report
 from vembed_fs2.hub.find import ModelSource
 from vembed_fs2.hub.towers import load_towers
+from vembed_fs2.losses import LOSSES
 from vembed_fs2.models.composed import ComposedModel
+from vembed_fs2.recipes.base import VembedRecipe
 from vembed_fs2.recipes.folder import link_checkpoints
 from vembed_fs2.recipes.optim import register_optim
 from vembed_fs2.recipes.stop import StopRequest
@@ -35,8 +41,9 @@ from vembed_fs2.recipes.train.config import DataSection, TrainConfig
 from vembed_fs2.recipes.train.dataset import Collator, ContrastiveBatch
 from vembed_fs2.recipes.train.model import create_processor, override_config, plan_model
 from vembed_fs2.recipes.train.objective import (
-    check_modalities,
+    Reads,
     check_negatives,
+    check_readable,
     check_row,
     create_blank,
     create_objective,
@@ -54,45 +61,71 @@ def create_recipe() -> TrainRecipe:
     return TrainRecipe()
 
 
+@dataclass(frozen=True)
+class PreparedTraining:
+    """What a training run has opened."""
+
+    dataset: ExampleDataset
+
+    valid_task: RetrievalTask | None
+    """The held-out rows, if there are any."""
+
+    teacher: ModelSource | None
+    """The model to learn from, if the objective needs one."""
+
+    teacher_dim: int | None
+    """The size of the teacher's embeddings."""
+
+
 @final
-class TrainRecipe(Recipe):
+class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
     """Trains an embedding model on rows of queries and documents."""
 
     def __init__(self) -> None:
         self.stop = StopRequest()
-        self._teacher: ModelSource | None = None
-        self._dataset: ExampleDataset | None = None
-        self._valid_task: RetrievalTask | None = None
 
     @property
     @override
     def config_kls(self) -> type[object]:
         return TrainConfig
 
-    def prepare_config(self, config: TrainConfig) -> None:
-        """Find the model and open the data, so that what is wrong with them is an error before anything is written."""
+    @override
+    def components(self, resolver: DependencyResolver) -> Mapping[str, Mapping[str, type[object]]]:
+        return {
+            "optimizer": list_components(resolver, Optimizer),
+            "lr_scheduler": list_components(resolver, LRScheduler),
+            "loss": {name: entry.config_kls for name, entry in LOSSES.items()},
+        }
+
+    @override
+    def prepare(self, config: TrainConfig) -> PreparedTraining:
         if config.trainer.data_parallelism != "fsdp" and config.trainer.mixed_precision.mode == "static":
             config.trainer.mixed_precision.mode = "auto"  # Autocast, as fairseq2 does; but it warns.
+
         loss = create_objective(config.loss)
-        teacher_dim, modalities = None, {}
+        teacher, teacher_dim, readers = None, None, {}
         if loss.needs_teacher:
-            self._teacher = find_teacher(config.teacher)
-            teacher = create_blank(self._teacher.family, self._teacher.config)
-            teacher_dim, modalities["the teacher"] = teacher.embedding_dim, teacher.modalities
+            teacher = find_teacher(config.teacher)
+            blank = create_blank(teacher.family, teacher.config)
+            teacher_dim, readers["the teacher"] = blank.embedding_dim, Reads.of(blank)
+
         plan = plan_model(config)
-        modalities["the model"] = plan.modalities
+        readers["the model"] = plan.reads
         parts = learned_parts(loss, plan.config, plan.embedding_dim, teacher_dim)
         override_config(plan.config, parts)
+
         config.model.config_overrides = {**plan.overrides, **parts} or None
         for section in (config.dataset, config.valid):
             make_absolute(section)
-        self._dataset = open_dataset(config.dataset, partial(check_row, loss=loss, modalities=modalities))
-        check_negatives(self._dataset, loss)
-        if config.valid.paths:
-            self._valid_task = load_valid_task(config, {"the model": plan.modalities})
 
+        dataset = open_dataset(config.dataset, partial(check_row, loss=loss, readers=readers))
+        check_negatives(dataset, loss)
+        valid_task = load_valid_task(config, {"the model": plan.reads}) if config.valid.paths else None
+
+        return PreparedTraining(dataset, valid_task, teacher, teacher_dim)
+
+    @override
     def exit_status(self) -> int:
-        """0, or 128 plus the number of the signal that stopped the run."""
         return 128 + self.stop.signum if self.stop.signum else 0
 
     @override
@@ -105,28 +138,29 @@ class TrainRecipe(Recipe):
 
     @override
     def setup_model(self, context: RecipeContext, model: Module, newly_initialized: bool) -> Module:
-        loss = create_objective(context.get_config_as(TrainConfig).loss)
+        config = context.get_config_as(TrainConfig)
+        loss = create_objective(config.loss)
         assert isinstance(model, EmbeddingModel)
+
         if newly_initialized and isinstance(model, ComposedModel):
             load_towers(model, context.gangs)
-        if model.logit_scale is not None:
-            model.logit_scale.requires_grad_(loss.initial_logit_scale is not None)
-        if model.logit_bias is not None:
-            model.logit_bias.requires_grad_(loss.initial_logit_bias is not None)
+
+        model.train_learned_parts(loss.learned_parts(model.embedding_dim, self.open(config).teacher_dim))
         return model
 
     @override
-    def create_task(self, context: RecipeContext) -> Task:
+    def create_prepared_task(self, context: RecipeContext, prepared: PreparedTraining) -> Task:
         config = context.get_config_as(TrainConfig)
         gangs = context.gangs
         log_to_files()
         model = context.get_model_as(EmbeddingModel)
         gather = RowGather(gangs.dp.as_process_group() if gangs.dp.size > 1 else None)
         loss = create_objective(config.loss, gather)
-        modalities = {"the model": model.modalities}
-        dataset = self._dataset or open_dataset(config.dataset, partial(check_row, loss=loss, modalities=modalities))
+
+        dataset = prepared.dataset
         if dataset.num_skipped:  # Said in full when it was opened, but before there was a log file.
             log.warning("%s rows that cannot be used are left out.", f"{dataset.num_skipped:,}")
+
         processor = create_processor(config, model, gangs)
         if gangs.root.rank == 0:
             processor.save(context.output_dir / "processor")
@@ -135,25 +169,26 @@ class TrainRecipe(Recipe):
                 link_checkpoints(context.output_dir, checkpoint_dir)
 
         teacher = None
-        if loss.needs_teacher:
-            source = self._teacher or find_teacher(config.teacher)
-            teacher = load_teacher(source, config.teacher, config.grad_cache, gangs)
+        if prepared.teacher is not None:
+            teacher = load_teacher(prepared.teacher, config.teacher, config.grad_cache, gangs)
             teacher.processor.allow_urls = config.dataset.allow_urls
 
         teacher_processor = None if teacher is None else teacher.processor
+
         train_processor = processor
         if (max_length := config.dataset.max_length) is not None:
             train_processor = create_processor(
                 config, model, gangs, max_length=min(max_length, processor.settings.max_length or max_length)
             )
+
         collator = Collator(train_processor, teacher_processor)
         reader = create_reader(config, dataset, collator, gangs)
         set_num_steps(config, reader.steps_per_epoch)
-        unit = ContrastiveTrainUnit(context.get_data_parallel_model(), loss, config.grad_cache, self.stop, teacher)
+        dp_model = context.get_data_parallel_model()
+        unit = ContrastiveTrainUnit(dp_model, model, loss, config.grad_cache, self.stop, teacher)
 
         valid_units, valid_readers = [], []
-        if config.valid.paths:
-            task = self._valid_task or load_valid_task(config, modalities)
+        if (task := prepared.valid_task) is not None:
             valid_units.append(RetrievalEvalUnit(model, task, gangs.dp))
             valid_readers.append(
                 ValidReader(
@@ -164,19 +199,22 @@ class TrainRecipe(Recipe):
                     gather=gather,
                 )
             )
+
         # fairseq2 says that units of training and of validation take the same batches, and does not need it.
         trainer = context.create_trainer(unit, reader, valid_units or None, valid_readers or None)  # type: ignore[misc]
-        unit.lapse = trainer._lapse_watch.get_elapsed_time
-        unit.finite.install(trainer)
+        unit.lapse = seconds_since_report(trainer)
+        unit.finite.install(trainer, context.get_optimizer())
+
         for valid_unit in valid_units:
-            # An error in a validation, of a broken image say, must not cost the checkpoint that is being written.
-            valid_unit.on_start = trainer._maybe_complete_checkpoint_save_operation
+            # An error in a validation, such as a broken image, must not cost the checkpoint that is being written.
+            valid_unit.on_start = partial(complete_checkpoint, trainer)
+
         self.stop.install(trainer)
         return trainer
 
 
 def log_to_files() -> None:
-    """Write our log lines to the run's log files as well: those of other ranks than the first are nowhere else."""
+    """Write our log lines to the run's log files as well. Lines of other ranks than the first are nowhere else."""
     for handler in logging.getLogger("fairseq2").handlers:
         if handler not in log.handlers:
             log.addHandler(handler)
@@ -210,6 +248,7 @@ def create_reader(
 ) -> EmbeddingDataReader[ContrastiveBatch]:
     """Create the reader of this rank's batches."""
     section = config.dataset
+
     return EmbeddingDataReader(
         dataset,
         collator,
@@ -242,13 +281,13 @@ def set_num_steps(config: TrainConfig, steps_per_epoch: int) -> None:
     log.info("Training for %s steps; an epoch has %s.", f"{regime.num_steps:,}", f"{steps_per_epoch:,}")
 
 
-def load_valid_task(config: TrainConfig, modalities: Mapping[str, Collection[str]]) -> RetrievalTask:
+def load_valid_task(config: TrainConfig, readers: Mapping[str, Reads]) -> RetrievalTask:
     """Make a retrieval task of the held-out rows.
 
-    :param modalities: what can be read, by who reads it.
+    :param readers: what the models that read the rows can read, by what messages call them.
     """
     section = config.valid
-    examples = list(open_dataset(section, partial(check_modalities, modalities=modalities)))
+    examples = list(open_dataset(section, partial(check_readable, readers=readers)))
     if section.on_error == "skip":
         # All now: what is relevant to which query must not change during the training.
         rows, examples = examples, []
@@ -257,4 +296,5 @@ def load_valid_task(config: TrainConfig, modalities: Mapping[str, Collection[str
                 log.warning("A held-out row is left out: %s", outcome)
             else:
                 examples.append(row)
+
     return task_from_examples(examples)

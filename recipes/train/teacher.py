@@ -10,10 +10,9 @@ from torch import Tensor
 
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.errors import ConfigError
-from vembed_fs2.gradcache import plan_chunks
 from vembed_fs2.hub.find import ModelSource, find_model
-from vembed_fs2.hub.load import load_source
-from vembed_fs2.inference.embedder import load_processor
+from vembed_fs2.hub.load import load_processor, load_source
+from vembed_fs2.inference.encoder import Encoder
 from vembed_fs2.processing.processor import Processor
 from vembed_fs2.recipes.train.config import GradCacheSection, TeacherSection
 
@@ -28,28 +27,28 @@ class Teacher:
 
     def __init__(self, model: EmbeddingModel, processor: Processor[Any], grad_cache: GradCacheSection) -> None:
         """:raises ConfigError: the model gives several vectors per row."""
-        if model.similarity == "maxsim":
+        if model.is_multi_vector:
             raise ConfigError("a teacher must give one vector per row.", where="`teacher`")
+
         self.processor = processor
         self._model = model.requires_grad_(False).eval()
-        self._chunk_tokens = grad_cache.chunk_tokens
-        self._chunk_patches = grad_cache.chunk_patches
+        self._encoder = Encoder(
+            self._model, chunk_tokens=grad_cache.chunk_tokens, chunk_patches=grad_cache.chunk_patches
+        )
 
-    @torch.no_grad()
     def encode(self, batch: EncoderBatch) -> Tensor:
         """Encode rows, longest first.
 
         *Returns:* float32, of unit length if the model's embeddings are meant to be. ``[N, T]``.
         """
-        profile = batch.profile()
-        embeddings: Tensor | None = None
-        for chunk in plan_chunks(profile, self._chunk_tokens, self._chunk_patches):
-            values = self._model(batch.select(chunk.rows)).values.float()
-            if embeddings is None:
-                embeddings = values.new_empty(batch.num_rows, values.size(1))
-            embeddings[torch.tensor(chunk.rows, device=values.device)] = values
-        assert embeddings is not None
-        return torch.nn.functional.normalize(embeddings, dim=-1) if self._model.normalize else embeddings
+        encoded = self._encoder.encode_batch(batch)
+        rows = torch.tensor([row for rows, _ in encoded for row in rows])
+        values = torch.cat([embeddings.values.float() for _, embeddings in encoded])
+
+        ordered = torch.empty_like(values)
+        ordered[rows.to(values.device)] = values
+
+        return torch.nn.functional.normalize(ordered, dim=-1) if self._model.normalize else ordered
 
 
 def find_teacher(section: TeacherSection) -> ModelSource:

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import override
 
-from vembed_fs2.embedding.model import Embeddings
+from vembed_fs2.embedding.model import EmbeddingModel, Embeddings
 from vembed_fs2.errors import VembedError
 from vembed_fs2.gradcache import GradCache
-from vembed_fs2.losses import MAX_LOGIT_SCALE, LossOutput, Objective, RowInfo
+from vembed_fs2.losses import LossOutput, Objective, RowInfo
 from vembed_fs2.recipes.metrics import SumsByName
 from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.train.config import GradCacheSection
@@ -36,13 +36,14 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
     def __init__(
         self,
         dp_model: Module,
+        model: EmbeddingModel,
         loss: Objective,
         grad_cache: GradCacheSection,
         stop: StopRequest,
         teacher: Teacher | None = None,
     ) -> None:
         self.finite = FiniteGuard(dp_model)
-        self._model = dp_model
+        self._model = model
         self._loss = loss
         self._teacher = teacher
         self._step = GradCache(
@@ -60,6 +61,7 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
 
     @override
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
+        self.finite.bag = metric_bag
         metric_bag.add("objective", SumsByName())
         for name in ("loss", *_PER_BATCH, "num_queries", "num_batches", "num_tokens", "total_num_queries"):
             metric_bag.add(name, Sum())
@@ -73,36 +75,30 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         """Return the sum of the loss over this rank's queries, and their number.
 
         The trainer divides by the number of queries of all ranks and undoes the
-        averaging of DDP and FSDP2, so the gradient is that of the global mean.
+        averaging of DDP and FSDP2, so the gradient is the global mean's.
         """
-        self._clamp_logit_scale()
+        self._model.clamp_learned_parts()
+
         if self._teacher is not None:
             assert batch.teacher_query is not None
             assert batch.teacher_document is not None
             batch.rows.teacher_query = self._teacher.encode(batch.teacher_query)
             batch.rows.teacher_document = self._teacher.encode(batch.teacher_document)
+
         loss = self._step(batch.query, batch.document, rows=batch.rows)
         self.finite.see(loss.detach())
         self._update_metrics(batch, loss.detach(), metric_bag)
-        return loss, batch.num_queries
 
-    @torch.no_grad()
-    def _clamp_logit_scale(self) -> None:
-        # As CLIP's own training does: above its bound the temperature would have no gradient, and stay there.
-        for name, parameter in self._model.named_parameters():
-            if name.rpartition(".")[2] == "logit_scale" and parameter.requires_grad:
-                parameter.clamp_(max=MAX_LOGIT_SCALE)
+        return loss, batch.num_queries
 
     def _compute_loss(self, query: Embeddings, document: Embeddings, rows: RowInfo) -> Tensor:
         output = self._loss(
             query.values,
             document.values,
             rows,
-            query.logit_scale,
-            logit_bias=query.logit_bias,
             query_mask=query.mask,
             document_mask=document.mask,
-            teacher_projection=query.teacher_projection,
+            **query.parts,
         )
         self._output = output
         return output.loss
@@ -112,6 +108,7 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         assert self._output is not None
         stats = self._step.stats
         metric_bag.get("objective", SumsByName).update(self._output.metrics)
+
         sums: dict[str, Tensor | float] = {
             "loss": loss,
             "num_queries": batch.num_queries,
@@ -132,9 +129,12 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         of_objective: dict[str, Tensor] = values.pop("objective")  # type: ignore[assignment]
         for name, value in (*of_objective.items(), ("loss", values["loss"])):
             values[name] = float(value) / max(sums["num_queries"], 1.0)  # type: ignore[arg-type]
+
         _check_loss(float(values["loss"]))  # type: ignore[arg-type]
+
         for name in _PER_BATCH:
             values[name] = float(values[name]) / max(sums["num_batches"], 1.0)  # type: ignore[arg-type]
+
         values["total_num_queries"] = int(float(values["total_num_queries"]))  # type: ignore[arg-type]
         if self.lapse is not None:
             seconds = max(self.lapse(), 1e-9)

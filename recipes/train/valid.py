@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import fairseq2.recipe  # noqa: F401  (before the evaluator, which imports it in a circle)
 import torch
@@ -22,13 +22,14 @@ from typing_extensions import Self, override
 
 from vembed_fs2.data.example import Item, Role
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
+from vembed_fs2.embedding.batch import EncoderBatch, Profile
+from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.evaluation.retrieval import evaluate_retrieval
 from vembed_fs2.evaluation.task import RetrievalTask
-from vembed_fs2.gradcache.planner import Chunk, match_counts, plan_chunks
+from vembed_fs2.gradcache.planner import match_counts, plan_chunks
+from vembed_fs2.inference.prepare import WINDOW_IMAGES, WINDOW_ROWS, PreparedWindows
 from vembed_fs2.processing.processor import Processor
-
-VALID_METRICS: Final = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")
+from vembed_fs2.recipes.metrics import VALID_METRICS
 
 
 @dataclass
@@ -66,31 +67,34 @@ class ValidReader(DataReader[ValidBatch]):
         self._iterator = self._read()
 
     def _read(self) -> Iterator[ValidBatch]:
-        block = self._batch_size * 16  # Enough rows to find some of the same length.
         for role, items in self._items.items():
             for rows in _by_kind(items):
-                share = self._share(rows)
-                for start in range(0, len(share), block):
-                    yield from self._read_block(role, share[start : start + block])
+                yield from self._read_kind(role, self._share(rows))
 
     def _share(self, rows: Sequence[int]) -> list[int]:
-        """The rows of this rank: as many as those of every other."""
+        """This rank's share of the rows; all shares have the same size."""
         size, last = self._gather.size, len(rows) - 1
         return [rows[min(i + self._gather.rank, last)] for i in range(0, len(rows), size)]
 
-    def _read_block(self, role: Role, indices: Sequence[int]) -> Iterator[ValidBatch]:
+    def _read_kind(self, role: Role, share: Sequence[int]) -> Iterator[ValidBatch]:
+        """Read rows of one kind; all ranks read as many blocks."""
         items = self._items[role]
-        inputs = self._processor([items[i] for i in indices], role=role)
-        profile = inputs.profile()
-        chunks = [
-            part
-            for c in plan_chunks(profile, self._chunk_tokens)
-            for part in _cut(c, self._batch_size, profile.costs())
-        ]
+        size = WINDOW_IMAGES if items[share[0]].images else WINDOW_ROWS
+
+        blocks = [share[start : start + size] for start in range(0, len(share), size)]
+
+        windows = ([items[i] for i in block] for block in blocks)
+        with PreparedWindows(windows, self._processor, role=role) as batches:
+            for block, inputs in zip(blocks, batches):
+                for rows in self._plan(inputs.profile()):
+                    yield ValidBatch(role, torch.tensor([block[r] for r in rows]), inputs.select(rows))
+
+    def _plan(self, profile: Profile) -> Iterator[tuple[int, ...]]:
+        """Cut a block into as many batches as the other ranks do."""
+        chunks = plan_chunks(profile, self._chunk_tokens, max_rows=self._batch_size)
         count = max(self._gather.counts(len(chunks)))
         for chunk in match_counts(chunks, {profile.kinds[0]: count}, profile):
-            rows = chunk.rows
-            yield ValidBatch(role, torch.tensor([indices[r] for r in rows]), inputs.select(rows))
+            yield chunk.rows
 
     @override
     def __iter__(self) -> Self:
@@ -124,11 +128,6 @@ def _by_kind(items: Sequence[Item]) -> list[list[int]]:
     for idx, item in enumerate(items):
         kinds.setdefault((item.text is None, not item.images), []).append(idx)
     return [kinds[kind] for kind in sorted(kinds)]
-
-
-def _cut(chunk: Chunk, size: int, costs: Sequence[int]) -> list[Chunk]:
-    parts = [chunk.rows[at : at + size] for at in range(0, len(chunk.rows), size)]
-    return [Chunk(rows, chunk.kind, len(rows) * max(costs[r] for r in rows)) for rows in parts]
 
 
 class _Part(NamedTuple):
@@ -177,8 +176,10 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
     def finalize(self, metric_bag: MetricBag) -> None:
         queries, query_mask = self._collect("query", len(self._task.queries))
         corpus, document_mask = self._collect("document", len(self._task.corpus))
+
         if not self._is_first:
             return
+
         # Autocast would round the similarities that documents are ranked by.
         with torch.autocast(queries.device.type, enabled=False):
             metrics = evaluate_retrieval(
@@ -190,6 +191,7 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
                 query_mask=query_mask,
                 document_mask=document_mask,
             )
+
         for name in VALID_METRICS:
             metric_bag.get(name, Sum).update(metrics[name])
 
@@ -210,15 +212,17 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
             ordered[order] = self._gather(rows, counts)
             return ordered
 
-        if self._model.similarity == "maxsim":
+        if self._model.is_multi_vector:
             values, mask = self._append_vectors(parts, indices.size(0), device)
             return gathered(values), gathered(mask)
+
         values = torch.cat([p.values for p in parts]) if parts else torch.empty(0, self._model.embedding_dim)
         return gathered(values.to(device)), None
 
     def _append_vectors(self, parts: Sequence[_Part], num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Append embeddings, as wide as those of any rank. *Returns:* ``[n, L, D]`` and a mask ``[n, L]``."""
+        """Append embeddings, as wide as any rank's. *Returns:* ``[n, L, D]`` and a mask ``[n, L]``."""
         width = max(self._gather.counts(max((p.values.size(1) for p in parts), default=1)))
+
         values = torch.zeros(num_rows, width, self._model.embedding_dim, device=device)
         mask = torch.zeros(num_rows, width, dtype=torch.bool, device=device)
         start = 0
@@ -227,4 +231,5 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
             values[rows, :length] = part.values
             mask[rows, :length] = True if part.mask is None else part.mask
             start = rows.stop
+
         return values, mask

@@ -146,9 +146,8 @@ def rank_rows(case: Case, rank: int, number: int) -> tuple[EncoderBatch, Encoder
 
 def compute(objective: Objective, query: Embeddings, document: Embeddings, rows: RowInfo) -> Tensor:
     return objective(
-        query.values, document.values, rows, query.logit_scale, logit_bias=query.logit_bias,
-        query_mask=query.mask, document_mask=document.mask, teacher_projection=query.teacher_projection,
-    ).loss  # fmt: skip
+        query.values, document.values, rows, query_mask=query.mask, document_mask=document.mask, **query.parts
+    ).loss
 
 
 def run_case(case: Case, rank: int, gangs: Gangs) -> dict[str, Tensor]:

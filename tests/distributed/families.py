@@ -21,7 +21,6 @@ from vembed_fs2.errors import ConfigError
 from vembed_fs2.gradcache import GradCache, plan_chunks
 from vembed_fs2.gradcache.planner import Chunk, match_counts
 from vembed_fs2.losses import InfoNCE, InfoNCEConfig, RowInfo
-from vembed_fs2.models.family import LEARNED_PARTS
 
 from . import tiny
 from .exactness import encode_all, join, own_shard
@@ -189,7 +188,7 @@ def _plain_gradient(
     _Loss(model)(query, document, rows).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    unused = trained - grads.keys() - set(LEARNED_PARTS)
+    unused = trained - grads.keys() - model.learned.keys()
     assert not unused, f"parameters without a gradient, an error under DDP: {sorted(unused)}"
     return grads
 

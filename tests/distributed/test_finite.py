@@ -29,21 +29,20 @@ class Run:
         inner: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
         self.model: Any = DistributedDataParallel(inner) if kind == "ddp" else fully_shard(inner)
         self.calls: list[str] = []
-        optimizer = torch.optim.AdamW(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.model(torch.ones(2, 4)).sum().backward()
-        optimizer.step()
+        self.optimizer.step()
         self.bag = MetricBag(device=CPU)
         self.bag.add("loss", Sum())
         self.bag.add("grad_norm", Mean())
         self.trainer: Any = SimpleNamespace(
-            _metric_bag=self.bag,
-            _optimizer=optimizer,
             _save_checkpoint=lambda blocking: self.calls.append("save"),
             _publish_metrics=lambda: self.calls.append("publish"),
             _maybe_complete_checkpoint_save_operation=lambda: self.calls.append("complete"),
         )
         self.guard = FiniteGuard(self.model)
-        self.guard.install(self.trainer)
+        self.guard.bag = self.bag
+        self.guard.install(self.trainer, self.optimizer)
 
     def local(self, index: int) -> Any:
         parameter = list(self.model.parameters())[index].detach()
@@ -64,7 +63,7 @@ def break_run(run: Run, case: str, rank: int) -> None:
         run.local(5)[0] = NAN
         run.local(2)[0] = INF
     elif case == "optimizer":
-        state = run.trainer._optimizer.state[list(run.model.parameters())[3]]["exp_avg_sq"]
+        state = run.optimizer.state[list(run.model.parameters())[3]]["exp_avg_sq"]
         (state.to_local() if hasattr(state, "to_local") else state)[0] = INF
     elif case == "first":
         run.local(4)[0] = NAN

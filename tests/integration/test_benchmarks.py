@@ -171,14 +171,16 @@ def test_objectives_run(bert_folder: Path, retrieval_data: Path) -> None:
 
 def test_objectives_are_all_there_is(benchmark: Any) -> None:
     from vembed_fs2.losses import LOSSES
-    from vembed_fs2.recipes.launch import component_config, resolve_components
+    from vembed_fs2.recipes.components import Components
     from vembed_fs2.recipes.layers import structure
     from vembed_fs2.recipes.train.config import TrainConfig
+    from vembed_fs2.recipes.train.recipe import create_recipe
 
+    components = Components(create_recipe())
     cases = benchmark("objectives").CASES
     for name, case in cases.items():
-        config = structure(TrainConfig, {"loss": case.loss}, component_config)
-        resolve_components(config)
+        config = structure(TrainConfig, {"loss": case.loss}, components.find_config)
+        components.resolve(config)
         assert not config.loss.validate().has_error(), name
     assert set(re.findall(r"'name': '(\w+)'", str([case.loss for case in cases.values()]))) == set(LOSSES)
 

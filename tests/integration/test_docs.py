@@ -54,7 +54,7 @@ def test_commands_of_the_guide_run(guide: str, folder: Path) -> None:
 @pytest.mark.parametrize("guide", ["README.md", "docs/inference.md"])
 def test_python_of_the_guide_runs(guide: str, folder: Path) -> None:
     script = folder / "guide.py"
-    script.write_text(blocks(guide, "python")[0])
+    script.write_text("\n".join(blocks(guide, "python")))
     run_script(script, cwd=folder).expect(0)
 
 

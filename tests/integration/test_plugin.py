@@ -55,9 +55,9 @@ class Workplace:
         self.folder = folder
         self.site = folder / "site"
 
-    def install(self) -> None:
+    def install(self, plugin: Path = PLUGIN) -> None:
         """What ``pip install --target`` does, with nothing but setuptools: no network, no wheel."""
-        source = shutil.copytree(PLUGIN, self.folder / "source")
+        source = shutil.copytree(plugin, self.folder / "source")
         setup = f"cd {source} && {sys.executable} -c 'import setuptools; setuptools.setup()' -q"
         self.bash(f"{setup} build_py --build-lib {self.site} egg_info --egg-base {self.site}").expect(0)
 

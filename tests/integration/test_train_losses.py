@@ -14,7 +14,7 @@ import torch
 from tests.integration.command_line import assert_same_weights, metrics, run, run_all, weights
 from tests.integration.conftest import WORDS
 from vembed_fs2 import Embedder
-from vembed_fs2.embedding.model import initial_projection
+from vembed_fs2.embedding.learned import teacher_projection
 from vembed_fs2.losses import LOSSES
 
 
@@ -115,7 +115,7 @@ def test_objectives_of_objectives_train(tmp_path: Path, bert_folder: Path, teach
     assert recorded(tmp_path / "sigmoid")[-1]["bias"] != recorded(tmp_path / "sigmoid")[0]["bias"]
     projection = weights(tmp_path / "embeddings")["teacher_projection"]
     assert projection.shape == (48, 32)
-    assert not torch.equal(projection, initial_projection(48, 32))  # Trained.
+    assert not torch.equal(projection, teacher_projection(48, 32).initial())  # Trained.
     assert "teacher_projection" not in weights(tmp_path / "teacher")
     assert "teacher_projection" not in weights(tmp_path / "same size")
 
@@ -213,7 +213,7 @@ def test_errors_say_what_is_missing(
             {"name": "combined", "config": {"losses": [
                 {"name": "infonce", "config": {"temperature": t, "learn_temperature": True}} for t in (0.1, 0.2)
             ]}}, [],
-            ["share the model's learned inverse temperature (log)", "1.60944 and 2.30259"],
+            ["share the model's learned `logit_scale`", "2.30259", "1.60944"],
         ),
         "nested": (
             {"name": "matryoshka", "config": {"loss": {"name": "infonce", "config": {"temprature": 1}}}}, [],
@@ -285,7 +285,7 @@ def test_the_guide_names_every_objective() -> None:
 def test_an_objective_of_another_package_trains_as_the_guide_says(
     tmp_path: Path, bert_folder: Path, scored: Path
 ) -> None:
-    used, own = guide_blocks("python")
+    used, own, _ = guide_blocks("python")
     query, document = torch.randn(4, 32, requires_grad=True), torch.randn(6, 32)
     exec(used, {"query": query, "document": document})
     assert query.grad is not None

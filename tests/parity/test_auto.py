@@ -16,8 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vembed_fs2.embedding.head import pool
-from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.head import ImageHeadConfig, pool
 from vembed_fs2.embedding.model import DenseConfig, EncoderBatch, HeadConfig, Pooling
 from vembed_fs2.errors import ConfigError, ModelLoadError
 from vembed_fs2.models.auto import AutoCheckpointFormat, AutoEmbeddingModel, AutoModelConfig, create_auto_model

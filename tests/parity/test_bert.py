@@ -18,6 +18,7 @@ from torch import Tensor
 
 import vembed_fs2  # noqa: F401
 from vembed_fs2.embedding.head import TextHead
+from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.embedding.model import DenseConfig, EncoderBatch, HeadConfig, Pooling
 from vembed_fs2.errors import ConfigError, DataError, ModelLoadError
 from vembed_fs2.models.bert import BertCheckpointFormat, BertConfig, BertModel, create_bert_model
@@ -367,7 +368,7 @@ def test_unknown_tensors_stay() -> None:
 def test_state_dict_with_our_names_is_left_alone() -> None:
     config = FORMAT.from_hf_config(TINY)
     model = create_bert_model(config)
-    model.add_logit_scale(2.0)
+    model.add_learned_parts([LearnedPart(name="logit_scale", mean=2.0)])
     state = dict(model.state_dict())
     assert FORMAT.from_hf_state_dict(state, config) is state
     assert "logit_scale" not in FORMAT.to_hg_state_dict(state, config)

@@ -29,8 +29,8 @@ from vembed_fs2.embedding.activations import create_activation
 from vembed_fs2.embedding.model import EncoderBatch
 from vembed_fs2.errors import ModelLoadError, VembedError
 from vembed_fs2.hub.find import ModelSource
+from vembed_fs2.hub.load import load_processor
 from vembed_fs2.hub.towers import load_towers, resolve_towers
-from vembed_fs2.inference.embedder import load_processor
 from vembed_fs2.models.composed import COMPOSED_FAMILY, ComposedConfig, ComposedModel
 from vembed_fs2.resolver import get_resolver
 

@@ -24,7 +24,7 @@ from vembed_fs2.embedding.batch import EncoderBatch
 from vembed_fs2.embedding.model import DenseConfig, EmbeddingModel, HeadConfig
 from vembed_fs2.errors import VembedError
 from vembed_fs2.hub.find import ModelSource
-from vembed_fs2.inference.embedder import load_processor
+from vembed_fs2.hub.load import load_processor
 from vembed_fs2.models.bert import BertConfig
 from vembed_fs2.resolver import get_resolver
 

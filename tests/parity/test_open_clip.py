@@ -41,8 +41,7 @@ def create_clip(model_cfg: dict[str, Any], seed: int = 0) -> tuple[Module, ClipM
     reference = create_reference(model_cfg, seed)
     config = clip_format.config_from_open_clip(model_cfg)
     model = create_clip_model(config).eval()
-    if config.logit_bias_init is not None:
-        model.add_logit_bias(config.logit_bias_init)
+    model.add_learned_parts(config.learned_parts(config.projection_dim))
     model.load_state_dict(clip_format.OPEN_CLIP.state_dict_from_open_clip(dict(reference.state_dict()), config))
     return reference, model, config
 

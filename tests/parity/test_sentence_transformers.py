@@ -115,15 +115,19 @@ def test_minilm_is_loaded_by_fairseq2() -> None:
     assert np.abs(embeds.numpy() - encode(MINILM, TEXTS[:4])).max() <= 1e-5
 
 
-@pytest.mark.parametrize(("mode", "normalized"), [("cls", True), ("mean", False), ("max", True), ("lasttoken", False)])
-def test_poolings(tiny: Path, tmp_path: Path, mode: str, normalized: bool) -> None:
+MODES: list[Any] = ["cls", "mean", "max", "lasttoken", "weightedmean", "mean_sqrt_len_tokens", ("mean", "cls", "max")]
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_poolings(tiny: Path, tmp_path: Path, mode: Any, normalized: bool) -> None:
     folder = build(tiny, tmp_path / "m", Pooling(32, mode), *([Normalize()] if normalized else []))
     assert_equal(folder)
     assert read_modules(folder).head.normalize == normalized
 
 
-@pytest.mark.parametrize("mode", ["cls", "mean", "max", "lasttoken"])
-def test_prompt_left_out_of_the_pooling(tiny: Path, tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_prompt_left_out_of_the_pooling(tiny: Path, tmp_path: Path, mode: Any) -> None:
     folder = build(tiny, tmp_path / "m", Pooling(32, mode, include_prompt=False))
     assert_equal(folder, prompt="represent this text for search: ")
     assert_equal(folder, prompt="")
@@ -265,8 +269,8 @@ def test_broken_modules_file(tmp_path: Path, modules: str, message: str) -> None
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}, "pooling modes cls and mean is not supported"),
-        ("1_Pooling/config.json", {"pooling_mode": "weightedmean"}, "`pooling_mode` 'weightedmean' is not supported"),
+        ("1_Pooling/config.json", {"pooling_mode": ["cls", "gem"]}, "`pooling_mode` 'gem' is not supported"),
+        ("1_Pooling/config.json", {"pooling_mode": "middle"}, "`pooling_mode` 'middle' is not supported"),
         ("1_Pooling/config.json", {"include_prompt": "no"}, "`include_prompt` must be of type bool"),
         ("1_Pooling/config.json", {"layers": 4}, "`layers` is not supported"),
         ("2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.Mish"}, "Mish' is not supported"),
@@ -292,10 +296,21 @@ def test_unsupported_options_are_refused(
 
 def test_old_pooling_keys_combined(tiny: Path, tmp_path: Path) -> None:
     folder = build(tiny, tmp_path / "m")
-    old = {"word_embedding_dimension": 32, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}
+    keys = ("mean_tokens", "lasttoken", "max_tokens", "weightedmean_tokens", "mean_sqrt_len_tokens")
+    old = {"word_embedding_dimension": 32, **{f"pooling_mode_{key}": True for key in keys}}
     folder.joinpath("1_Pooling", "config.json").write_text(json.dumps(old))
-    with pytest.raises(ModelLoadError, match="the combination of the pooling modes cls and mean"):
-        read_modules(folder)
+    assert_equal(folder)
+    # In the order that sentence-transformers has, whatever that of the file.
+    assert read_modules(folder).head.pooling == ["max", "mean", "mean_sqrt_len", "weightedmean", "last"]
+
+
+def test_dense_after_several_poolings(tiny: Path, tmp_path: Path) -> None:
+    folder = build(tiny, tmp_path / "m", Pooling(32, ("cls", "mean")), Dense(64, 8), Normalize())
+    assert_equal(folder)
+    embedder = Embedder.load(folder, device="cpu")
+    assert embedder.embedding_dim == 8
+    embedder.save_sentence_transformers(tmp_path / "again")
+    assert_equal(tmp_path / "again")
 
 
 def test_missing_files(tiny: Path, tmp_path: Path) -> None:
@@ -323,16 +338,32 @@ def write(tiny: Path, root: Path, head: HeadConfig, dense_state: dict[str, Tenso
     return root
 
 
-@pytest.mark.parametrize(("pooling", "normalized"), [("cls", False), ("mean", True), ("max", False), ("last", True)])
+@pytest.mark.parametrize(
+    ("pooling", "normalized"),
+    [
+        ("cls", False),
+        ("mean", True),
+        ("max", False),
+        ("last", True),
+        ("weightedmean", True),
+        ("mean_sqrt_len", False),
+        (["cls", "max", "last"], True),
+        (["mean", "cls"], False),
+    ],
+)
 def test_written_folder(tiny: Path, tmp_path: Path, pooling: Any, normalized: bool) -> None:
     head = HeadConfig(pooling=pooling, normalize=normalized, include_prompt=False, similarity="dot")
-    folder = write(tiny, tmp_path / "m", head, {})
+    dim = 32 * len(head.poolings)
+    folder = write(tiny, tmp_path / "m", head, {}, embedding_dim=dim)
     assert_equal(folder)
     assert read_modules(folder) == SentenceModules(folder, head, (), 48, {"query": "query: "}, "query", True)
+    # Versions before 5.4 read it, unless the order of the poolings is not theirs.
+    in_order = pooling != ["mean", "cls"]
+    assert ("pooling_mode" in json.loads((folder / "1_Pooling/config.json").read_text())) != in_order
     theirs = SentenceTransformer(str(folder), device="cpu")
     assert theirs.max_seq_length == 48
     assert theirs.similarity_fn_name == "dot"
-    assert theirs.get_embedding_dimension() == 32
+    assert theirs.get_embedding_dimension() == dim
 
 
 def test_written_dense_modules(tiny: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from tests.parity.dropout_masks import assert_same_dropout
-from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.head import ImageHeadConfig
 from vembed_fs2.embedding.model import EncoderBatch
 from vembed_fs2.models.vit import VitCheckpointFormat, VitConfig, VitModel, create_vit_model
 

@@ -88,7 +88,7 @@ def test_export_keeps_the_pooling(model_type: str, head: dict[str, Any], tmp_pat
 
 @pytest.mark.parametrize(
     ("content", "error"),
-    [({"pool": "cls"}, "not valid"), ({"pooling": "pooler"}, "has none"), ({"pooling": "max"}, "must be one of")],
+    [({"pool": "cls"}, "not valid"), ({"pooling": "pooler"}, "has none"), ({"pooling": "most"}, "must be one of")],
 )
 def test_broken_pooling_files_are_errors(content: dict[str, Any], error: str, tmp_path: Path) -> None:
     write_folder("dinov2", tmp_path)

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from tests.parity.test_vit import FORMAT, MODELS, create_pair, images, small
-from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.head import ImageHeadConfig
+from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.embedding.model import DenseConfig, EncoderBatch, HeadConfig
 from vembed_fs2.errors import DataError, ModelLoadError
 from vembed_fs2.models.family import config_errors
@@ -140,7 +141,7 @@ def test_vit_without_pooler() -> None:
 
 def test_state_dict_with_our_names_is_left_alone() -> None:
     _, model, config = create_pair(small("dinov2"))
-    model.add_logit_scale(2.0)
+    model.add_learned_parts([LearnedPart(name="logit_scale", mean=2.0)])
     state = dict(model.state_dict())
     assert FORMAT.from_hf_state_dict(state, config) is state
     assert "logit_scale" not in FORMAT.to_hg_state_dict(state, config)
@@ -212,7 +213,7 @@ def test_every_error_of_a_config_is_listed() -> None:
         (ImageHeadConfig(pooling="topk"), "top_k"),
         (ImageHeadConfig(pooling="none", top_k=0), "top_k"),
         (ImageHeadConfig(pooling="gem", gem_p=0.0), "gem_p"),
-        (ImageHeadConfig(pooling="max"), "pooling"),  # type: ignore[arg-type]
+        (ImageHeadConfig(pooling="most"), "pooling"),  # type: ignore[arg-type]
     ],
 )
 def test_heads_that_cannot_be_are_errors(head: ImageHeadConfig, word: str) -> None:

@@ -7,17 +7,23 @@ import argparse
 from vembed_fs2.errors import ConfigError
 
 
-def parse_columns(pairs: list[str]) -> dict[str, str | None]:
-    """Parse the values of ``--column``: the column of each field, ``None`` for none.
+def parse_columns(pairs: list[str]) -> dict[str, str | list[str] | None]:
+    """Parse the values of ``--column``: the column of each field, several if it is given several times, or ``None``.
 
     :raises ConfigError: one is not of the form FIELD=NAME.
     """
-    columns: dict[str, str | None] = {}
+    columns: dict[str, str | list[str] | None] = {}
     for pair in pairs:
         name, separator, column = pair.partition("=")
         if not separator:
             raise ConfigError(f"`--column` must be FIELD=NAME, but is {pair!r}.", where="The command line")
-        columns[name] = column or None
+
+        before = columns.get(name)
+        if before is None:
+            columns[name] = column or None
+        else:
+            columns[name] = [*([before] if isinstance(before, str) else before), column]
+
     return columns
 
 

@@ -10,7 +10,6 @@ import math
 import os
 from array import array
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
@@ -21,7 +20,7 @@ from vembed_fs2.errors import DataError
 if TYPE_CHECKING:
     from vembed_fs2.data.dataset import Problems
     from vembed_fs2.data.example import Example, Item
-    from vembed_fs2.data.schema import RowSchema
+    from vembed_fs2.data.schema import Columns, RowSchema
     from vembed_fs2.data.sources import Paths, RowSource
 
 Images: TypeAlias = Literal["all", "sample", "none"]
@@ -34,7 +33,7 @@ _BLOCK: Final = 256
 """Rows that are read before the images of any are decoded, in parallel."""
 
 
-class Spread:
+class Distribution:
     """The distribution of a number."""
 
     def __init__(self) -> None:
@@ -79,12 +78,12 @@ class Report:
     modes: Counter[str] = field(default_factory=Counter)
     """The number of rows of each mode."""
 
-    lengths: dict[str, Spread] = field(default_factory=dict)
+    lengths: dict[str, Distribution] = field(default_factory=dict)
     """The lengths of texts in characters, by role."""
 
     num_images: int = 0
-    widths: Spread = field(default_factory=Spread)
-    heights: Spread = field(default_factory=Spread)
+    widths: Distribution = field(default_factory=Distribution)
+    heights: Distribution = field(default_factory=Distribution)
     """The sizes of the images that were decoded, in pixels, upright."""
 
     num_negatives: Counter[int] = field(default_factory=Counter)
@@ -112,7 +111,7 @@ class Report:
 def check_dataset(
     paths: Paths,
     *,
-    columns: Mapping[str, str | None] | None = None,
+    columns: Columns | None = None,
     mode: str = "auto",
     image_root: str | os.PathLike[str] | None = None,
     allow_urls: bool = False,
@@ -130,6 +129,7 @@ def check_dataset(
     from vembed_fs2.data.sources import RowSource
 
     schema = RowSchema(columns=columns, mode=mode, image_root=image_root, allow_urls=allow_urls)
+
     source = RowSource(paths)
     report = Report(source.files, len(source), Problems(_SHOWN))
     every = {"all": 1, "sample": max(1, len(source) // _SAMPLED_ROWS), "none": len(source) + 1}[images]
@@ -137,9 +137,11 @@ def check_dataset(
         rows = {i: _read(i, source, schema, report) for i in range(start, min(start + _BLOCK, len(source)))}
         examples = {i: row for i, row in rows.items() if not isinstance(row, DataError)}
         opened = [i for i, row in examples.items() if images != "none" and i % every == 0 and has_images(row)]
+
         sizes = dict(zip(opened, decode_images([examples[i] for i in opened])))
         for index, row in rows.items():
             _count(report, row, sizes.get(index, []))
+
     return report
 
 
@@ -164,9 +166,11 @@ def _count(report: Report, row: Example | DataError, sizes: list[tuple[int, int]
     if isinstance(row, DataError) or isinstance(sizes, DataError):
         report.problems.add(str(row if isinstance(row, DataError) else sizes))
         return
+
     for width, height in sizes:
         report.widths.add(width)
         report.heights.add(height)
+
     _count_content(report, row)
 
 
@@ -176,6 +180,7 @@ def _count_content(report: Report, example: Example) -> None:
     report.num_usable += 1
     query = content_id(example.query)
     report.queries.add(query)
+
     if example.positive is None:
         report.modes[f"{kind_of(example.query)} with a label only"] += 1
     else:
@@ -183,10 +188,12 @@ def _count_content(report: Report, example: Example) -> None:
         document = content_id(example.positive)
         report.documents.add(document)
         report.pairs.add(hash((query, document)))
+
     for role, item in _items(example):
         report.num_images += len(item.images)
         if item.text is not None:
-            report.lengths.setdefault(role, Spread()).add(len(item.text))
+            report.lengths.setdefault(role, Distribution()).add(len(item.text))
+
     report.num_negatives[len(example.negatives)] += 1
     report.num_scored += bool(example.scores)
     if example.label is not None:
@@ -196,6 +203,7 @@ def _count_content(report: Report, example: Example) -> None:
 def render(report: Report) -> str:
     """Write a report as text."""
     files = str(report.files[0]) if len(report.files) == 1 else f"{len(report.files):,} files"
+
     lines = [("files", files), ("rows", f"{report.num_rows:,}, usable {report.num_usable:,}")]
     lines += [("mode", f"{mode}: {count:,}") for mode, count in report.modes.most_common()]
     lines += [(f"{role} text", f"{spread} characters") for role, spread in report.lengths.items()]
@@ -205,18 +213,24 @@ def render(report: Report) -> str:
         lines += [("image width", f"{report.widths} pixels"), ("image height", f"{report.heights} pixels")]
     if any(report.num_negatives):
         lines += [("rows with", f"{n} negatives: {c:,}") for n, c in sorted(report.num_negatives.items())]
+
     if report.labels:
         alone = sum(count == 1 for count in report.labels.values())
         lines.append(("labels", f"{len(report.labels):,}, of one row only {alone:,}"))
+
     if report.num_scored:
         lines.append(("with scores", f"{report.num_scored:,}"))
+
     repeats = (("queries", report.queries), ("documents", report.documents), ("pairs", report.pairs))
     lines.append(("repeated", ", ".join(f"{name} {r.count:,}" for name, r in repeats)))
+
     if report.ignored_columns:
         lines.append(("ignored", f"columns {', '.join(sorted(report.ignored_columns))}"))
+
     text = "\n".join(f"{name + ':':<15} {value}" for name, value in lines)
     if report.ok:
         return f"{text}\nNo problems found."
+
     return f"{text}\n{report.problems.count:,} problems:\n{report.problems}"
 
 

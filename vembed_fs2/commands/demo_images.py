@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     before = evaluate_digits(Embedder.load(out / "untrained"), out / "data")
 
     heading("2. Training")
+
     status = train(out / "run", "demo_images", model=out / "untrained", data=files.train)
     if status:
         return status
@@ -62,4 +63,5 @@ def run(args: argparse.Namespace) -> int:
     embedder.save_hf(out / "model")
     print(f"Everything took {perf_counter() - started:.0f} s. Use the model:")
     print(_USE[args.model].format(folder=out / "model"))
+
     return 0

@@ -19,13 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Build pairs, evaluate, fine-tune, evaluate again, export."""
     from vembed_fs2.commands.demo import heading, minilm_folder, train
-    from vembed_fs2.commands.evaluate import load_embedder
     from vembed_fs2.demo.text import write_pairs
     from vembed_fs2.evaluation.datasets import task_from_files
     from vembed_fs2.evaluation.report import print_results, write_results
     from vembed_fs2.evaluation.retrieval import evaluate_embedder
     from vembed_fs2.files import check_new_folder
     from vembed_fs2.inference.embedder import Embedder
+    from vembed_fs2.recipes.evaluate.evaluate import load_embedder
     from vembed_fs2.recipes.train.config import has_fast_bf16
 
     out: Path = args.output_dir
@@ -49,9 +49,11 @@ def run(args: argparse.Namespace) -> int:
 
     heading("3. One epoch of training")
     train_started = perf_counter()
+
     status = train(out / "run", "demo_text", model=base, data=files.train)
     if status:
         return status
+
     train_seconds = perf_counter() - train_started
 
     heading("4. After training")
@@ -65,4 +67,5 @@ def run(args: argparse.Namespace) -> int:
     print("    from sentence_transformers import SentenceTransformer")
     print(f'    model = SentenceTransformer("{out / "model"}")')
     print('    vectors = model.encode(["how to sort a list by a key"])')
+
     return 0

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
-from vembed_fs2.commands.arguments import add_trust_argument
+from vembed_fs2.commands.arguments import add_trust_argument, parse_columns
+from vembed_fs2.errors import ConfigError
+from vembed_fs2.recipes.evaluate.settings import EvaluateDataSection, EvaluateSettings
 
 if TYPE_CHECKING:
-    from vembed_fs2.evaluation.task import RetrievalTask
     from vembed_fs2.inference.embedder import Embedder
 
 
@@ -45,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="most inputs per forward pass")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument(
+        "--nproc-per-node", type=_positive, metavar="N", help="share the work among N processes on this machine"
+    )
     add_trust_argument(parser)
 
 
@@ -56,73 +67,100 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate the model (and the baseline) and print the table."""
-    from vembed_fs2.evaluation.report import print_results, write_results
     from vembed_fs2.files import check_file
 
     if args.output is not None:
         check_file(args.output)
-    task = load_task(args)
-    names = [args.baseline, args.model] if args.baseline else [args.model]
-    results = {name: _evaluate(name, task, args) for name in names}
-    print_results(results, title=f"{len(task.queries):,} queries, {len(task.corpus):,} documents")
-    if args.output is not None:
-        about = {"data": [str(p) for p in args.data], "max_length": args.max_length, "bf16": args.bf16}
-        if args.baseline:
-            about |= {"baseline": args.baseline, "baseline_metrics": results[args.baseline]}
-        write_results(args.output, results[args.model], model=args.model, **about)
-    return 0
+
+    settings = _read_settings(args)
+    if args.nproc_per_node is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _run_gang(settings, args)
+
+    return _run_here(settings, args)
 
 
-def load_task(args: argparse.Namespace) -> RetrievalTask:
-    """Read what to evaluate on.
+def _read_settings(args: argparse.Namespace) -> EvaluateSettings:
+    data = EvaluateDataSection(
+        paths=args.data,
+        queries=args.queries,
+        corpus=args.corpus,
+        qrels=args.qrels,
+        split=args.split,
+        columns=parse_columns(args.column),
+        mode=args.mode,
+        image_root=args.image_root,
+    )
 
-    :raises VembedError: the arguments do not name it, or it cannot be read.
-    """
-    from vembed_fs2.commands.arguments import parse_columns
-    from vembed_fs2.data.dataset import ExampleDataset
-    from vembed_fs2.errors import VembedError
-    from vembed_fs2.evaluation.datasets import task_from_examples, task_from_files, task_from_folder
-
-    triple = [args.queries, args.corpus, args.qrels]
-    if any(triple):
-        if args.data or not all(triple):
-            raise VembedError("Give DATA, or all of --queries, --corpus and --qrels.")
-        return task_from_files(*triple, image_root=args.image_root)
-    if not args.data:
-        raise VembedError("Give DATA: files of rows, or a folder with queries, corpus and qrels.")
-    if len(args.data) == 1 and args.data[0].is_dir() and any(args.data[0].glob("qrels*")):
-        return task_from_folder(args.data[0], args.split, image_root=args.image_root)
-    dataset = ExampleDataset(args.data, columns=parse_columns(args.column), mode=args.mode, image_root=args.image_root)
-    return task_from_examples(list(dataset))
-
-
-def _evaluate(name: str, task: RetrievalTask, args: argparse.Namespace) -> dict[str, float]:
-    from vembed_fs2.evaluation.retrieval import evaluate_embedder
-
-    embedder = load_embedder(
-        name,
-        device=args.device,
+    return EvaluateSettings(
+        model=args.model,
+        baseline=args.baseline or None,
+        data=data,
+        ks=args.ks,
         max_length=args.max_length,
+        batch_size=args.batch_size,
         bf16=args.bf16,
         trust_remote_code=args.trust_remote_code,
     )
-    return evaluate_embedder(
-        embedder,
-        task,
-        batch_size=args.batch_size,
-        ks=args.ks,
-        similarity="dot" if embedder.model.similarity == "dot" else "cosine",
-    )
 
 
-def load_embedder(
-    name: str, *, device: str | None, max_length: int | None, bf16: bool, trust_remote_code: bool = False
-) -> Embedder:
-    """Load a model to evaluate."""
-    import torch
+def _run_here(settings: EvaluateSettings, args: argparse.Namespace) -> int:
+    """Evaluate in this process, which needs neither a gang nor a folder."""
+    from vembed_fs2.recipes.evaluate.evaluate import evaluate_models, load_embedder, load_task
 
-    from vembed_fs2.inference.embedder import Embedder
+    def load(name: str) -> Embedder:
+        return load_embedder(
+            name,
+            device=args.device,
+            max_length=settings.max_length,
+            bf16=settings.bf16,
+            trust_remote_code=settings.trust_remote_code,
+        )
 
-    embedder = Embedder.load(name, device=device, max_length=max_length, trust_remote_code=trust_remote_code)
-    embedder.autocast_dtype = torch.bfloat16 if bf16 else None
-    return embedder
+    _show(settings, evaluate_models(settings, load_task(settings.data), load), args.output)
+    return 0
+
+
+def _run_gang(settings: EvaluateSettings, args: argparse.Namespace) -> int:
+    """Run the recipe. It writes a folder, of which only the results are wanted, or the logs if it fails."""
+    from vembed_fs2.files import read_json
+    from vembed_fs2.recipes.arguments import add_recipe_arguments
+    from vembed_fs2.recipes.launch import run_recipe
+
+    if args.device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device must be cpu or cuda on several processes, but is {args.device!r}.")
+    if args.device == "cpu":
+        os.environ["FAIRSEQ2_DEVICE"] = "cpu"
+
+    folder = Path(mkdtemp(prefix="vembed_evaluate_"))
+    parser = argparse.ArgumentParser()
+    add_recipe_arguments(parser)
+    values = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in asdict(settings).items()]
+    launch = [] if args.nproc_per_node is None else ["--nproc-per-node", str(args.nproc_per_node)]
+    command = [str(folder), *launch, "--quiet", "--no-rich", "--config", *values]
+
+    status = run_recipe("vembed_fs2.recipes.evaluate", parser.parse_args(command))
+    if status == 0 and (file := folder / "results.json").exists():  # Only the first process of the gang has it.
+        report = read_json(file)
+        results = {settings.model: report["metrics"]}
+        if settings.baseline is not None:
+            results = {settings.baseline: report["baseline_metrics"], **results}
+        _show(settings, results, args.output)
+
+    if status == 1:
+        print(f"The log files are in {folder / 'logs'}.", file=sys.stderr)
+    else:
+        rmtree(folder, ignore_errors=True)
+
+    return status
+
+
+def _show(settings: EvaluateSettings, results: Mapping[str, Mapping[str, float]], output: Path | None) -> None:
+    from vembed_fs2.evaluation.report import print_results
+    from vembed_fs2.recipes.evaluate.evaluate import write_report
+
+    counts = results[settings.model]
+    num_queries = int(counts["num_queries"] + counts["num_queries_without_relevant"])
+    print_results(results, title=f"{num_queries:,} queries, {int(counts['num_documents']):,} documents")
+
+    if output is not None:
+        write_report(output, settings, results)

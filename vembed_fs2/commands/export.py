@@ -32,4 +32,5 @@ def run(args: argparse.Namespace) -> int:
     write = get_writer(args.format)
     write(Embedder.load(args.model, device="cpu", trust_remote_code=args.trust_remote_code), args.output_dir)
     print(f"Written to {args.output_dir}.")
+
     return 0

@@ -20,10 +20,12 @@ def run(args: argparse.Namespace) -> int:
     from vembed_fs2.resolver import get_resolver
 
     names = [args.family] if args.family else sorted(embedding_families(get_resolver()))
+
     entries = [entry for name in names for entry in _describe(name)]
     if args.json:
         print_json(entries)
         return 0
+
     rows = [
         [e["family"], e["arch"], f"{e['embedding_dim']:>9}", f"{e['parameters']:>14,}", e["summary"]] for e in entries
     ]
@@ -49,4 +51,5 @@ def _describe(name: str) -> list[dict[str, Any]]:
                 "parameters": model.parameters,
             }
         )
+
     return entries

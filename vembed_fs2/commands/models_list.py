@@ -27,10 +27,12 @@ def run(args: argparse.Namespace) -> int:
 
     resolver = get_resolver()
     names = [args.family] if args.family else sorted(embedding_families(resolver))
+
     families = [describe_family(name, resolver) for name in names]
     if args.json:
         print_json([asdict(family) for family in families])
         return 0
+
     _print_families(families)
     _print_cards([card for family in families for card in family_cards(family.name, resolver)])
     return 0
@@ -57,6 +59,7 @@ def _print_cards(cards: list[AssetCard]) -> None:
     for card in cards:
         fields = (card.maybe_get_field(name) for name in ("model_family", "model_arch", "checkpoint"))
         rows.append([card.name, *("" if field is None else field.as_(str) for field in fields)])
+
     if rows:
         print()
         print_columns(["card", "family", "arch", "checkpoint"], rows)

@@ -42,11 +42,13 @@ def _family_table() -> str:
         # Families of other packages are documented there.
         if not resolver.resolve(ModelFamily, key=name).kls.__module__.startswith("vembed_fs2."):
             continue
+
         family = describe_family(name, resolver)
         reads = ", ".join(f"`{model_type}`" for model_type in family.reads)
         modalities = ("yes" if m in family.modalities else "" for m in ("text", "image"))
         supports = ("" if answer == "no" else answer for answer in family.supports.values())
         rows.append([f"`{name}`", reads, *modalities, *supports])
+
     ways = ["tensor parallel", "FSDP2", "activation checkpointing", "compile", "unpadded"]
     return _markdown(["family", "reads `model_type`", "texts", "images", *ways], rows)
 
@@ -57,11 +59,13 @@ def _card_table() -> str:
     for file in sorted(resources.files("vembed_fs2.assets.cards").iterdir(), key=lambda f: f.name):
         if not file.name.endswith(".yaml"):
             continue
+
         for card in YAML(typ="safe", pure=True).load_all(file.read_text(encoding="utf-8")):
             model = _describe_card(card["name"], known)
             repository = card["checkpoint"].removeprefix("hg://")
             size = f"{model.parameters / 1e6:,.1f} M"
             rows.append([f"`{card['name']}`", f"`{card['model_arch']}`", repository, f"{model.embedding_dim}", size])
+
     return _markdown(["card", "architecture", "repository", "embedding", "parameters"], rows, numbers=2)
 
 
@@ -82,6 +86,7 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: 
     """
     rules = ["---"] * (len(header) - numbers) + ["---:"] * numbers
     lines = [f"| {' | '.join(header)} |", f"|{'|'.join(rules)}|"]
+
     # Empty cells as people write them.
     lines += [f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in rows]
     return "\n".join(lines) + "\n"

@@ -16,4 +16,4 @@ def run(args: argparse.Namespace) -> int:
     """Run the recipe."""
     from vembed_fs2.recipes.launch import run_recipe
 
-    return run_recipe("train", args)
+    return run_recipe("vembed_fs2.recipes.train", args)

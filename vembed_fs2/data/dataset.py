@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
 from vembed_fs2.data.example import Example
-from vembed_fs2.data.schema import RowSchema
+from vembed_fs2.data.schema import Columns, RowSchema
 from vembed_fs2.data.sources import Paths, RowSource
 from vembed_fs2.errors import ConfigError, DataError
 
@@ -50,7 +50,7 @@ class ExampleDataset:
         self,
         paths: Paths,
         *,
-        columns: Mapping[str, str | None] | None = None,
+        columns: Columns | None = None,
         mode: str = "auto",
         image_root: str | os.PathLike[str] | None = None,
         allow_urls: bool = False,
@@ -60,11 +60,14 @@ class ExampleDataset:
         accept: Callable[[Example], None] | None = None,
     ) -> None:
         check_on_error(on_error)
+
         if max_rows is not None and max_rows < 1:
             raise ConfigError(f"`max_rows` must be positive, but is {max_rows}.", where="The data configuration")
+
         self._schema = RowSchema(columns=columns, mode=mode, image_root=image_root, allow_urls=allow_urls)
         self._source = RowSource(paths)
         self._accept = accept
+
         size = len(self._source) if max_rows is None else min(max_rows, len(self._source))
         self._rows: range | np.ndarray[tuple[int], np.dtype[np.int64]] = range(size)
         self.num_skipped = 0
@@ -93,6 +96,7 @@ class ExampleDataset:
     def _read(self, row: int) -> Example:
         source = self._source
         where = source.where(row)
+
         example = self._schema.parse(source[row], where, source.file(row).parent, untyped=source.untyped)
         if self._accept is not None:
             self._accept(example)
@@ -106,13 +110,16 @@ class ExampleDataset:
                 usable.append(row)
             except DataError as ex:
                 problems.add(str(ex))
+
         if problems.count == 0:
             return
+
         summary = f"{problems.count:,} of {len(self):,} rows cannot be used:\n{problems}"
         if on_error == "raise":
             raise DataError(f"{summary}\nRepair them. A training can leave them out, with on_error=skip.")
         if not usable:
             raise DataError(f"The dataset is empty: {summary}")
+
         log.warning("%s\nThey are left out.", summary)
         self.num_skipped = problems.count
         self._rows = np.array(usable, dtype=np.int64)

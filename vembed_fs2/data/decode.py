@@ -55,17 +55,20 @@ def decode_image(
     else:
         name, content = _read(source, root, allow_urls, _BYTES_PER_PIXEL * max_pixels)
         image = _open(name, content, max_pixels)
+
     width, height = image.size
     if width * height > max_pixels:
         raise DataError(f"{name} has {width} x {height} pixels, more than the limit of {max_pixels}.")
     if width * height == 0:
         raise DataError(f"{name} has no pixels: its size is {width} x {height}.")
+
     return _load(name, image, max_pixels)
 
 
 def _open(name: str, content: bytes, max_pixels: int) -> Image.Image:
     if not content:
         raise DataError(f"{name} is empty.")
+
     try:
         with _pillow_limit(max_pixels):
             return Image.open(BytesIO(content))
@@ -81,6 +84,7 @@ def _open(name: str, content: bytes, max_pixels: int) -> Image.Image:
 def _load(name: str, image: Image.Image, max_pixels: int) -> Image.Image:
     with _pillow_lock:  # never another thread's limit
         limit = Image.MAX_IMAGE_PIXELS
+
     try:
         if limit is not None and image.width * image.height > limit:
             with _pillow_limit(max_pixels):
@@ -95,6 +99,7 @@ def _load(name: str, image: Image.Image, max_pixels: int) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except Exception:  # Pillow parses EXIF data now, and raises errors of many kinds on broken ones.
         return image
+
     return image
 
 
@@ -116,6 +121,7 @@ def _read(source: Path | str | bytes, root: Path | None, allow_urls: bool, max_b
         return f"The image of {len(source)} bytes", source
     if isinstance(source, str) and "://" in source:
         return _fetch(source, allow_urls, max_bytes)
+
     try:
         file = _resolve(Path(source), root)
         if not file.is_file():
@@ -131,10 +137,12 @@ def _read(source: Path | str | bytes, root: Path | None, allow_urls: bool, max_b
 def _resolve(path: Path, root: Path | None) -> Path:
     if root is None:
         return path
+
     root = root.resolve()
     file = (root / path).resolve()
     if not file.is_relative_to(root):
         raise DataError(f"{path} is outside the image folder {root}.")
+
     return file
 
 
@@ -145,12 +153,15 @@ def _fetch(url: str, allow_urls: bool, max_bytes: int) -> tuple[str, bytes]:
         raise DataError(f"{name} is neither a file nor an http or https URL.")
     if not allow_urls:
         raise DataError(f"{name} is a URL, and fetching is off. Set `allow_urls` to fetch it.")
+
     try:
         with urlopen(Request(url, headers={"User-Agent": "vembed_fs2"}), timeout=_URL_TIMEOUT) as response:
             content: bytes = response.read(max_bytes + 1)
     # Network, protocol and URL errors have no common base.
     except Exception as ex:
         raise DataError(f"{name} cannot be fetched: {ex}.") from None
+
     if len(content) > max_bytes:
         raise DataError(f"{name} is larger than {max_bytes} bytes.")
+
     return name, content

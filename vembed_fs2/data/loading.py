@@ -58,15 +58,17 @@ class Loader(Generic[BatchT]):
         self._skip = skip
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._pool = _Pool(num_threads) if num_threads else None
+        self._pool = OrderedPool(num_threads, "vembed_data") if num_threads else None
 
     def start(self, rows: list[int]) -> Task[BatchT]:
         """Have a batch made."""
         if self._pool is None:
             return Task([], lambda: self._make_batch([self._load_rows(rows)]))
+
         groups = [rows[i : i + _ROWS_PER_TASK] for i in range(0, len(rows), _ROWS_PER_TASK)]
         parts = [self._pool.submit(self._load_rows, group) for group in groups]
         batch = self._pool.submit(self._join, parts)
+
         return Task([*parts, batch], batch.result)
 
     def stop(self) -> None:
@@ -84,6 +86,7 @@ class Loader(Generic[BatchT]):
         loaded = []
         for row in rows:
             self._check_stopped()
+
             try:
                 example = self._dataset[row]
                 loaded.append(example if self._load is None else self._load(example))
@@ -91,10 +94,12 @@ class Loader(Generic[BatchT]):
                 if not self._skip:
                     raise
                 self._log_skip(row, ex)
+
         return loaded
 
     def _make_batch(self, parts: list[list[Any]]) -> BatchT:
         self._check_stopped()
+
         rows = [row for part in parts for row in part]
         if not rows:
             raise DataError("None of the rows of a batch can be used; the warnings above say why.")
@@ -110,6 +115,7 @@ class Loader(Generic[BatchT]):
                 return
             self.skipped.add(row)
             count = len(self.skipped)
+
         if count <= _LOGGED_SKIPS:
             log.warning("A row is left out: %s", error)
         if count == _LOGGED_SKIPS:
@@ -129,26 +135,29 @@ class Task(Generic[BatchT]):
             future.cancel()
 
 
-class _Pool:
+class OrderedPool:
     """Threads that take tasks in order.
 
     Unlike the threads of ``ThreadPoolExecutor``, they do not make a program that
     ends, for example after an error, wait until everything ahead is loaded.
     """
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, name: str) -> None:
         self._work: SimpleQueue[_Work | None] = SimpleQueue()
-        names = (f"vembed_data_{i}" for i in range(num_threads))
+        names = (f"{name}_{i}" for i in range(num_threads))
+
         self._threads = [threading.Thread(target=_run, args=(self._work,), name=n, daemon=True) for n in names]
         for thread in self._threads:
             thread.start()
 
     def submit(self, function: Callable[..., Any], *args: object) -> Future[Any]:
+        """Have ``function`` called after everything that was submitted before."""
         future: Future[Any] = Future()
         self._work.put((future, function, args))
         return future
 
     def stop(self) -> None:
+        """Stop the threads after the tasks at hand."""
         for _ in self._threads:
             self._work.put(None)
         for thread in self._threads:
@@ -164,5 +173,6 @@ def _run(queue: SimpleQueue[_Work | None]) -> None:
                 future.set_result(function(*args))
             except BaseException as ex:
                 future.set_exception(ex)
+
         # While it waits, a thread must not keep a batch, or the reader's parts, alive.
         del work, future, function, args

@@ -94,6 +94,7 @@ class EmbeddingDataReader(DataReader[BatchT]):
         self._prefetch = prefetch if num_workers else 0
         self._queue: deque[Task[BatchT]] = deque()
         self._loader = Loader(dataset, load, collate, skip=on_error == "skip", num_threads=num_workers)
+
         # The finalizer must not refer to `self`, or the reader would live for ever.
         self._finalizer = weakref.finalize(self, self._loader.stop)
 
@@ -105,9 +106,11 @@ class EmbeddingDataReader(DataReader[BatchT]):
     def __next__(self) -> list[BatchT]:
         if not self._finalizer.alive:
             raise ValueError("The data reader is closed.")
+
         count = self._plan.batches_in_step(self._position)
         if count <= 0:
             raise StopIteration
+
         batches = []
         try:
             for i in range(count):
@@ -116,6 +119,7 @@ class EmbeddingDataReader(DataReader[BatchT]):
         except BaseException:
             self._cancel()  # What was loaded ahead no longer begins at our position.
             raise
+
         self._position += count
         return batches
 
@@ -173,6 +177,7 @@ class EmbeddingDataReader(DataReader[BatchT]):
         current = self.state_dict()
         if missing := current.keys() - state_dict.keys() - {"files"}:
             raise DataError(f"The state of the data reader is not complete: {', '.join(sorted(missing))} missing.")
+
         # States of older versions name no files.
         self._check_files(state_dict.get("files", []))
 
@@ -181,6 +186,7 @@ class EmbeddingDataReader(DataReader[BatchT]):
                 raise DataError(
                     f"The run cannot be resumed: its {what} was {state_dict[key]}, but now it is {current[key]}."
                 )
+
         epoch, position, seed = (_as_int(state_dict[key], key) for key in ("epoch", "position", "seed"))
         self._seed = seed
         self._move(epoch, position)
@@ -189,10 +195,12 @@ class EmbeddingDataReader(DataReader[BatchT]):
         """Check that the data files are those that the state was taken with, wherever they are now."""
         if not files or not self._files:
             return
+
         if len(files) != len(self._files):
             raise DataError(
                 f"The run cannot be resumed: it had {len(files)} data files, but now there are {len(self._files)}."
             )
+
         for (_, before), (path, now) in zip(files, self._files):
             if before != now:
                 raise DataError(
@@ -247,11 +255,13 @@ class _Plan:
         if self.num_batches == 0:
             if not self.drop_last:
                 raise DataError(f"{self.world_size:,} ranks need a row each, but the dataset has {self.num_rows:,}.")
+
             raise DataError(
                 f"One step takes {self.global_batch_size * self.num_accumulate:,} rows ({self.batch_size:,} rows x "
                 f"{self.world_size:,} ranks x {self.num_accumulate:,} batches), but the dataset has "
                 f"{self.num_rows:,}. Make the batch smaller."
             )
+
         rest = self.num_rows % self.global_batch_size
         if not self.drop_last and 0 < rest < self.world_size:
             log.warning("The last %d rows of each epoch are dropped: they are fewer than the ranks.", rest)
@@ -279,6 +289,7 @@ _FIXED: Final = {
 def _order_of(num_rows: int, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
     if not shuffle:
         return np.arange(num_rows)
+
     # NumPy promises the raw numbers of Philox for all versions, but not `Generator.permutation`.
     numbers = np.random.Philox(key=[seed, epoch]).random_raw(num_rows)
     return np.argsort(numbers, kind="stable")
@@ -297,9 +308,11 @@ def _check_arguments(
     for name, value in (("batch_size", batch_size), ("world_size", world_size), ("num_accumulate", num_accumulate)):
         if value < 1:
             errors.append(f"`{name}` must be positive, but is {value}.")
+
     for name, value in (("seed", seed), ("num_workers", num_workers), ("prefetch", prefetch)):
         if value < 0:
             errors.append(f"`{name}` must not be negative, but is {value}.")
+
     if seed >= 2**63:
         errors.append(f"`seed` must be less than 2**63, but is {seed}.")
     if not 0 <= rank < world_size:

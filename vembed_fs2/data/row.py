@@ -61,6 +61,7 @@ class RowReader:
         name = self.name(field)
         if name in self.values:
             fail(name, f"is empty, and there is no image{more} either")
+
         columns = ", ".join(map(repr, self.values))
         raise RowError(
             f"has no {field}{more}. Its columns are {columns}; `columns` can say which of them is {field!r}."
@@ -79,21 +80,28 @@ class RowReader:
                 if images:
                     fail(names[1], f"must not be given when {names[0]!r} is a list of texts and images")
                 return Item(parts=self._parts(value, names[0]), instruction=instruction)
+
             if len(value) != 1:
                 fail(names[0], f"must be one value, but is a list of {len(value)}; write one row for each")
+
             value = value[0]
 
         text: str | None = None
+
         if isinstance(value, Mapping):
             _check_keys(value, ("text", "image", "instruction"), names[0])
+
             inner = self._images(value.get("image"), names[0])
             if inner and images:
                 fail(names[1], f"must not be given when {names[0]!r} has an image itself")
+
             images = images or inner
             instruction = _instruction(value.get("instruction"), names[0]) or instruction
             value = value.get("text")
+
         if value is not None:
             text = _text(value, names[0])
+
         return Item(text, images, instruction) if text is not None or images else None
 
     def _parts(self, entries: list[object], key: str) -> Iterator[Part]:
@@ -102,6 +110,7 @@ class RowReader:
             where = f"{key}[{idx}]"
             if not isinstance(entry, Mapping):
                 fail(where, f"must be an object with a text or an image, but is {_describe(entry)}")
+
             _check_keys(entry, ("text", "image"), where)
 
             # Columnar files write the keys that an entry does not have as null.
@@ -120,18 +129,22 @@ class RowReader:
         images = self._list(self.field("negative_images"), names[1])
         if texts and images and len(texts) != len(images):
             fail(names[1], f"has {len(images)} entries, but {names[0]!r} has {len(texts)}")
+
         items = []
         for i in range(max(len(texts), len(images))):
             text, image = texts[i] if texts else None, images[i] if images else None
+
             item = self._item(text, image, names, instruction)
             if item is None:
                 fail(names[0] if texts else names[1], f"has nothing as entry {i + 1}")
             items.append(item)
+
         for text_key, image_key in self.layout.numbered:
             names = (text_key or "", image_key or "")
             item = self._item(self.value(text_key), self.value(image_key), names, instruction)
             if item is not None:  # Tables fill up rows that have fewer negatives.
                 items.append(item)
+
         return tuple(items)
 
     def _list(self, value: object, key: str) -> list[object]:
@@ -140,8 +153,10 @@ class RowReader:
                 value = json.loads(value)
             except ValueError:
                 fail(key, "starts like a list, but is not valid JSON")
+
         if value is None:
             return []
+
         return value if isinstance(value, list) else [value]
 
     def _images(self, value: object, key: str) -> tuple[ImageSource, ...]:
@@ -151,26 +166,31 @@ class RowReader:
         if isinstance(value, Mapping):
             _check_keys(value, ("bytes", "path"), key)
             value = value.get("bytes") or value.get("path")
+
         if isinstance(value, bytes) and value:
             return value
         if not isinstance(value, str) or not value.strip():
             fail(key, f"must be the path of an image (or its bytes), but is {_describe(value)}")
+
         if _URL.match(value):
             if not self.allow_urls:
                 fail(key, f"is the URL {value}; URLs are only fetched with allow_urls=true")
             if not value.lower().startswith(("http://", "https://")):
                 fail(key, f"is the URL {value}; only HTTP and HTTPS are supported")
             return value
+
         return self._file(value, key)
 
     def _file(self, path: str, key: str) -> Path:
         if "\0" in path:
             fail(key, f"is not a path: {path!r}")
+
         file = os.path.realpath(os.path.join(self.root, path))
         if not file.startswith(self.root.rstrip(os.sep) + os.sep):
             fail(key, f"is {path}, which lies outside of the image folder {self.root}; set image_root")
         if not os.path.isfile(file):
             fail(key, f"is {path}, but there is no file {file}")
+
         return Path(file)
 
     def instruction(self, field: str) -> str | None:
@@ -184,16 +204,19 @@ class RowReader:
             value = int(value)  # Tables turn integer columns that have gaps into floats.
         if isinstance(value, bool) or not isinstance(value, (str, int)):
             fail(key, f"must be a string or an integer, but is {_describe(value)}")
+
         return _text(str(value), key)
 
     def scores(self, positive: Item | None, negatives: tuple[Item, ...]) -> tuple[float, ...]:
         key = self.name("scores")
         scores = tuple(self._score(v, key) for v in self._list(self.field("scores"), key))
         count = 1 + len(negatives)
+
         if scores and positive is None:
             fail(key, "scores the positive, but the row has none")
         if scores and len(scores) != count:
             fail(key, f"must have {count} entries, for the positive and each negative, but has {len(scores)}")
+
         return scores
 
     def _score(self, value: object, key: str) -> float:
@@ -201,8 +224,10 @@ class RowReader:
         if isinstance(value, (int, float)) or (self.untyped and isinstance(value, str)):
             with suppress(ValueError, OverflowError):
                 number = float(value)
+
         if isinstance(value, bool) or not math.isfinite(number):
             fail(key, f"must hold finite numbers, but holds {_describe(value)}")
+
         return number
 
 
@@ -211,10 +236,12 @@ def _text(value: object, key: str) -> str:
         fail(key, f"must be a text, but is {_describe(value)}")
     if not value or value.isspace():
         fail(key, "is an empty text")
+
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
         fail(key, "has half of a surrogate pair, which is not a character")
+
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
@@ -18,6 +18,9 @@ Mode: TypeAlias = Literal["auto", "t2t", "t2i", "i2i", "i2t", "m2i", "m2t"]
 """What queries and documents consist of: t a text, i images, m both; ``auto`` allows everything."""
 
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
+
+Columns: TypeAlias = Mapping[str, str | Sequence[str] | None]
+"""The column of each field; several columns for several negatives; ``None`` for none."""
 
 FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "query": ("query", "anchor"),
@@ -43,7 +46,7 @@ _PARTS: Final = {"t": "a text and no image", "i": "an image and no text", "m": "
 class RowSchema:
     """Reads rows as :class:`Example`, strictly.
 
-    :param columns: our field -> the file's column; ``None`` as the column leaves the field out.
+    :param columns: our field -> the file's column, or columns of several negatives; ``None`` leaves the field out.
     :param mode: what queries and documents must consist of.
     :param image_root: the folder that all images must lie in; the folder of the data file by default.
     :param allow_urls: if ``True``, an image may be an HTTP(S) URL.
@@ -53,7 +56,7 @@ class RowSchema:
     def __init__(
         self,
         *,
-        columns: Mapping[str, str | None] | None = None,
+        columns: Columns | None = None,
         mode: str = "auto",
         image_root: str | os.PathLike[str] | None = None,
         allow_urls: bool = False,
@@ -64,16 +67,24 @@ class RowSchema:
         self._image_root = image_root
         self._roots: dict[Path, str] = {}
         self._layouts: dict[tuple[str, ...], Layout] = {}
+
         errors = []
         if mode not in MODES:
             errors.append(f"`mode` must be one of {', '.join(MODES)}, but is {mode!r}.{_nearest(mode, MODES)}")
-        for field in self.columns:
-            if field not in FIELDS:
-                errors.append(f"`columns` maps {field!r}, which is no field.{_nearest(field, FIELDS)}")
+
+        errors += self._column_errors()
         if image_root is not None and not os.path.isdir(image_root):
             errors.append(f"`image_root` must be a folder, but {os.fspath(image_root)} is none.")
         if errors:
             raise ConfigError(errors, where="The data configuration")
+
+    def _column_errors(self) -> Iterator[str]:
+        for field, column in self.columns.items():
+            if field not in FIELDS and _NUMBERED.fullmatch(field) is None:
+                yield f"`columns` maps {field!r}, which is not a field.{_nearest(field, FIELDS)}"
+            elif not isinstance(column, (str, type(None))) and field not in ("negatives", "negative_images"):
+                several = "only 'negatives' and 'negative_images' can have them"
+                yield f"`columns` maps {field!r} to several columns; {several}."
 
     def parse(self, row: Mapping[str, object], where: str, folder: Path, *, untyped: bool = False) -> Example:
         """Read a row.
@@ -101,12 +112,15 @@ class RowSchema:
         query = row.item("query", "query_image", row.instruction("instruction"))
         if query is None:
             row.fail_missing("query")
+
         for_documents = row.instruction("document_instruction")
         positive = row.item("positive", "positive_image", for_documents)
         negatives = row.negatives(for_documents)
+
         label = row.label()
         if positive is None and label is None:
             row.fail_missing("positive", " and no label")
+
         self._check_mode(row, query, positive, negatives)
         scores = row.scores(positive, negatives)
         return Example(query, positive, negatives, label, scores, where)
@@ -114,6 +128,7 @@ class RowSchema:
     def _check_mode(self, row: RowReader, query: Item, positive: Item | None, negatives: tuple[Item, ...]) -> None:
         if self.mode == "auto":
             return
+
         wanted = [(self.mode[0], "query", query), (self.mode[2], "positive", positive)]
         wanted += [(self.mode[2], "negatives", negative) for negative in negatives]
         for part, field, item in wanted:
@@ -132,22 +147,31 @@ class RowSchema:
             if len(self._layouts) > 1000:
                 self._layouts.clear()
             layout = self._layouts[keys] = self._find_columns(keys)
+
         return layout
 
     def _find_columns(self, keys: tuple[str, ...]) -> Layout:
         found: dict[str, str] = {}
-        for field, column in self.columns.items():
-            if column is not None:
-                if column not in keys:
-                    nearest = _nearest(column, keys) or " Write null if there is no value."
-                    raise RowError(f"has no column {column!r}, which `columns` maps to {field!r}.{nearest}")
-                found[field] = column
         numbered: dict[int, list[str | None]] = {}
+        mapped = list(self._mapped_columns())
+        for field, column in mapped:
+            if column not in keys:
+                nearest = _nearest(column, keys) or " Write null if there is no value."
+                raise RowError(f"has no column {column!r}, which `columns` maps to {field!r}.{nearest}")
+
+            if match := _NUMBERED.fullmatch(field):
+                numbered.setdefault(int(match[2]), [None, None])[match[1] is not None] = column
+            else:
+                found[field] = column
+
+        taken = {column for _, column in mapped}
         for key in keys:
             match = _NUMBERED.fullmatch(key)
+
             name = _NAMES.get("negative" + (match[1] or "")) if match else _NAMES.get(key)
-            if key in self.columns.values() or name in self.columns:
+            if key in taken or key in self.columns or name in self.columns:
                 continue
+
             if match:
                 pair, part = numbered.setdefault(int(match[2]), [None, None]), match[1] is not None
                 if pair[part] is not None:
@@ -159,7 +183,17 @@ class RowSchema:
                 found[name] = key
             elif close := get_close_matches(key, _NAMES, n=1, cutoff=0.86):
                 fail(key, f"is no field. Did you mean {close[0]!r}? If not, give the column another name")
+
         return Layout(found, tuple((numbered[n][0], numbered[n][1]) for n in sorted(numbered)))
+
+    def _mapped_columns(self) -> Iterator[tuple[str, str]]:
+        """The fields and their columns. Several columns of negatives become numbered fields."""
+        for field, column in self.columns.items():
+            if isinstance(column, str):
+                yield field, column
+            elif column is not None:
+                prefix = "negative_image" if field == "negative_images" else "negative"
+                yield from ((f"{prefix}_{number}", name) for number, name in enumerate(column, start=1))
 
 
 def _nearest(name: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
@@ -188,6 +222,7 @@ def content_id(item: Item) -> int:
             values += [b"t", part.value.encode("utf-8")]
         else:
             values += _image_values(part.source)
+
     return _hash63(values)
 
 

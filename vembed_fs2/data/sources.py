@@ -49,13 +49,16 @@ class RowSource:
         self.files = _find_files(paths)
         suffix = self.files[0].suffix.lower()
         self.untyped = suffix in (".csv", ".tsv")
+
         # A bounded number of open files, however many shards there are. A thread
         # that reads holds its own reference, so that eviction cannot close under it.
         opener = lru_cache(_OPEN_FILES)(_Descriptor)
+
         self._shards = [_FORMATS[suffix](file, opener) for file in self.files]
         for shard in self._shards:
             if len(shard) == 0:
                 raise DataError(f"{shard.file} has no rows.")
+
         self._ends = list(accumulate(len(s) for s in self._shards))
 
     def __len__(self) -> int:
@@ -118,6 +121,7 @@ class _TextShard(Shard):
 
     def __init__(self, file: Path, opener: _Opener) -> None:
         super().__init__(file)
+
         self._opener = opener
         self._starts, lines = array("Q"), array("Q")
         try:
@@ -128,6 +132,7 @@ class _TextShard(Shard):
                 self._starts.append(stream.tell())
         except OSError as ex:
             raise DataError(f"{file} cannot be read: {ex.strerror or ex}.") from None
+
         # Most files have one record per line: they need no second index.
         regular = len(lines) > 0 and lines[-1] - lines[0] == len(lines) - 1
         self._lines: Sequence[int] = range(lines[0], lines[-1] + 1) if regular else lines
@@ -173,6 +178,7 @@ class _JsonLines(_TextShard):
             raise DataError(f"{self.where(row)}: not valid JSON: {_json_problem(ex)}.") from None
         except RecursionError:
             raise DataError(f"{self.where(row)}: the JSON is nested too deeply.") from None
+
         return _expect_object(value, self.where(row))
 
 
@@ -203,6 +209,7 @@ class _Delimited(_TextShard):
                 start, line = end, reader.line_num + 1
         except csv.Error as ex:
             raise DataError(f"{self.file}:{line}: not valid {self.file.suffix[1:].upper()}: {ex}.") from None
+
         self._header = self._check_header(header)
 
     def _reader(self, lines: Iterator[str]) -> Any:
@@ -224,10 +231,12 @@ class _Delimited(_TextShard):
             values = next(self._reader(io.StringIO(self._text(row), newline="\n")))
         except (csv.Error, StopIteration) as ex:
             raise DataError(f"{self.where(row)}: the row cannot be read: {ex}.") from None
+
         if len(values) != len(self._header):
             raise DataError(
                 f"{self.where(row)}: the row has {len(values)} fields, but the header has {len(self._header)}."
             )
+
         return dict(zip(self._header, values))
 
 
@@ -240,6 +249,7 @@ class _JsonList(Shard):
 
     def __init__(self, file: Path, _: _Opener) -> None:
         super().__init__(file)
+
         try:
             content = file.read_bytes()
             rows = json.loads(_decode(content.removeprefix(_BOM), str(file)))
@@ -247,8 +257,10 @@ class _JsonList(Shard):
             raise DataError(f"{file} cannot be read: {ex.strerror or ex}.") from None
         except ValueError as ex:
             raise DataError(f"{file} is not valid JSON: {ex}. If it has one object per line, name it .jsonl.") from None
+
         if not isinstance(rows, list):
             raise DataError(f"{file} must hold a list of objects, but holds {_kind(rows)}.")
+
         self._rows = rows
         self._digest = blake2b(content, digest_size=8).digest()
 
@@ -286,11 +298,13 @@ def _find_files(paths: Paths) -> tuple[Path, ...]:
         paths = [paths]
     if not paths:
         raise DataError("No data file is given.")
+
     files = [file for path in paths for file in _expand(Path(path))]
     first = files[0]
     for file in files:
         if file.suffix.lower() != first.suffix.lower():
             raise DataError(f"All files must have the same format, but there are {first} and {file}.")
+
     return tuple(files)
 
 
@@ -301,6 +315,7 @@ def _expand(path: Path) -> list[Path]:
         raise DataError(f"{path} does not exist.")
     if path.suffix.lower() not in _FORMATS:
         raise DataError(f"{path} has an unknown format; known are {', '.join(_FORMATS)}.")
+
     return [path]
 
 
@@ -309,11 +324,14 @@ def _shards_of(folder: Path) -> list[Path]:
         names = sorted(os.listdir(folder))
     except OSError as ex:
         raise DataError(f"{folder} cannot be read: {ex.strerror or ex}.") from None
+
     files = [folder / n for n in names if not n.startswith(".") and Path(n).suffix.lower() in _FORMATS]
+
     # JSON files that lie beside shards of another format describe the dataset.
     files = [f for f in files if f.suffix.lower() != ".json"] or files
     if not files:
         raise DataError(f"{folder} has no data files; known formats are {', '.join(_FORMATS)}.")
+
     return files
 
 

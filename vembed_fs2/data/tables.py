@@ -28,11 +28,13 @@ class TableShard(Shard):
 
     def __init__(self, file: Path) -> None:
         super().__init__(file)
+
         try:
             self._batches = _open_parquet(file) if file.suffix.lower() == ".parquet" else _open_arrow(file)
         except (pa.ArrowException, OSError) as ex:
             reason = str(ex).splitlines()[0] if str(ex) else type(ex).__name__
             raise DataError(f"{file} is not a readable {file.suffix[1:].capitalize()} file: {reason}") from None
+
         self._ends = list(accumulate(b.num_rows for b in self._batches))
 
     @override
@@ -51,6 +53,7 @@ class TableShard(Shard):
             rows: list[RawRow] = self._batches[index].slice(row - start, 1).to_pylist()
         except (pa.ArrowException, UnicodeDecodeError) as ex:
             raise DataError(f"{self.where(row)}: the row cannot be read: {ex}.") from None
+
         return rows[0]
 
 
@@ -61,12 +64,14 @@ def _open_arrow(file: Path) -> list[Any]:
     except pa.ArrowInvalid:
         memory.seek(0)
         return [b for b in pa.ipc.open_stream(memory) if b.num_rows]
+
     return [b for b in map(reader.get_batch, range(reader.num_record_batches)) if b.num_rows]
 
 
 def _open_parquet(file: Path) -> list[Any]:
     with pq.ParquetFile(file, memory_map=True) as parquet:
         meta = parquet.metadata
+
         size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
         if size > IN_MEMORY_BYTES:
             return _open_arrow(_copy(parquet, file))
@@ -86,6 +91,7 @@ def _copy(parquet: pq.ParquetFile, file: Path) -> Path:
                 temporary.replace(target)
             finally:
                 temporary.unlink(missing_ok=True)
+
     return target
 
 

@@ -79,16 +79,20 @@ def write_digits(out: Path, *, num_held_out: int = 360, seed: int = 0) -> DigitF
     draw = random.Random(seed)
     rows: dict[bool, list[dict[str, str]]] = {False: [], True: []}
     (out / "images").mkdir(parents=True, exist_ok=True)
+
     for i, digit in enumerate(digits):
         for n, image in enumerate([pixels[i]] if i in held_out else _moved(pixels[i])):
             name = f"images/{i:04}-{n}.png"
             Image.fromarray(image).save(out / name)
+
             # Drawn, not in turns: the digits come in a regular order, and a class would miss some templates.
             text = caption(digit, draw.choice(TEMPLATES))
             rows[i in held_out].append({"query": text, "positive_image": name, "label": str(digit)})
+
     files = DigitFiles(out / "train.jsonl", out / "held_out.jsonl")
     write_rows(files.train, rows[False])
     write_rows(files.held_out, rows[True])
+
     return files
 
 
@@ -98,6 +102,7 @@ def _moved(image: NDArray[Any]) -> list[NDArray[Any]]:
     size = image.shape[0]
     padded = np.pad(image, 1)
     corners = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
+
     return [padded[y : y + size, x : x + size] for y, x in corners]
 
 
@@ -106,7 +111,9 @@ def _load_digits() -> tuple[NDArray[Any], list[int]]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise DataError("The digits come with scikit-learn: pip install 'vembed_fs2[demo]'.") from None
+
     bunch = load_digits()
+
     # 16 is white in scikit-learn's data.
     return (bunch.images * (255.0 / 16.0)).round().astype("uint8"), [int(d) for d in bunch.target]
 
@@ -115,6 +122,7 @@ def _stratified(digits: Sequence[int], count: int, seed: int) -> set[int]:
     order = list(range(len(digits)))
     random.Random(seed).shuffle(order)
     order.sort(key=lambda i: digits[i])  # Stable: shuffled within a class.
+
     # Evenly spaced places in the classes laid end to end are in proportion to their sizes.
     return {order[(2 * n + 1) * len(order) // (2 * count)] for n in range(count)}
 
@@ -129,10 +137,12 @@ def write_model_folder(out: Path, *, seed: int = 0) -> None:
     from transformers import CLIPConfig, CLIPModel
 
     out.mkdir(parents=True, exist_ok=True)
+
     tokenizer = _tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIPModel(CLIPConfig(**_clip_config(tokenizer)))
+
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     write_json(out / "preprocessor_config.json", _image_processor_config())
@@ -152,12 +162,14 @@ def write_composed_folder(out: Path, *, seed: int = 0) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
+
     config = _composed_config(tokenizer)
     family = get_resolver().resolve(ModelFamily, key=COMPOSED_FAMILY)
     gangs = create_fake_gangs(torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family.create_new_model(config, gangs, torch.float32, meta=False, init_rank0_only=False)
+
     ComposedCheckpointFormat().save(out, dict(model.state_dict()), config)
     tokenizer.save_pretrained(out)
     write_json(out / "preprocessor_config.json", _image_processor_config())
@@ -169,6 +181,7 @@ def _tokenizer() -> Any:
 
     captions = (caption(digit, template) for template in TEMPLATES for digit in range(10))
     words = dict.fromkeys(word for text in captions for word in text.split())
+
     # The end of text is not id 2: transformers reads that id as "the largest id in the row".
     vocabulary = {word: i for i, word in enumerate([_PAD, _UNKNOWN, _START, _END, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
@@ -178,6 +191,7 @@ def _tokenizer() -> Any:
         single=f"{_START} $A {_END}",
         special_tokens=[(token, vocabulary[token]) for token in (_START, _END)],
     )
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=_START,
@@ -204,6 +218,7 @@ def _clip_config(tokenizer: Any) -> dict[str, Any]:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
     return {
         "text_config": {**tower, **text},
         "vision_config": {**tower, "image_size": IMAGE_SIZE, "patch_size": 8},
@@ -234,6 +249,7 @@ def _composed_config(tokenizer: Any) -> ComposedConfig:
         layer_norm_eps=1e-6,
         **sizes,
     )
+
     return ComposedConfig(
         text=TowerConfig(family=BERT_FAMILY, config=text),
         image=TowerConfig(family=VIT_FAMILY, config=image),
@@ -275,6 +291,7 @@ def digit_tasks(folder: Path) -> dict[str, RetrievalTask]:
     classes = [Item(caption(digit, ZERO_SHOT_TEMPLATE)) for digit in range(10)]
     captions = [Item(caption(digit, template)) for template in TEMPLATES for digit in range(10)]
     of_caption = [digit for _ in TEMPLATES for digit in range(10)]
+
     return {
         "zero_shot": RetrievalTask(images, classes, _same_class(digits, range(10))),
         "t2i": RetrievalTask(captions, images, _same_class(of_caption, digits)),
@@ -302,6 +319,7 @@ def evaluate_digits(embedder: SupportsEncode, folder: Path, *, batch_size: int |
     from vembed_fs2.evaluation.retrieval import evaluate_embedder
 
     tasks = digit_tasks(folder)
+
     measured = {name: evaluate_embedder(embedder, task, batch_size=batch_size) for name, task in tasks.items()}
     results = {
         "zero_shot_accuracy": measured["zero_shot"]["hit@1"],
@@ -310,4 +328,5 @@ def evaluate_digits(embedder: SupportsEncode, folder: Path, *, batch_size: int |
     for name in ("t2i", "i2t", "i2i"):
         for metric in ("hit@1", "hit@5", "mrr", "ndcg@10", "map"):
             results[f"{name}/{metric}"] = measured[name][metric]
+
     return results

@@ -75,12 +75,15 @@ def build_pairs() -> list[dict[str, str]]:
         pair = split_docstring(docstring)
         if pair is None:
             continue
+
         query, document = (_normal(text) for text in pair)
         keys = {("query", query), ("document", document)}
         if query in document or keys & seen:
             continue
+
         seen |= keys
         pairs.append({"query": pair[0], "positive": pair[1]})
+
     return pairs
 
 
@@ -89,13 +92,16 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
     paragraphs = re.split(r"\n\s*\n", cleandoc(docstring).strip(), maxsplit=2)
     if _SIGNATURE.fullmatch(paragraphs[0]):
         paragraphs = paragraphs[1:]
+
     # Underlines of headings are not words.
     query = " ".join(re.sub(r"([=\-~*^#])\1{3,}", " ", "".join(paragraphs[:1])).split())
     document = "\n\n".join(paragraphs[1:]).strip()
+
     if not QUERY_LENGTH[0] <= len(query) <= QUERY_LENGTH[1] or len(_normal(query).split()) < 4:
         return None
     if len(document) < DOCUMENT_LENGTH[0]:
         return None
+
     return query, document[: DOCUMENT_LENGTH[1]]
 
 
@@ -113,6 +119,7 @@ def split_pairs(
     """
     groups = near_duplicates([pair["positive"] for pair in pairs])
     random.Random(seed).shuffle(groups)
+
     train: list[dict[str, str]] = []
     held_out: list[dict[str, str]] = []
     for group in groups:
@@ -120,8 +127,10 @@ def split_pairs(
         long = all(len(pairs[i]["positive"]) >= HELD_OUT_LENGTH for i in group)
         side = held_out if fits and long else train
         side.extend(pairs[i] for i in group)
+
     if len(held_out) < num_held_out or not train:
         raise DataError(f"{len(pairs)} pairs are too few to hold out {num_held_out} of them.")
+
     return train[:num_train], held_out
 
 
@@ -140,6 +149,7 @@ def write_pairs(out: Path, *, num_held_out: int = 500, num_train: int | None = N
     write_rows(files.corpus, ({"_id": f"d{i}", "text": text} for i, text in enumerate(documents)))
     judgements = "".join(f"q{i}\td{i}\t1\n" for i in range(len(held_out)))
     write_text(files.qrels, "query-id\tcorpus-id\tscore\n" + judgements)
+
     return files
 
 
@@ -153,21 +163,26 @@ def near_duplicates(texts: list[str], *, threshold: float = 0.8) -> list[list[in
     filtering, Chaudhuri et al., ICDE 2006).
     """
     shingles = [_shingles(text) for text in texts]
+
     frequency = Counter(s for group in shingles for s in group)
     group_of = list(range(len(texts)))
     index: dict[int, list[int]] = defaultdict(list)
     for i, own in enumerate(shingles):
         rarest = sorted(own, key=lambda s: (frequency[s], s))
+
         prefix = rarest[: len(own) - math.ceil(threshold * len(own)) + 1]
         for j in sorted({j for s in prefix for j in index[s]}):
             a, b = _root(group_of, i), _root(group_of, j)
             if a != b and len(own & shingles[j]) >= threshold * len(own | shingles[j]):
                 group_of[max(a, b)] = min(a, b)
+
         for s in prefix:
             index[s].append(i)
+
     groups: dict[int, list[int]] = defaultdict(list)
     for i in range(len(texts)):
         groups[_root(group_of, i)].append(i)
+
     return list(groups.values())
 
 
@@ -197,6 +212,7 @@ def _docstrings() -> Iterator[str]:
 
 def _roots() -> Iterable[Path]:
     yield Path(sysconfig.get_paths()["stdlib"])
+
     for package in ("numpy", "torch"):
         spec = find_spec(package)
         if spec is not None and spec.origin is not None:
@@ -216,6 +232,7 @@ def _docstrings_in(file: Path) -> Iterator[str]:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
         return  # Some packages ship templates with the suffix of a source file.
+
     nodes: list[ast.AST] = [tree]
     while nodes:
         node = nodes.pop(0)
@@ -223,6 +240,7 @@ def _docstrings_in(file: Path) -> Iterator[str]:
             docstring = ast.get_docstring(node)
             if docstring:
                 yield docstring
+
         # Functions within functions are not an interface; statements hold no docstrings.
         if isinstance(node, (ast.Module, ast.ClassDef, ast.If, ast.Try)):
             nodes.extend(node.body)
@@ -236,6 +254,7 @@ def _docstrings_of(namespace: str) -> Iterator[str]:
         found = import_module(namespace)
     except ImportError:
         found = getattr(import_module(module), name)
+
     for key, value in sorted(vars(found).items()):
         docstring = getattr(value, "__doc__", None)
         if not key.startswith("_") and isinstance(docstring, str) and callable(value):

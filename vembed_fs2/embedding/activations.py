@@ -55,6 +55,7 @@ def create_activation(name: str, *, field: str = "hidden_act") -> Module:
         raise ModelLoadError(
             f"`{field}` is '{name}', which is not supported.{hint} Supported are: {', '.join(sorted(_FUNCTIONS))}."
         )
+
     return Activation(name, function)
 
 

@@ -115,6 +115,7 @@ class EncoderBatch:
 
         for kind, part in self._parts():
             kinds[part.rows.cpu()] |= int(kind)
+
         return Profile(kinds.tolist(), tokens.tolist(), patches.tolist())
 
     def select(self, rows: Sequence[int]) -> EncoderBatch:
@@ -151,8 +152,10 @@ class EncoderBatch:
                     parts.append(part)
                     rows.append(part.rows + offset)
                 offset += batch.num_rows
+
             if parts:
                 joined[name] = kls.concat(parts, torch.cat(rows))
+
         return EncoderBatch(sum(batch.num_rows for batch in batches), **joined)
 
     def cut(self) -> tuple[EncoderBatch, list[tuple[Tensor, Tensor]]]:
@@ -184,6 +187,7 @@ class EncoderBatch:
             part, attribute = _FLAT_NAMES[name]
             message = f"`batch.{name}` is deprecated: use `batch.{part}.{attribute}`."
             warn(message, DeprecationWarning, stacklevel=2)
+
             return getattr(getattr(self, part), attribute, None)
 
     def _parts(self) -> Iterator[tuple[Kind, Any]]:

@@ -97,6 +97,7 @@ class TextInputs:
                 raise ValueError(f"`{name}` must be of the shape of `input_ids`, {expected}, but is {found}.")
 
         rows = torch.arange(input_ids.size(0), device=input_ids.device)
+
         inputs = TextInputs(input_ids, rows, attention_mask, token_type_ids, pooling_mask)
 
         mask = inputs.attention_mask
@@ -105,6 +106,7 @@ class TextInputs:
             for name in _TEXT_FIELDS:
                 value = getattr(inputs, name)
                 setattr(inputs, name, None if value is None else value.gather(1, order))
+
         return inputs
 
     def __len__(self) -> int:
@@ -142,6 +144,7 @@ class TextInputs:
             if all(getattr(part, name) is None for part in parts) and not needs_mask:
                 joined[name] = None
                 continue
+
             values = [part._value_or_default(name) for part in parts]
             joined[name] = torch.cat([pad(value, (0, width - value.size(1))) for value in values])
 
@@ -157,6 +160,7 @@ class TextInputs:
             return torch.zeros_like(self.input_ids)
         if name == "pooling_mask" and self.attention_mask is not None:
             return self.attention_mask
+
         return torch.ones_like(self.input_ids, dtype=torch.bool)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> None:
@@ -202,6 +206,7 @@ class ImageInputs:
 
         padded = self.values.new_zeros(*mask.shape, self.values.size(1))
         padded[mask] = self.values
+
         return padded, mask
 
     def select(self, index: Tensor, rows: Tensor) -> ImageInputs:
@@ -216,6 +221,7 @@ class ImageInputs:
         # The position of each patch: counted within its image, from where the image starts.
         within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         patches = (starts.repeat_interleave(lengths) + within).to(self.values.device)
+
         return ImageInputs(self.values[patches], rows, self.grids[chosen], self.tokens_per_image)
 
     @staticmethod
@@ -301,11 +307,13 @@ def as_mask(mask: Tensor, name: str) -> Tensor:
     """
     if mask.dtype == torch.bool:
         return mask
+
     if not (mask >= 0).all():
         raise ValueError(
             f"`{name}` has values that are negative or NaN. It must hold 0 for what is left out and other values for"
             " what counts; convert a mask that is added to attention scores with `mask == 0`."
         )
+
     return mask != 0
 
 

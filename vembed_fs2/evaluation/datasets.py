@@ -32,11 +32,14 @@ def task_from_examples(examples: Sequence[Example]) -> RetrievalTask:
     """
     if not examples:
         raise DataError("There are no rows to evaluate on.")
+
     for example in examples:
         if example.positive is None and example.label is None:
             raise DataError(f"{example.source or 'A row'} has neither a positive nor a label to evaluate with.")
+
     if all(example.positive is None for example in examples):
         return _checked(_task_of_labels(examples))
+
     return _checked(_task_of_positives(examples))
 
 
@@ -64,6 +67,7 @@ class _Index:
 
 def _task_of_positives(examples: Sequence[Example]) -> RetrievalTask:
     queries, corpus = _Index(), _Index()
+
     positives: dict[int, dict[int, float]] = defaultdict(dict)
     labels: dict[int, set[str]] = defaultdict(set)
     by_label: dict[str, dict[int, float]] = defaultdict(dict)
@@ -71,13 +75,16 @@ def _task_of_positives(examples: Sequence[Example]) -> RetrievalTask:
         query = queries.add(example.query, example.source)
         if example.label is not None:
             labels[query].add(example.label)
+
         if example.positive is not None:
             document = corpus.add(example.positive, example.source)
             positives[query][document] = 1.0
             if example.label is not None:
                 by_label[example.label][document] = 1.0
+
         for negative in example.negatives:
             corpus.add(negative, example.source)
+
     relevant = [
         _union([by_label[label] for label in sorted(labels[query])], positives[query])
         for query in range(len(queries.items))
@@ -94,6 +101,7 @@ def _task_of_labels(examples: Sequence[Example]) -> RetrievalTask:
         position = items.add(example.query, example.source)
         labels[position].add(example.label)
         by_label[example.label][position] = 1.0
+
     relevant = [_union([by_label[label] for label in sorted(labels[i])], {}) for i in range(len(items.items))]
     return RetrievalTask(items.items, items.items, relevant, exclude_self=True)
 
@@ -102,6 +110,7 @@ def _union(sets: Sequence[dict[int, float]], own: dict[int, float]) -> dict[int,
     # One set is shared by all queries of a label: large classes would not fit otherwise.
     if len(sets) == 1 and own.keys() <= sets[0].keys():
         return sets[0]
+
     union = dict(own)
     for documents in sets:
         union |= documents
@@ -118,7 +127,9 @@ def task_from_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder.")
+
     qrels = (folder / "qrels" / f"{split}.tsv", folder / "qrels.tsv", folder / "qrels" / f"{split}.txt")
+
     return task_from_files(
         _first_file([folder / f"queries{s}" for s in (".jsonl", ".parquet", ".tsv", ".csv")]),
         _first_file([folder / f"corpus{s}" for s in (".jsonl", ".parquet", ".tsv", ".csv")]),
@@ -156,6 +167,7 @@ def task_from_files(
         document; the message names file and line. Or no document is relevant.
     """
     query_ids, query_items = _read_items(Path(queries), image_root)
+
     document_ids, documents = _read_items(Path(corpus), image_root)
     judged: dict[int, dict[int, float]] = defaultdict(dict)
     seen: set[tuple[int, int]] = set()
@@ -167,17 +179,21 @@ def task_from_files(
             raise DataError(f"{where}: {corpus} has no document {document_id!r}.")
         if (query, document) in seen:
             raise DataError(f"{where}: document {document_id!r} is judged twice for query {query_id!r}.")
+
         seen.add((query, document))
+
         if grade > 0:
             judged[query][document] = grade
         else:
             judged[query]  # Judged, hence of this split, but not relevant.
+
     order = sorted(judged)
     return _checked(RetrievalTask([query_items[i] for i in order], documents, [judged[i] for i in order]))
 
 
 def _read_items(file: Path, image_root: str | os.PathLike[str] | None) -> tuple[dict[str, int], list[Item]]:
     source = RowSource(file)
+
     root = os.path.realpath(image_root or file.parent)
     ids: dict[str, int] = {}
     items: list[Item] = []
@@ -186,31 +202,40 @@ def _read_items(file: Path, image_root: str | os.PathLike[str] | None) -> tuple[
             name, item = _read_item(source[i], root, source.untyped)
         except RowError as ex:
             raise DataError(f"{source.where(i)}: {ex}") from None
+
         if name in ids:
             raise DataError(f"{source.where(i)}: the id {name!r} is also the id of {source.where(ids[name])}.")
+
         ids[name] = i
         items.append(replace(item, source=source.where(i)) if item.images else item)
+
     return ids, items
 
 
 def _read_item(row: Mapping[str, object], root: str, untyped: bool) -> tuple[str, Item]:
     values = dict(row)
+
     name = values.get("_id", values.get("id"))
     if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
         raise RowError("has no '_id' that is a string or an integer.")
+
     title, text = values.get("title"), values.get("text")
     if title is not None and not isinstance(title, str):
         raise RowError(f"'title' must be a text, but is {title!r}.")
+
     if title and isinstance(text, str):
         values["text"] = f"{title} {text}".strip()
     elif title and text is None:
         values["text"] = title
     elif text == "" and values.get("image"):
         values["text"] = None  # Corpora of images often have an empty text in every row.
+
     layout = Layout({key: key for key in ("text", "image") if key in values}, ())
+
     item = RowReader(values, layout, root, allow_urls=False, untyped=untyped).item("text", "image", None)
     if item is None:
         raise RowError("has neither 'text' nor 'image'.")
+
     return str(name), item
 
 
@@ -222,19 +247,24 @@ def _read_qrels(file: Path) -> Iterator[tuple[str, str, str, float]]:
         raise DataError(f"{file} cannot be read: {ex.strerror or ex}.") from None
     except UnicodeDecodeError:
         raise DataError(f"{file} is not UTF-8.") from None
+
     found = False
     for number, line in enumerate(lines, 1):
         fields = line.split("\t") if line.count("\t") >= 2 else line.split()
         if not line.strip() or (number == 1 and _grade(fields[-1]) is None):
             continue  # The header of BEIR's files.
+
         where = f"{file}:{number}"
         if len(fields) not in (3, 4):
             raise DataError(f"{where}: a judgement has 3 or 4 (TREC) columns, but this line has {len(fields)}.")
+
         grade = _grade(fields[-1])
         if grade is None:
             raise DataError(f"{where}: the grade must be a finite number, but is {fields[-1]!r}.")
+
         found = True
         yield where, fields[0], fields[-2], grade
+
     if not found:
         raise DataError(f"{file} has no judgements.")
 

@@ -35,9 +35,11 @@ def ranks_in_lists(retrieved: Tensor, relevant: Tensor) -> Tensor:
     ordered = retrieved.sort(dim=1).values
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
         raise ValueError("A ranked list names the same document twice.")
+
     ranks = torch.full_like(relevant, NOT_RETRIEVED)
     for position in range(retrieved.size(1) - 1, -1, -1):
         ranks[relevant == retrieved[:, position : position + 1]] = position + 1
+
     ranks[relevant < 0] = PADDING
     return ranks
 
@@ -104,15 +106,18 @@ def ndcg_at_k(ranks: Tensor, k: int, grades: Tensor | None = None) -> Tensor:
     :returns: *Shape:* ``[Q]``, float64.
     """
     _num_relevant(ranks)
+
     relevant = ranks != PADDING
     gain = relevant.double() if grades is None else grades.double()
     if not (torch.isfinite(gain) & (gain > 0))[relevant].all():
         raise ValueError("The grade of a relevant document must be a finite number greater than 0.")
+
     gain = torch.where(relevant, gain, 0.0)
     discount = 1.0 / torch.log2(ranks.double() + 1.0)
     gained = torch.where(_within(ranks, k), gain * discount, 0.0).sum(1)
     best = gain.sort(dim=1, descending=True).values[:, :k]
     position = torch.arange(2, best.size(1) + 2, device=ranks.device, dtype=torch.float64)
+
     return gained / (best / torch.log2(position)).sum(1)
 
 

@@ -30,16 +30,20 @@ def results_table(columns: Mapping[str, Results], *, title: str | None = None) -
     # Text, because a string with brackets would be read as markup.
     table = Table(title=Text(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("metric")
+
     for name in columns:
         table.add_column(Text(name), justify="right")
+
     compared = tuple(columns.values()) if len(columns) == 2 else None
     if compared:
         table.add_column("difference", justify="right")
+
     for metric in dict.fromkeys(m for results in columns.values() for m in results):
         cells = [_cell(metric, results.get(metric)) for results in columns.values()]
         if compared:
             cells.append(_difference(metric, compared[0].get(metric), compared[1].get(metric)))
         table.add_row(Text(metric), *cells)
+
     return table
 
 
@@ -58,6 +62,7 @@ def format_results(columns: Mapping[str, Results], *, title: str | None = None) 
     print_results(columns, title=title, console=console)
     file = console.file
     assert isinstance(file, io.StringIO)
+
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).strip("\n")
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.head import MAXSIM
 from vembed_fs2.errors import DataError
 from vembed_fs2.evaluation.metrics import (
     average_precision,
@@ -17,6 +19,7 @@ from vembed_fs2.evaluation.metrics import (
     reciprocal_rank,
 )
 from vembed_fs2.evaluation.search import DOCUMENT_BLOCK, QUERY_BLOCK, PairSimilarity, pad_vectors, relevant_ranks
+from vembed_fs2.evaluation.shares import gather_shares, share_of
 from vembed_fs2.evaluation.task import NOTHING_RELEVANT, Relevant
 
 if TYPE_CHECKING:
@@ -63,22 +66,52 @@ def evaluate_retrieval(
         Grades that are not greater than 0 mean "not relevant".
     :param query_mask: The vectors of each query that count, for ``maxsim``. *Shape:* ``[Q, L]``, bool.
     :param document_mask: The vectors of each document that count, for ``maxsim``. *Shape:* ``[N, V]``, bool.
-    :param exclude: For each query a document that it must not find (itself, say), or -1; never relevant.
+    :param exclude: For each query a document that it must not find (for example itself), or -1; never relevant.
     :param device: Where to compare; the device of ``queries`` by default.
 
     :raises EmbeddingValueError: an embedding holds NaN or infinity.
     :raises DataError: no query has a relevant document.
     """
+    scores = _score_queries(
+        queries,
+        corpus,
+        relevant,
+        ks=ks,
+        similarity=similarity,
+        masks=(query_mask, document_mask),
+        exclude=exclude,
+        blocks=(query_block, document_block),
+        device=device,
+    )
+    return _mean_scores(scores, ks, num_documents=corpus.size(0))
+
+
+def _score_queries(
+    queries: Tensor,
+    corpus: Tensor,
+    relevant: Sequence[Relevant],
+    *,
+    ks: Sequence[int],
+    similarity: PairSimilarity,
+    masks: tuple[Tensor | None, Tensor | None],
+    exclude: Sequence[int] | Tensor | None,
+    blocks: tuple[int, int] = (QUERY_BLOCK, DOCUMENT_BLOCK),
+    device: torch.device | None,
+) -> Tensor:
+    """Return each metric of each query; NaN for queries without relevant documents. *Shape:* ``[Q, M]``, float64."""
     if len(relevant) != queries.size(0):
         raise ValueError(f"There are {queries.size(0)} queries, but relevant documents of {len(relevant)}.")
+
+    (query_mask, document_mask), (query_block, document_block) = masks, blocks
     excluded = torch.full((queries.size(0),), -1) if exclude is None else torch.as_tensor(exclude).cpu()
-    totals: dict[str, float] = {}
-    counted = 0
+    scores = torch.full((queries.size(0), len(_metric_names(ks))), torch.nan, dtype=torch.float64)
     for rows in _blocks_of_rows(relevant, query_block, document_block):
         index, grades = _padded(relevant[rows], excluded[rows].tolist())
+
         keep = (index >= 0).any(1)
         if not keep.any():
             continue
+
         kept = keep.to(queries.device)
         ranks = relevant_ranks(
             queries[rows][kept],
@@ -92,16 +125,31 @@ def evaluate_retrieval(
             document_block=document_block,
             device=device or queries.device,
         )
-        for name, value in metrics_of_ranks(ranks, grades[keep], ks).items():
-            totals[name] = totals.get(name, 0.0) + float(value.sum())
-        counted += int(keep.sum())
-    if counted == 0:
+        scores[rows][keep] = torch.stack(list(metrics_of_ranks(ranks, grades[keep], ks).values()), dim=1)
+
+    return scores
+
+
+def _mean_scores(scores: Tensor, ks: Sequence[int], *, num_documents: int) -> dict[str, float]:
+    """Return the means over queries, and the numbers of queries and documents.
+
+    :param scores: *Shape:* ``[Q, M]``; the rows of all ranks in input order, so that their number changes no bit.
+    :raises DataError: no query has a relevant document.
+    """
+    counted = scores[~scores.isnan().all(1)]
+    if counted.size(0) == 0:
         raise DataError(NOTHING_RELEVANT)
-    results = {name: total / counted for name, total in totals.items()}
-    results["num_queries"] = float(counted)
-    results["num_documents"] = float(corpus.size(0))
-    results["num_queries_without_relevant"] = float(queries.size(0) - counted)
+
+    results = dict(zip(_metric_names(ks), counted.mean(0).tolist()))
+    results["num_queries"] = float(counted.size(0))
+    results["num_documents"] = float(num_documents)
+    results["num_queries_without_relevant"] = float(scores.size(0) - counted.size(0))
+
     return results
+
+
+def _metric_names(ks: Sequence[int]) -> list[str]:
+    return list(metrics_of_ranks(torch.empty(0, 1, dtype=torch.int64), None, ks))
 
 
 def metrics_of_ranks(ranks: Tensor, grades: Tensor | None, ks: Sequence[int] = DEFAULT_KS) -> dict[str, Tensor]:
@@ -118,6 +166,7 @@ def metrics_of_ranks(ranks: Tensor, grades: Tensor | None, ks: Sequence[int] = D
     metrics["mrr@10"] = reciprocal_rank(ranks, 10)
     metrics["ndcg@10"] = ndcg_at_k(ranks, 10, grades)
     metrics["map"] = average_precision(ranks)
+
     return metrics
 
 
@@ -129,37 +178,53 @@ def evaluate_embedder(
     ks: Sequence[int] = DEFAULT_KS,
     similarity: PairSimilarity = "cosine",
     device: torch.device | None = None,
+    gather: RowGather | None = None,
 ) -> dict[str, float]:
     """Encode a task's queries and documents and return what :func:`evaluate_retrieval` does.
 
-    Where the queries are the documents (``task.exclude_self``), they are encoded
-    once, as documents.
+    If the queries are the documents (``task.exclude_self``), they are encoded
+    once, as documents. On a gang, each rank encodes its share of both, and ranks
+    all documents for its share of the queries; all ranks return the results.
 
     :param batch_size: Given to the embedder.
     :param similarity: How single vectors are compared. An embedder that returns a list, of the vectors of each
         input (``[L_i, D]``), is evaluated by ``maxsim``.
     :param device: Where to compare the embeddings; the CPU by default.
+    :param gather: The gang, of a backend that takes tensors on the CPU; one process by default.
     """
-    corpus, document_mask = _encoded(embedder.encode_document(list(task.corpus), batch_size=batch_size))
-    queries, query_mask, exclude = corpus, document_mask, None
+    gather = gather or RowGather()
+    own = share_of(len(task.queries), gather)
+    items = [task.corpus[i] for i in share_of(len(task.corpus), gather)]
+
+    encoded = embedder.encode_document(items, batch_size=batch_size)
+    corpus, document_mask = _padded_vectors(gather_shares(encoded, len(task.corpus), gather))
     if task.exclude_self:
-        exclude = torch.arange(corpus.size(0))
+        exclude = torch.tensor(own)
+        queries, query_mask = corpus[exclude], None if document_mask is None else document_mask[exclude]
     else:
-        queries, query_mask = _encoded(embedder.encode_query(list(task.queries), batch_size=batch_size))
-    return evaluate_retrieval(
+        exclude = None
+        encoded = embedder.encode_query([task.queries[i] for i in own], batch_size=batch_size)
+        queries, query_mask = _padded_vectors(encoded)
+
+    scores = _score_queries(
         queries,
         corpus,
-        task.relevant,
+        [task.relevant[i] for i in own],
         ks=ks,
-        similarity=similarity if document_mask is None else "maxsim",
-        query_mask=query_mask,
-        document_mask=document_mask,
+        similarity=similarity if document_mask is None else MAXSIM,
+        masks=(query_mask, document_mask),
         exclude=exclude,
         device=device,
     )
 
+    return _mean_scores(
+        gather_shares(scores, len(task.queries), gather),
+        ks,
+        num_documents=len(task.corpus),
+    )
 
-def _encoded(embeddings: Any) -> tuple[Tensor, Tensor | None]:
+
+def _padded_vectors(embeddings: Any) -> tuple[Tensor, Tensor | None]:
     """What an embedder returned, and the mask of several vectors per input."""
     if isinstance(embeddings, list) and embeddings:
         return pad_vectors([torch.as_tensor(vectors) for vectors in embeddings])
@@ -176,17 +241,20 @@ def _blocks_of_rows(relevant: Sequence[Relevant], query_block: int, document_blo
         if (i > start and (i - start + 1) * widest > limit) or i - start == query_block:
             blocks.append(slice(start, i))
             start, widest = i, max(1, len(documents))
+
     return [*blocks, slice(start, len(relevant))] if relevant else []
 
 
 def _padded(relevant: Sequence[Relevant], excluded: Sequence[int]) -> tuple[Tensor, Tensor]:
     rows = [_graded(documents, left_out) for documents, left_out in zip(relevant, excluded)]
     width = max((len(row) for row in rows), default=0)
+
     index = torch.full((len(rows), width), -1, dtype=torch.int64)
     grades = torch.zeros(len(rows), width, dtype=torch.float64)
     for i, row in enumerate(rows):
         index[i, : len(row)] = torch.tensor(list(row), dtype=torch.int64)
         grades[i, : len(row)] = torch.tensor(list(row.values()), dtype=torch.float64)
+
     return index, grades
 
 
@@ -195,5 +263,6 @@ def _graded(documents: Relevant, excluded: int) -> dict[int, float]:
         documents = dict.fromkeys(documents, 1.0)
     if documents and min(documents) < 0:
         raise ValueError(f"The index of a relevant document must not be negative, but one is {min(documents)}.")
+
     # Not `grade > 0`: NaN must reach the metrics, which refuse it.
     return {d: float(grade) for d, grade in documents.items() if not grade <= 0 and d != excluded}

@@ -17,14 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, Literal, NamedTuple, TypeAlias, get_args
+from typing import Final, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from vembed_fs2.embedding.head import MAXSIM, Similarity, compares_several
 from vembed_fs2.errors import VembedError
 
-PairSimilarity: TypeAlias = Literal["cosine", "dot", "maxsim"]
+PairSimilarity: TypeAlias = Similarity
 
 QUERY_BLOCK: Final = 512
 DOCUMENT_BLOCK: Final = 8192
@@ -62,15 +63,19 @@ class _Blocks:
     ) -> None:
         if similarity not in get_args(PairSimilarity):
             raise ValueError(f"`similarity` must be 'cosine', 'dot' or 'maxsim', but is {similarity!r}.")
-        _check_shapes(queries, documents, exclude_Q, sizes, several=similarity == "maxsim")
-        _check_masks((queries, documents), masks, several=similarity == "maxsim")
+
+        self.several = compares_several(similarity)
+        _check_shapes(queries, documents, exclude_Q, sizes, several=self.several)
+        _check_masks((queries, documents), masks, several=self.several)
         self.queries, self.documents = queries, documents
+
         self.query_mask, self.document_mask = masks
         self.similarity, self.exclude = similarity, exclude_Q
         self.query_block, self.document_block = sizes
-        if similarity == "maxsim":
+        if self.several:
             self.query_block = max(self.query_block // queries.size(1), 1)
             self.document_block = max(self.document_block // documents.size(1), 1)
+
         self.device = device or queries.device
 
     def query_slices(self) -> Iterator[slice]:
@@ -94,31 +99,38 @@ class _Blocks:
     def scores(self, query: Tensor, columns: slice) -> Tensor:
         """Return the scores of a block of prepared queries and a block of documents, ``[q, n]``."""
         document = self._prepare(self.documents, self.document_mask, columns, "document")
-        if self.similarity != "maxsim":
+        if not self.several:
             return query @ document.T
+
         pair_qLnV = (query.flatten(0, 1) @ document.flatten(0, 1).T).view(*query.shape[:2], *document.shape[:2])
         if self.document_mask is None:
             return pair_qLnV.amax(3).sum(1)
+
         pair_qLnV.masked_fill_(~self.document_mask[columns].to(self.device), -torch.inf)
         best_qLn = pair_qLnV.amax(3)
+
         # Vectors of a query that do not count are zero, so they add nothing; nor does a document without vectors.
         return best_qLn.masked_fill_(best_qLn == -torch.inf, 0.0).sum(1)
 
     def _prepare(self, embeddings: Tensor, mask: Tensor | None, rows: slice, what: str) -> Tensor:
-        """Return a block in fp32; normalised, and zero where it is masked, as the similarity asks for."""
+        """Return a block in fp32; normalised, and with zeros for masked vectors, as the similarity asks for."""
         block = embeddings[rows].to(self.device, torch.float32)
         if mask is not None:
             block = torch.where(mask[rows].to(self.device).unsqueeze(2), block, 0.0)
+
         largest = block.abs().amax(dim=-1, keepdim=True)
         limit = 1e18 / block.size(1) ** 0.5 if self.similarity == "dot" else torch.finfo(torch.float32).max
+
         (bad,) = torch.nonzero(~(largest <= limit).flatten(1).all(1), as_tuple=True)
         if bad.numel():
             raise EmbeddingValueError(
                 f"The embedding of {what} {rows.start + int(bad[0])} holds NaN, infinity or values too large to"
                 " compare. Such scores have no order, so nothing is measured."
             )
+
         if self.similarity == "dot":
             return block
+
         # Scaled first: the squares of very large or very small values do not fit fp32.
         block = block / torch.where(largest > 0, largest, 1.0)
         return torch.nn.functional.normalize(block, dim=-1)
@@ -157,13 +169,16 @@ def exact_search(
     """
     if k < 1:
         raise ValueError(f"`k` must be at least 1, but is {k}.")
+
     masks = (query_mask, document_mask)
+
     blocks = _Blocks(queries, documents, masks, similarity, exclude, (query_block, document_block), device)
     k = min(k, documents.size(0))
     found = torch.empty(queries.size(0), k, dtype=torch.int64, device=queries.device)
     with _exact_matmul(blocks.device):
         for rows in blocks.query_slices():
             found[rows] = _best_keys(blocks, rows, k).to(found.device)
+
     return _from_keys(found)
 
 
@@ -175,6 +190,7 @@ def _best_keys(blocks: _Blocks, rows: slice, k: int) -> Tensor:
         top_qk = key_qn.topk(min(k, key_qn.size(1)), dim=1).values
         best_qk = torch.cat([best_qk, top_qk], dim=1)
         best_qk = best_qk.topk(min(k, best_qk.size(1)), dim=1).values
+
     return best_qk
 
 
@@ -211,18 +227,22 @@ def relevant_ranks(
     """
     masks = (query_mask, document_mask)
     blocks = _Blocks(queries, documents, masks, similarity, exclude, (query_block, document_block), device)
+
     if relevant.dim() != 2 or relevant.size(0) != queries.size(0):
         raise ValueError(f"`relevant` must have a row per query, but its shape is {tuple(relevant.shape)}.")
     if relevant.numel() and int(relevant.max()) >= documents.size(0):
         raise ValueError(f"`relevant` names document {int(relevant.max())} of {documents.size(0)}.")
     if exclude is not None and (relevant == exclude.to(relevant.device)[:, None])[relevant >= 0].any():
         raise ValueError("A document cannot be both relevant and excluded.")
+
     ranks = torch.zeros_like(relevant)
     if relevant.size(1) == 0:
         return ranks
+
     with _exact_matmul(blocks.device):
         for rows in blocks.query_slices():
             ranks[rows] = _block_ranks(blocks, rows, relevant[rows].to(blocks.device)).to(ranks.device)
+
     return ranks
 
 
@@ -234,6 +254,7 @@ def _block_ranks(blocks: _Blocks, rows: slice, relevant_qR: Tensor) -> Tensor:
         if inside_qR.any():
             position_qR = torch.where(inside_qR, relevant_qR - columns.start, 0)
             own_qR = torch.where(inside_qR, blocks.keys(query, rows, columns).gather(1, position_qR), own_qR)
+
     # bin[j] counts the documents between the j-th and the next relevant one, worst first.
     own_qR, order_qR = own_qR.sort(dim=1)
     bins_qR = own_qR.new_zeros(own_qR.size(0), own_qR.size(1) + 1)
@@ -242,8 +263,10 @@ def _block_ranks(blocks: _Blocks, rows: slice, relevant_qR: Tensor) -> Tensor:
         if own_qR.size(1) == 1:  # The usual case, and comparing is much faster than searching.
             bins_qR[:, 1] += (key_qn > own_qR).sum(1)
             continue
+
         bin_qn = torch.searchsorted(own_qR, key_qn)
         bins_qR.scatter_add_(1, bin_qn, torch.ones_like(bin_qn))
+
     higher_qR = bins_qR[:, 1:].flip(1).cumsum(1).flip(1)
     ranks_qR = torch.zeros_like(own_qR).scatter_(1, order_qR, higher_qR + 1)
     return torch.where(relevant_qR >= 0, ranks_qR, 0)
@@ -270,13 +293,15 @@ def maxsim_scores(
     :raises EmbeddingValueError: an embedding holds NaN or infinity.
     """
     masks = (query_mask, document_mask)
-    blocks = _Blocks(queries, documents, masks, "maxsim", None, (query_block, document_block), None)
+
+    blocks = _Blocks(queries, documents, masks, MAXSIM, None, (query_block, document_block), None)
     scores_QN = torch.empty(queries.size(0), documents.size(0), device=blocks.device)
     with _exact_matmul(blocks.device):
         for rows in blocks.query_slices():
             query = blocks.prepared_queries(rows)
             for columns in blocks.document_slices():
                 scores_QN[rows, columns] = blocks.scores(query, columns)
+
     return scores_QN
 
 
@@ -289,11 +314,14 @@ def pad_vectors(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """
     if any(row.dim() != 2 or row.size(1) != rows[0].size(1) for row in rows):
         raise ValueError("The vectors of each row must be a matrix, of the same number of columns for all rows.")
+
     width = max(1, *(row.size(0) for row in rows))
+
     values = rows[0].new_zeros(len(rows), width, rows[0].size(1))
     mask = torch.zeros(len(rows), width, dtype=torch.bool, device=values.device)
     for i, row in enumerate(rows):
         values[i, : row.size(0)], mask[i, : row.size(0)] = row, True
+
     return values, mask
 
 
@@ -322,6 +350,7 @@ def _exact_matmul(device: torch.device) -> Iterator[None]:
     """Full fp32 products: no autocast, no TF32 or bf16 behind ``float32_matmul_precision``."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
@@ -337,10 +366,12 @@ def _check_shapes(
         kind = "matrices with the same number of columns"
         if several:
             kind = "of shape [rows, vectors, dimensions] for 'maxsim', with the same number of dimensions"
+
         raise ValueError(
             f"Queries and documents must be {kind}, but have the shapes {tuple(queries.shape)} and"
             f" {tuple(documents.shape)}."
         )
+
     if documents.size(0) == 0 or 0 in (*queries.shape[1:], *documents.shape[1:]):
         raise ValueError("There must be at least one document, and at least one value in each row.")
     if exclude is not None and exclude.shape != queries.shape[:1]:

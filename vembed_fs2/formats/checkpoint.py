@@ -14,7 +14,8 @@ from fairseq2.utils.validation import StandardObjectValidator, ValidationError, 
 from torch import Tensor
 from typing_extensions import override
 
-from vembed_fs2.embedding.model import HeadConfig
+from vembed_fs2.embedding.head import HeadConfig, ImageHeadConfig
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, TEACHER_PROJECTION
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import write_json
 from vembed_fs2.formats.folder import ModelFolder
@@ -33,8 +34,13 @@ class NeedsCodeError(ModelLoadError):
     """Raised when a model can be loaded only with Python code that comes with it, which was not allowed."""
 
 
-LEARNED_PARTS: Final = ("logit_scale", "logit_bias", "teacher_projection")
-"""The parameters that any model can have besides its encoder, for its objective."""
+def drop_learned(config: object, *, kept: Collection[str] = ()) -> Drop:
+    """Return the rule for what objectives learn and a format has no place for.
+
+    :param kept: the names of what it has a place for.
+    """
+    names = [LOGIT_SCALE, LOGIT_BIAS, TEACHER_PROJECTION, *(p.name for p in getattr(config, "learned", None) or ())]
+    return Drop(ours="|".join(name for name in names if name not in kept))
 
 
 class CheckpointFormat(HuggingFaceConverter):
@@ -129,6 +135,7 @@ class CheckpointFormat(HuggingFaceConverter):
         native = getattr(transformers, hf_config.kls_name)()
         for name, value in hf_config.data.items():
             setattr(native, name, value)
+
         native.architectures = [hf_config.arch]
         native.save_pretrained(folder)
 
@@ -164,22 +171,25 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
             raise ModelLoadError("config.json: `model_config` must hold the fields of the model's configuration.")
         if wants_code(values):
             raise ModelLoadError("config.json: `model_config` asks for `trust_remote_code`, which a file must not.")
+
         try:
             config: ConfigT = StandardValueConverter().structure(values, self._config_kls)
         except StructureError as ex:
             raise ModelLoadError(f"config.json: `model_config` is not valid. {_reason_of(ex)}") from None
-        if head is not None and head_of(config) is not None:
+
+        if head is not None and _text_head_of(config) is not None:
             setattr(config, "head", head)  # noqa: B010  (mypy does not know the field)
         elif head is not None and head.dense:
             raise ModelLoadError(f"Dense modules after a {self._model_type} model are not supported.")
+
         if errors := config_errors(config):
             raise ModelLoadError(f"config.json: `model_config` is not valid. {' '.join(errors)}")
+
         return config
 
     @override
     def key_map(self, config: object) -> KeyMap:
-        # It is of no use without the teacher.
-        return KeyMap(Drop(ours="teacher_projection"))
+        return KeyMap(drop_learned(config, kept=(LOGIT_SCALE, LOGIT_BIAS)))
 
     @override
     def has_our_names(self, keys: Collection[str], config: object) -> bool:
@@ -201,16 +211,21 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
             "transformers_version": transformers.__version__,
             **self._values_of(config),
         }
+
         # In transformers' order.
         write_json(folder / "config.json", json.loads(json.dumps(values, sort_keys=True)))
 
     def _values_of(self, config: object) -> dict[str, object]:
         values: Any = StandardValueConverter().unstructure(config)
-        # It is of no use without the teacher.
-        data: dict[str, object] = {"model_config": {k: v for k, v in values.items() if k != "teacher_dim"}}
-        if head_of(config) is not None:
+
+        # What belongs to a training is of no use after it.
+        kept = {k: v for k, v in values.items() if k not in ("teacher_dim", "learned")}
+
+        data: dict[str, object] = {"model_config": kept}
+        if _text_head_of(config) is not None:
             # sentence-transformers' pooling looks here for the size of its inputs.
             data["hidden_size"] = getattr(config, "model_dim")  # noqa: B009  (mypy does not know the field)
+
         return data
 
 
@@ -229,6 +244,7 @@ def declare_hf_config(name: str, model_type: str, fields: Iterable[str], base: t
     known = base()
     missing = {field: None for field in fields if not hasattr(known, field)}
     setattr(transformers, name, type(name, (base,), {"model_type": model_type, **missing}))
+
     return name
 
 
@@ -241,6 +257,7 @@ def _reason_of(error: StructureError) -> str:
         if not str(cause).startswith("Value cannot be structured to"):
             reasons.append(str(cause))
         cause = cause.__cause__
+
     return " ".join(reasons)
 
 
@@ -261,9 +278,29 @@ def _list_errors(result: ValidationResult, path: str) -> list[str]:
 
 
 def head_of(config: object) -> HeadConfig | None:
-    """Return the head of a model configuration, if the family has one."""
-    head = getattr(config, "head", None)
-    return head if isinstance(head, HeadConfig) else None
+    """Return the head of a model configuration, of texts, images or both, if it has one."""
+    heads = (getattr(config, name, None) for name in ("head", "image_head"))
+    return next((head for head in heads if isinstance(head, HeadConfig)), None)
+
+
+def set_image_head(config: object, head: ImageHeadConfig) -> None:
+    """Replace the head of the configuration of a model of images, or of texts and images.
+
+    :raises ModelLoadError: it has none.
+    """
+    name = "image_head" if hasattr(config, "image_head") else "head"
+    current = getattr(config, name, None)
+    if isinstance(current, ImageHeadConfig):
+        setattr(config, name, head)
+    elif hasattr(config, name) and current is None:
+        setattr(config, name, HeadConfig(**vars(head)))
+    else:
+        raise ModelLoadError("The folder names an image pooling, but its model has no options for that.")
+
+
+def _text_head_of(config: object) -> HeadConfig | None:
+    head = head_of(config)
+    return None if isinstance(head, ImageHeadConfig) else head
 
 
 def wants_code(values: object) -> bool:

@@ -94,15 +94,18 @@ def download_repository(uri: Uri, *, weights: bool = True, force: bool = False, 
     patterns = list(_FILES)
     if weights:
         patterns += _SAFETENSORS + _PICKLED
+
     if weights and not local_only:
         # Without a connection there is no list, but what was fetched before may be enough. The download itself
         # says what else is wrong.
         with suppress(Exception):
             names = list_repo_files(repository, revision=revision or None)
+
             # Some repositories hold other weights as well.
             own = [layout for layout in list_layouts() if layout.weight_patterns and layout.config_name in names]
             layout = next((layout for layout in own if layout.detects(fetch(_FILES))), None)
             patterns = [*_FILES, *_choose_weights(names, layout.weight_patterns if layout is not None else ())]
+
     try:
         return fetch(patterns)
     except Exception as ex:

@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, TypeVar, final
 
 from fairseq2.model_checkpoint import ModelCheckpointLoader, ModelCheckpointLoadOptions
 from fairseq2.model_checkpoint.common import reshard_tensor
 from torch import Tensor
 from typing_extensions import override
 
-from vembed_fs2.embedding.image_head import ImageHeadConfig
-from vembed_fs2.embedding.model import DenseConfig, HeadConfig
+from vembed_fs2.embedding.head import DenseConfig, HeadConfig, ImageHeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json
 from vembed_fs2.formats.open_clip import (
@@ -29,11 +28,17 @@ from vembed_fs2.formats.registry import find_layout
 from vembed_fs2.formats.sentence_transformers import SentenceModules, find_clip, read_modules
 from vembed_fs2.formats.weights import WEIGHT_FILES, LazyTensors, find_weights
 
+ADAPTER_CONFIG: Final = "adapter_config.json"
+"""The file by which peft's adapters are told from models."""
+
 HEAD_FILE: Final = "vembed_head.json"
-"""What follows the backbone, in a folder of transformers' layout that we wrote."""
+"""What follows a text backbone, in a folder of transformers' layout that we wrote."""
 
 IMAGE_HEAD_FILE: Final = "vembed_image_head.json"
-"""What follows an image backbone, in such a folder."""
+"""What follows a backbone of images, or of texts and images, in such a folder."""
+
+
+HeadT = TypeVar("HeadT", bound=HeadConfig)
 
 
 def is_model_folder(path: Path) -> bool:
@@ -71,9 +76,17 @@ class ModelFolder:
         """
         if not path.is_dir():
             raise ModelLoadError(f"{path} is not a folder.")
+
+        if (adapter := path / ADAPTER_CONFIG).is_file():
+            raise ModelLoadError(
+                f"{adapter} describes an adapter, and adapters are not read. Merge it into its base model (peft's"
+                " `merge_and_unload`) and save the result."
+            )
+
         folder = ModelFolder.maybe_open(path)
         if folder is None:
             raise ModelLoadError(f"{path} has no config.json: it is not a Hugging Face model folder.")
+
         return folder
 
     @staticmethod
@@ -103,25 +116,12 @@ class ModelFolder:
         return model_type
 
     def head(self) -> HeadConfig | None:
-        """The head after the backbone, if the folder has one."""
-        file = self.root / HEAD_FILE
-        if not file.is_file():
-            return None
-        try:
-            values = read_json(file)
-            return HeadConfig(**{**values, "dense": [DenseConfig(**d) for d in values.get("dense", ())]})
-        except TypeError as ex:
-            raise ModelLoadError(f"{file} is not valid: {ex}.") from None
+        """What follows the backbone, where the folder says it."""
+        return _read_head(self.root / HEAD_FILE, HeadConfig)
 
     def image_head(self) -> ImageHeadConfig | None:
-        """The head after an image backbone, if the folder has one."""
-        file = self.root / IMAGE_HEAD_FILE
-        if not file.is_file():
-            return None
-        try:
-            return ImageHeadConfig(**read_json(file))
-        except TypeError as ex:
-            raise ModelLoadError(f"{file} is not valid: {ex}.") from None
+        """What follows a backbone of images, or of texts and images, where the folder says it."""
+        return _read_head(self.root / IMAGE_HEAD_FILE, ImageHeadConfig)
 
     def text_options(self) -> dict[str, Any]:
         """How texts are prepared, prompts included, as fields of ``ProcessorSettings``."""
@@ -162,6 +162,7 @@ class SentenceTransformersFolder(ModelFolder):
     @override
     def text_options(self) -> dict[str, Any]:
         modules = self.modules
+
         return {
             "max_length": modules.max_length,
             "prompts": dict(modules.prompts),
@@ -235,6 +236,17 @@ def open_sentence_transformers(path: Path) -> ModelFolder:
     return SentenceTransformersFolder(path, read_modules(path))
 
 
+def _read_head(file: Path, kls: type[HeadT]) -> HeadT | None:
+    if not file.is_file():
+        return None
+
+    try:
+        values = read_json(file)
+        return kls(**{**values, "dense": [DenseConfig(**d) for d in values.get("dense", ())]})
+    except TypeError as ex:
+        raise ModelLoadError(f"{file} is not valid: {ex}.") from None
+
+
 def _dense_name(idx: int, key: str) -> str:
     return f"head.dense.{idx}.{key.removeprefix('linear.')}"
 
@@ -273,8 +285,10 @@ class FolderCheckpointLoader(ModelCheckpointLoader):
         if not is_model_folder(path):
             yield from self._load_other(path, shard_dims, options)
             return
+
         assert options.gangs is not None
         gangs = options.gangs
+
         tensors = _convert(ModelFolder.open(path).tensors(), options.state_dict_converter)
         sizes, ranks = (gangs.tp.size, gangs.sdp.size), (gangs.tp.rank, gangs.sdp.rank)
         for key, tensor in tensors:
@@ -288,6 +302,7 @@ class FolderCheckpointLoader(ModelCheckpointLoader):
         if convert is None or not path.joinpath("pp_00").is_dir():
             yield from self._fallback.lazy_load(path, shard_dims, options)
             return
+
         # A run's checkpoint. fairseq2 converts each rank's shard and concatenates the results, which would repeat
         # tensors that the converter adds; so convert the joined state.
         options = replace(options, state_dict_converter=None)

@@ -5,6 +5,7 @@ Nothing in ``config.json`` that changes what a model computes is ignored.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
 from copy import deepcopy
 from typing import Any, Final
@@ -29,9 +30,10 @@ _DUAL_REFUSED: Final = ("pruned_heads", "quantization_config")
 """Fields that transformers would obey and that have no counterpart here."""
 
 
-def resolve_hf_config(hf_config: Mapping[str, Any], kls_name: str) -> dict[str, Any]:
+def resolve_hf_config(hf_config: Mapping[str, Any], kls_name: str, kind: str | None = None) -> dict[str, Any]:
     """Return the content of ``config.json`` as transformers' class sees it, with its defaults and other names.
 
+    :param kind: the kind of model, for the error; the name of the class, if ``None``.
     :raises ModelLoadError: the class does not take the content.
     """
     import transformers
@@ -39,7 +41,9 @@ def resolve_hf_config(hf_config: Mapping[str, Any], kls_name: str) -> dict[str, 
     try:
         resolved: dict[str, Any] = getattr(transformers, kls_name)(**deepcopy(dict(hf_config))).to_dict()
     except (TypeError, ValueError, AttributeError) as ex:
-        raise ModelLoadError(f"config.json is not a valid {kls_name}: {ex}.") from None
+        kind = kind or kls_name.removesuffix("Config")
+        raise ModelLoadError(f"config.json is not a valid {kind} configuration: {ex}.") from None
+
     return resolved
 
 
@@ -66,6 +70,7 @@ def read_field(hf_config: Mapping[str, Any], name: str, kls: type, *, optional: 
         return float(value)
     if type(value) is not kls:
         raise ModelLoadError(f"config.json: `{name}` must be of type {kls.__name__}, but is {value!r} instead.")
+
     return value
 
 
@@ -76,10 +81,12 @@ def validate_hf_config(config: object, names: Mapping[str, str]) -> None:
     :raises ModelLoadError: it is not valid; the message has the names of ``config.json``.
     """
     if errors := config_errors(config):
-        message = " ".join(errors)
-        for name, hf_name in names.items():
-            message = message.replace(f"`{name}`", f"`{hf_name}`")
+        message = re.sub(r"`([\w.]+)`", lambda match: f"`{_rename_path(match[1], names)}`", " ".join(errors))
         raise ModelLoadError(f"config.json is not valid. {message}")
+
+
+def _rename_path(path: str, names: Mapping[str, str]) -> str:
+    return ".".join(names.get(name, name) for name in path.split("."))
 
 
 def create_dual_rules(names: Mapping[str, str]) -> list[Rule]:
@@ -121,13 +128,17 @@ def read_fields(
         kind = type(getattr(default, name))
         if kind is float and type(value) is int:
             value = float(value)
+
         if type(value) is not kind and not (hf_name in optional and value is None):
             raise ModelLoadError(
                 f"`{where}{hf_name}` must be of type `{kind.__name__}`, but is {value!r}, which is not supported."
             )
+
         if hf_name == "hidden_act":
             create_activation(value, field=where + hf_name)
+
         fields[name] = value
+
     return fields
 
 

@@ -166,12 +166,14 @@ class KeyMap:
         for module in dict.fromkeys(_module_of(name) for name in names):
             if self._is_tensor(module):
                 continue
+
             # A rule of a module ends in a dot; one of a tensor has its name.
             for name in (f"{module}.weight", f"{module}.bias"):
                 for theirs in self._originals(name):
                     # Others are parameters of a module that has several.
                     if _PARAMETER.search(theirs):
                         found.setdefault(_module_of(theirs), {}).setdefault(module)
+
         return {theirs: tuple(ours) for theirs, ours in found.items()}
 
     def _is_tensor(self, name: str) -> bool:
@@ -184,10 +186,12 @@ class KeyMap:
     def _originals(self, name: str) -> Sequence[str]:
         if self._not_written.fullmatch(name):
             return []
+
         for move in self._writers:
             for source in move.sources:
                 if (rest := source.match(name)) is not None:
                     return [target.fill(rest) for target in move.targets]
+
         return [name]
 
     def _plain(self, name: str) -> str:
@@ -309,13 +313,16 @@ def _convert(
     for name in names:
         if dropped.fullmatch(name):
             continue
+
         for move in moves:
             position, rest = next(((i, m) for i, s in enumerate(move.sources) if (m := s.match(name))), (0, None))
             if rest is None:
                 continue
+
             # The others come along with the first; if that is missing, this one says so.
             if position == 0 or move.sources[0].fill(rest) not in names:
                 yield from _apply(move, rest, name, names, tensors)
+
             break
         else:
             yield name, tensors[names[name]]
@@ -327,6 +334,7 @@ def _apply(
     sources = [source.fill(rest) for source in move.sources]
     if missing := [source for source in sources if source not in names]:
         raise ModelLoadError(f"The checkpoint has `{name}`, but lacks `{missing[0]}`.")
+
     converted = move.convert([tensors[names[source]] for source in sources])
     for target, tensor in zip(move.targets, converted, strict=True):
         yield target.fill(rest), tensor

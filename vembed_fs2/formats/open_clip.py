@@ -119,12 +119,14 @@ def refuse_model(model_cfg: Mapping[str, Any]) -> None:
     """
     if "multimodal_cfg" in model_cfg:
         raise ModelLoadError("`multimodal_cfg`: CoCa models are not supported.")
+
     options = read_model_options(model_cfg)
     if name := options["text_cfg"].get("hf_model_name"):
         raise ModelLoadError(
             f"`text_cfg.hf_model_name` is '{name}': text towers of transformers in an open_clip checkpoint are not "
             "supported."
         )
+
     vision = options["vision_cfg"]
     if not vision.get("timm_model_name") and isinstance(vision.get("layers"), (list, tuple)):
         raise ModelLoadError("`vision_cfg.layers` is a list: ResNet image towers are not supported.")
@@ -142,12 +144,15 @@ def read_open_clip_json(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, A
     """
     file = folder / OPEN_CLIP_CONFIG
     content = read_json(file)
+
     model_cfg, preprocess_cfg = content.get("model_cfg"), content.get("preprocess_cfg", {})
     if not isinstance(model_cfg, Mapping) or not isinstance(preprocess_cfg, Mapping):
         raise ModelLoadError(f"{file} must hold `model_cfg` and `preprocess_cfg`.")
+
     for name in ("vision_cfg", "text_cfg"):
         if not isinstance(model_cfg.get(name), Mapping):
             raise ModelLoadError(f"{file}: `{name}` must hold the options of a tower.")
+
     return model_cfg, preprocess_cfg
 
 
@@ -156,13 +161,17 @@ def _read_pad_id(folder: Path) -> int | None:
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return None
+
     config = read_json(file)
+
     name = config.get("pad_token")
     if isinstance(name, dict):
         name = name.get("content")
+
     for index, token in config.get("added_tokens_decoder", {}).items():
         if token.get("content") == name:
             return int(index)
+
     return None
 
 
@@ -172,18 +181,22 @@ def read_text_options(folder: Path) -> dict[str, Any]:
     :raises ModelLoadError: an option is not supported; the message names it.
     """
     model_cfg, _ = read_open_clip_json(folder)
+
     text_cfg = model_cfg["text_cfg"]
     where = f"{folder / OPEN_CLIP_CONFIG}: `text_cfg."
     if text_cfg.get("tokenizer_mode"):
         raise ModelLoadError(f"{where}tokenizer_mode` is '{text_cfg['tokenizer_mode']}', which is not supported.")
+
     has_own_tokenizer = bool(text_cfg.get("hf_tokenizer_name"))
     options = dict(text_cfg.get("tokenizer_kwargs") or {})
     cleaning = options.pop("clean", "whitespace" if has_own_tokenizer else "lower")
     strip_sep_token = bool(options.pop("strip_sep_token", False)) if has_own_tokenizer else False
+
     if options:
         raise ModelLoadError(f"{where}tokenizer_kwargs.{min(options)}` is not supported.")
     if cleaning not in CLEANINGS:
         raise ModelLoadError(f"{where}tokenizer_kwargs.clean` is '{cleaning}', which is not supported.")
+
     return {
         "max_length": text_cfg.get("context_length", 77),
         "text_cleaning": cleaning,
@@ -201,8 +214,10 @@ def read_model_options(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("vision_cfg", "text_cfg"):
         if not options[name]:
             raise ModelLoadError(f"`{name}` must hold the options of a tower.")
+
     if options["embed_dim"] < 1:
         raise ModelLoadError(f"`embed_dim` must be at least 1, but is {options['embed_dim']} instead.")
+
     return options
 
 
@@ -230,6 +245,7 @@ def read_options(
                 raise ModelLoadError(f"`{where}{name}` is {value!r}, which is not supported.")
         elif name not in defaults and name not in ignored:
             raise ModelLoadError(f"`{where}{name}` is not an option that is known.")
+
     return {name: _read_option(values.get(name, default), default, where + name) for name, default in defaults.items()}
 
 
@@ -240,6 +256,7 @@ def _read_option(value: Any, default: Any, name: str) -> Any:
         return float(value)
     if isinstance(default, dict) and isinstance(value, Mapping):
         return value
+
     raise ModelLoadError(f"`{name}` must be of type `{type(default).__name__}`, but is {value!r} instead.")
 
 
@@ -251,6 +268,7 @@ def read_pair(value: object, name: str) -> int | tuple[int, int]:
     sizes: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(sizes) not in (1, 2) or any(type(size) is not int for size in sizes):
         raise ModelLoadError(f"`{name}` must be one integer or two, but is {value!r} instead.")
+
     height, width = int(sizes[0]), int(sizes[-1])
     return height if height == width else (height, width)
 
@@ -285,9 +303,11 @@ def read_activation(act_kwargs: object, name: str, *, quick_gelu: bool) -> str:
     if quick_gelu:
         read_options(options, f"{name}.", {})
         return "quick_gelu"
+
     approximation = read_options(options, f"{name}.", {"approximate": "none"})["approximate"]
     if approximation not in ("none", "tanh"):
         raise ModelLoadError(f"`{name}.approximate` must be 'none' or 'tanh', but is '{approximation}' instead.")
+
     return "gelu_pytorch_tanh" if approximation == "tanh" else "gelu"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from vembed_fs2.embedding.model import DenseConfig, HeadConfig, Pooling, SingleSimilarity
+from vembed_fs2.embedding.head import DenseConfig, HeadConfig, Pooling, SingleSimilarity
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json
 
@@ -19,14 +19,21 @@ TRANSFORMER_FILES: Final = tuple(
 
 
 # Our names of the pooling modes, by theirs.
-POOLINGS: Final[dict[str, Pooling]] = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last"}
+POOLINGS: Final[dict[str, Pooling]] = {
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weightedmean",
+    "lasttoken": "last",
+}
 
 
-# Before version 5.4 each pooling mode was a key of its own.
+# Before version 5.4 each pooling mode was a key of its own. Several are put one after the other, in this order.
 POOLING_KEYS: Final = {
     "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
     "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
@@ -105,6 +112,7 @@ def read_modules(root: Path) -> SentenceModules:
         similarity=similarity,
     )
     max_length, do_lower_case = _read_transformer(backbone)
+
     return SentenceModules(backbone, head, dense_folders, max_length, prompts, default_prompt_name, do_lower_case)
 
 
@@ -114,11 +122,13 @@ def find_clip(root: Path) -> Path | None:
     :raises ModelLoadError: something else than a normalisation follows the model.
     """
     modules = _list_modules(root)
+
     kinds = [kind for kind, _ in modules]
     if kinds[:1] != ["CLIPModel"]:
         return None
     if kinds[1:] not in ([], ["Normalize"]):
         raise ModelLoadError(f"{root / 'modules.json'}: {kinds[1:]} after CLIPModel is not supported.")
+
     return modules[0][1]
 
 
@@ -132,12 +142,14 @@ def _list_modules(root: Path) -> list[tuple[str, Path]]:
         raise ModelLoadError(f"{file} cannot be read: {ex.strerror or ex}.") from None
     except (ValueError, TypeError, KeyError):
         raise ModelLoadError(f"{file} must hold a JSON list of modules, each with `type` and `path`.") from None
+
     for kind, path in modules:
         # Two layouts of module paths exist; both end in the same class names.
         if not kind.startswith("sentence_transformers."):
             raise ModelLoadError(f"{file}: module '{kind}' is the model's own code, which is not supported.")
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             raise ModelLoadError(f"{file}: `path` must be inside the folder, but is '{path}' instead.")
+
     return [(kind.rpartition(".")[2], root / path) for kind, path in modules]
 
 
@@ -145,44 +157,53 @@ def _check_order(file: Path, kinds: list[str]) -> None:
     for kind in kinds:
         if kind not in ("Transformer", "Pooling", "Dense", "Normalize"):
             raise ModelLoadError(f"{file}: module '{kind}' is not supported.")
+
     if kinds[:2] != ["Transformer", "Pooling"]:
         raise ModelLoadError(f"{file}: the first modules must be Transformer and Pooling, but are {kinds[:2]} instead.")
+
     for kind in ("Transformer", "Pooling"):
         if kinds.count(kind) > 1:
             raise ModelLoadError(f"{file}: more than one {kind} module is not supported.")
+
     if "Dense" in kinds[kinds.index("Normalize") if "Normalize" in kinds else len(kinds) :]:
         raise ModelLoadError(f"{file}: a Dense module after Normalize is not supported.")
 
 
-def _read_pooling(file: Path) -> tuple[Pooling, bool]:
+def _read_pooling(file: Path) -> tuple[Pooling | list[Pooling], bool]:
     config = read_json(file)
     known = {"word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt", *POOLING_KEYS}
     _refuse_unknown(file, config, known)
+
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [mode for key, mode in POOLING_KEYS.items() if config.get(key)] or ["mean"]
     elif isinstance(modes, str):
         modes = [modes]
-    if len(modes) != 1:
-        raise ModelLoadError(f"{file}: the combination of the pooling modes {' and '.join(modes)} is not supported.")
-    if modes[0] not in POOLINGS:
-        supported = ", ".join(POOLINGS)
-        raise ModelLoadError(f"{file}: `pooling_mode` '{modes[0]}' is not supported. Supported are: {supported}.")
-    return POOLINGS[modes[0]], _read(file, config, "include_prompt", bool, True)
+
+    for mode in modes:
+        if mode not in POOLINGS:
+            supported = ", ".join(POOLINGS)
+            raise ModelLoadError(f"{file}: `pooling_mode` '{mode}' is not supported. Supported are: {supported}.")
+
+    poolings = [POOLINGS[mode] for mode in modes]
+    return poolings[0] if len(poolings) == 1 else poolings, _read(file, config, "include_prompt", bool, True)
 
 
 def _read_dense(file: Path) -> DenseConfig:
     config = read_json(file)
     known = {"in_features", "out_features", "bias", "activation_function", "module_input_name", "module_output_name"}
     _refuse_unknown(file, config, known)
+
     for key in ("module_input_name", "module_output_name"):
         if config.get(key) not in (None, "sentence_embedding"):
             raise ModelLoadError(f"{file}: `{key}` '{config[key]}' is not supported: it must be 'sentence_embedding'.")
+
     path = _read(file, config, "activation_function", str, ACTIVATIONS["tanh"])
     names: dict[str, Any] = {p.rpartition(".")[2]: name for name, p in ACTIVATIONS.items()}
     if not path.startswith("torch.nn.") or path.rpartition(".")[2] not in names:
         supported = ", ".join(ACTIVATIONS.values())
         raise ModelLoadError(f"{file}: `activation_function` '{path}' is not supported. Supported are: {supported}.")
+
     return DenseConfig(
         input_dim=_read(file, config, "in_features", int),
         output_dim=_read(file, config, "out_features", int),
@@ -197,16 +218,20 @@ def _read_transformer(folder: Path) -> tuple[int | None, bool]:
     config = read_json(file) if file.is_file() else {}
     options = {"model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs"}
     _refuse_unknown(file, config, {*_TRANSFORMER_KEYS, *_TRANSFORMER_VALUES, *options})
+
     for key, values in _TRANSFORMER_VALUES.items():
         if key in config and config[key] not in values:
             raise ModelLoadError(f"{file}: `{key}` is {config[key]!r}, which is not supported.")
+
     for key in options:
         for option in _read(file, config, key, dict, {}):
             if option not in _HARMLESS_OPTIONS:
                 raise ModelLoadError(f"{file}: `{key}.{option}` is not supported.")
+
     max_length = None
     if config.get("max_seq_length") is not None:
         max_length = _read(file, config, "max_seq_length", int)
+
     return max_length or _default_max_length(folder), _read(file, config, "do_lower_case", bool, False)
 
 
@@ -215,10 +240,13 @@ def _default_max_length(backbone: Path) -> int | None:
     limits = []
     for name, key in (("tokenizer_config.json", "model_max_length"), ("config.json", "max_position_embeddings")):
         file = backbone / name
+
         limit = read_json(file).get(key) if file.is_file() else None
+
         # Tokenizers without a limit say 1e30; XLNet says -1.
         if isinstance(limit, (int, float)) and 0 < limit < 1e9:
             limits.append(int(limit))
+
     return min(limits, default=None)
 
 
@@ -230,12 +258,15 @@ def _read_prompts(file: Path) -> tuple[dict[str, str], str | None, SingleSimilar
         # sentence-transformers writes prompts that are not set as null.
         if text is not None:
             prompts[name] = _read(file, {f"prompts.{name}": text}, f"prompts.{name}", str)
+
     default = config.get("default_prompt_name")
     if default is not None and default not in prompts:
         raise ModelLoadError(f"{file}: `default_prompt_name` is '{default}', but `prompts` has no such prompt.")
+
     similarity: SingleSimilarity = config.get("similarity_fn_name") or "cosine"
     if similarity not in ("cosine", "dot"):
         raise ModelLoadError(f"{file}: `similarity_fn_name` '{similarity}' is not supported.")
+
     return prompts, default, similarity
 
 
@@ -258,5 +289,5 @@ def _read(file: Path, config: Mapping[str, Any], key: str, kls: type, default: o
 
 
 def has_pooling(head: HeadConfig) -> bool:
-    """Whether sentence-transformers has the pooling of ``head``."""
-    return head.pooling in POOLINGS.values()
+    """Whether sentence-transformers has the poolings of ``head``."""
+    return all(pooling in POOLINGS.values() for pooling in head.poolings)

@@ -42,6 +42,7 @@ class LazyTensors(Mapping[str, Tensor]):
         :raises ModelLoadError: a file is missing or broken.
         """
         self._load: dict[str, Callable[[], Tensor]] = {}
+
         files = [file]
         if file.name.endswith(".index.json"):
             files = [file.with_name(name) for name in sorted(set(_read_index(file).values()))]
@@ -85,9 +86,11 @@ def _read_index(file: Path) -> dict[str, str]:
     weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelLoadError(f"{file} has no `weight_map`.")
+
     for name in weight_map.values():
         if not isinstance(name, str) or PurePath(name).name != name:
             raise ModelLoadError(f"{file} must name files in its own folder, but names {name!r}.")
+
     return weight_map
 
 
@@ -104,6 +107,7 @@ class _open_errors:
         if isinstance(error, OSError):
             # safetensors reports every file that it cannot open as missing.
             error = _why_not_opened(self._file) or error
+
         if isinstance(error, FileNotFoundError):
             raise ModelLoadError(f"{self._file} does not exist.") from None
         if isinstance(error, PermissionError):
@@ -127,14 +131,17 @@ def _open_weights(file: Path) -> dict[str, Callable[[], Tensor]]:
             opened: Any = safe_open(file, framework="pt")
             names: list[str] = opened.keys()
             return {key: _loader(file, opened, key) for key in names}
+
     # Pickled tensors only: arbitrary objects in a checkpoint are refused.
     with _open_errors(file):
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
+
     # open_clip's training saves the state of its optimizer with the model, and the name of DDP's module.
     if isinstance(state, dict) and isinstance(inner := state.get("state_dict"), dict):
         state = {str(key).removeprefix("module."): tensor for key, tensor in inner.items()}
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ModelLoadError(f"{file} must hold tensors by name.")
+
     return {key: partial(_same, tensor) for key, tensor in state.items()}
 
 

@@ -70,8 +70,8 @@ class GradCache:
 
     :param encode: ``encode(chunk)`` returns embeddings ``[n, D]``, or a tuple
         ``(embeddings, mask, *extras)``: embeddings ``[n, D]`` with the mask
-        ``None``, or ``[n, L, D]`` with a mask ``[n, L]``; ``extras`` are tensors
-        that do not depend on the rows, such as a learned temperature. One for
+        ``None``, or ``[n, L, D]`` with a mask ``[n, L]``; ``extras`` are tensors, or
+        dicts of tensors, that do not depend on the rows, such as a learned temperature. One for
         all roles, or a list with one for each. DDP and FSDP2 modules are
         recognised, also inside another module, a function or a method.
     :param loss: ``loss(*embeddings, **kwargs)`` returns a scalar. It gets what
@@ -108,8 +108,10 @@ class GradCache:
         for name, size in (("chunk_tokens", chunk_tokens), ("chunk_patches", chunk_patches)):
             if size is not None and size < 1:
                 raise ValueError(f"`{name}` must be greater than or equal to 1, but is {size} instead.")
+
         if grad_sync not in ("last", "every_chunk"):
             raise ValueError(f"`grad_sync` must be 'last' or 'every_chunk', but is {grad_sync!r}.")
+
         parse_budget(activation_budget, torch.device("cpu"))
         self._encode = encode
         self._loss = loss
@@ -145,16 +147,20 @@ class GradCache:
                 group.sync.begin()
             self._plan(group)
             self._forward(group)
+
         embeddings: list[Any] = [None] * len(roles)
         for group in groups:
             for role, output in group.role_outputs():
                 embeddings[role] = output
+
         value = self._loss(*embeddings, **loss_kwargs)
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"`loss` must return a scalar tensor, but returned {found}.")
+
         if not value.requires_grad:
             return value
+
         trigger = value.new_zeros((), requires_grad=True)
         return _Backward.apply(value.detach(), trigger, _Step(groups, value))  # type: ignore[no-any-return, no-untyped-call]
 
@@ -164,6 +170,7 @@ class GradCache:
             encoders = [encoders] * len(roles)
         if len(encoders) != len(roles) or not roles:
             raise ValueError(f"There are {len(encoders)} encoders, but {len(roles)} roles.")
+
         groups: dict[int, Group] = {}
         for idx, (encoder, role) in enumerate(zip(encoders, roles)):
             group = groups.get(id(encoder))
@@ -171,10 +178,13 @@ class GradCache:
                 sync = self._sync if self._sync is not None else grad_sync_of(encoder)
                 if self._grad_sync == "every_chunk" and not sync.can_reduce_chunks:
                     raise ValueError("`grad_sync` must be 'last' with DDP, which averages gradients once.")
+
                 sync.reduces_chunks = self._grad_sync == "every_chunk"
                 _check_closure(encoder)
                 group = groups[id(encoder)] = Group(len(groups), encoder, sync)
+
             group.add(idx, as_rows(role))
+
         return list(groups.values())
 
     def _plan(self, group: Group) -> None:
@@ -197,11 +207,13 @@ class GradCache:
             for encoded in group.chunks:
                 group.encode(encoded, keep=False)
             return
+
         # The first chunk of each kind is kept: it says whether that encoder is
         # trained at all, and is as large as any chunk that will be replayed.
         firsts = group.firsts()
         for idx in firsts:
             self._encode_first(group, group.chunks[idx])
+
         # Kept chunks run first: under autocast, a weight cast without grad mode
         # would be cached and cut the graphs of the chunks that come after it.
         rest = [e for idx, e in enumerate(group.chunks) if idx not in firsts]
@@ -212,6 +224,7 @@ class GradCache:
                 num_kept = position
             if position >= num_kept:
                 group.encode(encoded, keep=False)
+
         self._kept_bytes += sum(sizes[:num_kept])
         self.stats.num_kept += len(firsts) + num_kept
         self.stats.graph_bytes += sum(self._graph_size(group, e) for e in group.chunks)
@@ -225,6 +238,7 @@ class GradCache:
         saved = SavedBytes(casts=not group.sync.shares_casts)
         with saved.measuring():
             group.encode(encoded, keep=True)
+
         self._bytes_per_token[key] = saved.total / max(encoded.chunk.tokens, 1)
 
     def _graph_size(self, group: Group, encoded: EncodedChunk) -> int:
@@ -236,6 +250,7 @@ class GradCache:
         budget = parse_budget(self._budget, group.device)
         if self._budget == "auto":
             budget += self._kept_bytes  # They are no longer part of what is free.
+
         budget = min(budget, self._budget_limit) - self._kept_bytes
         budget = -group.sync.agree_max([-budget])[0]
         return count_kept(sizes, budget) if budget > 0 else 0
@@ -248,22 +263,28 @@ class GradCache:
         if group.sync.runs_in_step:
             group.encode(encoded, keep=True)
             return True
+
         before = RngState(group.device)
+
         try:
             group.encode(encoded, keep=True)
             return True
         except RuntimeError as ex:
             if not is_out_of_memory(ex):
                 raise
+
         # Only here: while the exception is handled, its traceback holds the graph.
         before.set()
+
         if group.device.type == "cuda":
             torch.cuda.empty_cache()
+
         if self._budget_limit == 2**62:
             log.warning(
                 "Memory ran out while the graphs of chunks were kept. From now on fewer are kept, and more are"
                 " recomputed; `activation_budget` or `chunk_tokens` can be made smaller."
             )
+
         self._budget_limit = (self._kept_bytes + kept) * 3 // 4
         return False
 
@@ -272,6 +293,7 @@ def _check_closure(encoder: Callable[..., Any]) -> None:
     """:raises ValueError: the encoder uses a tensor whose graph each chunk would run through again."""
     if not torch.is_grad_enabled():
         return
+
     if next(find_reachable(encoder, lambda value: isinstance(value, Tensor) and not value.is_leaf), None) is not None:
         raise ValueError(
             "`encode` uses a tensor that was computed before the call and needs a gradient. Compute it within"
@@ -289,12 +311,15 @@ class _Step:
     def backward(self, scale: Tensor) -> None:
         if self._value is None:
             raise RuntimeError("`backward()` was called twice on one step; the graphs of its chunks are gone.")
+
         value, self._value = self._value, None
         groups, self._groups = self._groups, []
+
         # The loss itself is carried backward now and not in the forward pass, for
         # two reasons: with half precision its gradients would underflow without
         # the loss scale, and its own parameters get theirs like in a plain step.
         torch.autograd.backward(value, scale)
+
         for group in groups:
             group.backward()
 

@@ -56,6 +56,7 @@ def cached(encode: Callable[..., Any]) -> Callable[..., CachedRows]:
     def defer(*args: Any, **kwargs: Any) -> CachedRows:
         if not args:
             raise TypeError(f"`{encode.__name__}` needs the batch as its last positional argument.")
+
         *first, rows = args
         key = (encode, *map(id, first), *((name, id(value)) for name, value in sorted(kwargs.items())))
         return CachedRows(partial(encode, *first, **kwargs), rows, key)
@@ -83,12 +84,14 @@ def cached_loss(**options: Any) -> Callable[[Callable[..., Tensor]], CachedLoss]
                 raise TypeError(f"`{loss.__name__}` needs the result of a cached encode call.")
             if any(isinstance(v, CachedRows) for v in kwargs.values()):
                 raise TypeError(f"`{loss.__name__}` takes the results of cached encode calls by position only.")
+
             # One encoder for all roles that share it, so that their rows share chunks.
             encoders: dict[tuple[object, ...], Callable[[Any], Any]] = {}
             encode = [encoders.setdefault(role.key, role.encode) for role in roles]
             step.rebind(encode, _fill(loss, args))
             value = step(*(role.rows for role in roles), **kwargs)
             run.stats = step.stats  # type: ignore[attr-defined]
+
             return value
 
         return run

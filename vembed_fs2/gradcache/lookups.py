@@ -38,12 +38,14 @@ def add_lookups_in_place(output: Tensor) -> int:
         table = getattr(node.next_functions[0][0], "variable", None)
         if table is None or not _can_add(table) or node._saved_sparse or node._saved_scale_grad_by_freq:
             continue
+
         ids = _saved_ids(node)
 
         # If the table is no larger than the chunk, a whole gradient costs no more.
         if ids is not None and ids.numel() < table.size(0):
             node.register_prehook(partial(_add, table, ids, node._saved_padding_idx))
             count += 1
+
     return count
 
 
@@ -54,9 +56,11 @@ def _lookups(root: Any) -> Iterator[Any]:
         node = stack.pop()
         if node is None:
             continue
+
         if node.name() == _LOOKUP:
             yield node
             continue
+
         for child, _ in node.next_functions:
             if child not in seen:
                 seen.add(child)
@@ -65,6 +69,7 @@ def _lookups(root: Any) -> Iterator[Any]:
 
 def _can_add(table: Tensor) -> bool:
     grad = table.grad
+
     return (
         type(grad) is Tensor
         and grad.layout == torch.strided
@@ -89,6 +94,7 @@ def _saved_ids(node: Any) -> Tensor | None:
         node._raw_saved_indices.register_hooks(pack, lambda ids: ids)
     except RuntimeError:  # It has hooks.
         return None
+
     return saved[0]
 
 
@@ -102,7 +108,9 @@ def _add(table: Tensor, ids: Tensor, padding_idx: int, grads: tuple[Tensor | Non
     total = table.grad
     if grad is None or total is None or not _can_add(table):
         return grads
+
     has_padding = padding_idx < table.size(0)  # Else it is -1, without its sign.
+
     before = total[padding_idx].clone() if has_padding else None
 
     # Faster by far than `index_add_`, and does the same.
@@ -111,4 +119,5 @@ def _add(table: Tensor, ids: Tensor, padding_idx: int, grads: tuple[Tensor | Non
     )
     if before is not None:
         total[padding_idx] = before
+
     return (None,)

@@ -37,13 +37,16 @@ class Chunk:
     """If ``True``, the output is not used; it makes all ranks run the same number of chunks."""
 
 
-def plan_chunks(profile: Profile, chunk_tokens: int, chunk_patches: int | None = None) -> list[Chunk]:
+def plan_chunks(
+    profile: Profile, chunk_tokens: int, chunk_patches: int | None = None, *, max_rows: int | None = None
+) -> list[Chunk]:
     """Cut rows, sorted by cost, into chunks of at most ``chunk_tokens`` tokens with padding.
 
     Expensive rows come first, so that running out of memory shows at once. A row
     that is over a limit has a chunk of its own.
 
     :param chunk_patches: the most patches of a chunk; if ``None``, patches count as tokens.
+    :param max_rows: the most rows of a chunk; any number if ``None``.
     """
     costs = profile.costs()
     order = sorted(range(len(costs)), key=lambda i: (profile.kinds[i], -costs[i], i))
@@ -62,16 +65,20 @@ def plan_chunks(profile: Profile, chunk_tokens: int, chunk_patches: int | None =
         if rows:
             width = max(width, widths[row])
             patches += profile.patches[row]
-            if profile.kinds[row] != profile.kinds[rows[0]] or not fits(width * (len(rows) + 1), patches):
+
+            is_full = len(rows) == max_rows or not fits(width * (len(rows) + 1), patches)
+            if is_full or profile.kinds[row] != profile.kinds[rows[0]]:
                 chunks.append(_chunk(rows, profile, widths))
                 rows = []
 
         if not rows:
             width, patches = widths[row], profile.patches[row]
+
         rows.append(row)
 
     if rows:
         chunks.append(_chunk(rows, profile, widths))
+
     return chunks
 
 
@@ -99,6 +106,7 @@ def match_counts(chunks: list[Chunk], counts: dict[int, int], profile: Profile) 
             largest = max(range(len(own)), key=lambda i: len(own[i].rows))
             own[largest : largest + 1] = _split(own[largest], profile, widths)
         matched += own
+
     return matched
 
 
@@ -140,6 +148,7 @@ def parse_budget(value: Budget, device: torch.device) -> int:
         return 2**62
     if value == "auto":
         return int(_free_memory(device) * _AUTO_FRACTION)
+
     if isinstance(value, int) and not isinstance(value, bool):
         if value >= 0:
             return value
@@ -147,6 +156,7 @@ def parse_budget(value: Budget, device: torch.device) -> int:
         unit = _UNITS.get(match[2].upper())
         if unit is not None:
             return int(float(match[1]) * unit)
+
     raise ValueError(f"`activation_budget` must be 'auto', 'all', 0, or a size such as '4GiB', but is {value!r}.")
 
 
@@ -155,6 +165,7 @@ def _free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + cached)
+
     # The processes of one machine share its memory.
     return min(_available(), _container_headroom()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -176,4 +187,5 @@ def _container_headroom() -> int:
         stat = dict(line.split() for line in root.joinpath("memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return 2**62  # No control group, or no limit ("max").
+
     return max(limit - used + int(stat.get("inactive_file", 0)), 0)

@@ -20,6 +20,7 @@ class RngState:
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             device = torch.device("cuda", torch.cuda.current_device())
+
         self._device = device
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -103,5 +104,6 @@ def _is_cast_weight(tensor: Tensor) -> bool:
     node = tensor.grad_fn
     if node is None or node.name() != "ToCopyBackward0":
         return False
+
     source = node.next_functions[0][0]
     return source is not None and isinstance(getattr(source, "variable", None), torch.nn.Parameter)

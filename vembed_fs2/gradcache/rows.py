@@ -47,10 +47,13 @@ class DictRows:
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor) or tensor.ndim == 0:
                 raise TypeError(f"`{name}` of a role must be a tensor with a row dimension, but is {tensor!r}.")
+
         sizes = {k: v.size(0) for k, v in tensors.items()}
         if not sizes or len(set(sizes.values())) != 1:
             raise ValueError(f"All tensors of a role must have the same number of rows, but have {sizes}.")
+
         self._tensors = dict(tensors)
+
         mask = self._tensors.get("attention_mask")
         self._shape: torch.Size | None = None
         self._lengths: list[int] | None = None
@@ -92,6 +95,7 @@ class DictRows:
     def concat(batches: Sequence[DictRows]) -> DictRows | SeparateRows:
         if not _fit(batches):
             return SeparateRows(batches)
+
         width = max(b._shape[1] if b._shape is not None else 0 for b in batches)
         names = batches[0]._tensors
         return DictRows({name: torch.cat([b._padded(name, width) for b in batches]) for name in names})
@@ -156,6 +160,7 @@ def _fit(batches: Sequence[DictRows]) -> bool:
         return False
     if len({b._shape[1] if b._shape is not None else 0 for b in batches}) == 1:
         return True
+
     # Widths differ. Extra padding on the right is harmless; with left or no padding a model may read the last
     # position as the last token.
     return all(b._lengths is not None for b in batches) and any(b._is_trailing() for b in batches)
@@ -165,10 +170,12 @@ def append_rows(batches: Sequence[Any]) -> Any:
     """Append the rows of all roles of an encoder."""
     if len(batches) == 1:
         return batches[0]
+
     kinds = {type(b) for b in batches}
     if len(kinds) > 1:
         names = " and ".join(sorted(k.__name__ for k in kinds))
         raise TypeError(f"Roles that share an encoder must be of one type, but are {names}.")
+
     return type(batches[0]).concat(batches)
 
 

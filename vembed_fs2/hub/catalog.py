@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,6 +15,7 @@ from fairseq2.runtime.dependency import DependencyLookup, DependencyResolver
 
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import VembedError
+from vembed_fs2.models.archs import get_arch_summary
 from vembed_fs2.models.family import get_checkpoint_format
 from vembed_fs2.models.support import FamilySupport, get_family_support
 
@@ -77,6 +77,7 @@ def describe_family(name: str, resolver: DependencyResolver) -> FamilyEntry:
     """
     family = get_family(name, resolver)
     checkpoint_format = get_checkpoint_format(name, resolver)
+
     return FamilyEntry(
         name,
         list(checkpoint_format.model_types) if checkpoint_format is not None else [],
@@ -94,14 +95,7 @@ def arch_names(family: ModelFamily, resolver: DependencyResolver) -> list[str]:
 
 def arch_summary(family: ModelFamily, arch: str, resolver: DependencyResolver) -> str:
     """The first line of the docstring of an architecture's function; empty if there is none."""
-    # fairseq2 keeps the function, but has no way to ask for it.
-    registration = getattr(resolver, "_registrations", {}).get((family.config_kls, arch))
-    provider = getattr(registration, "provider", None)
-    for cell in getattr(provider, "__closure__", None) or ():
-        if inspect.isfunction(cell.cell_contents):
-            text = inspect.getdoc(cell.cell_contents) or ""
-            return text.partition("\n")[0].replace("``", "")
-    return ""
+    return get_arch_summary(family.config_kls, arch, resolver)
 
 
 def family_cards(name: str, resolver: DependencyResolver) -> list[AssetCard]:
@@ -113,9 +107,11 @@ def family_cards(name: str, resolver: DependencyResolver) -> list[AssetCard]:
             card = store.maybe_retrieve_card(card_name)
         except AssetCardError:
             continue  # Another package's card that is broken; fairseq2 itself has one.
+
         field = None if card is None else card.maybe_get_field("model_family")
         if card is not None and field is not None and field.value == name:
             cards.append(card)
+
     return cards
 
 
@@ -129,6 +125,7 @@ def list_support(family: ModelFamily, resolver: DependencyResolver, config: Any 
     shards: bool | None = facts.can_shard(config) if config is not None else None
     if shards is None and not callable(facts.tensor_parallel):
         shards = facts.tensor_parallel
+
     support = {
         "tp": shards,
         "fsdp": family.supports_fsdp,
@@ -147,6 +144,7 @@ def describe_model(family: ModelFamily, config: object) -> ModelEntry:
     gangs = create_fake_gangs(torch.device("cpu"))
     model = family.create_new_model(config, gangs, torch.float32, family.supports_meta, True)
     assert isinstance(model, EmbeddingModel)
+
     return ModelEntry(
         model.embedding_dim,
         _in_order(model.modalities),
@@ -168,6 +166,7 @@ def _parts(model: EmbeddingModel) -> dict[str, int]:
             seen.add(id(parameter))
             part = name.partition(".")[0]
             parts[part] = parts.get(part, 0) + parameter.numel()
+
     return parts
 
 
@@ -175,11 +174,14 @@ def _family_modalities(family: ModelFamily, resolver: DependencyResolver) -> lis
     known = getattr(family.kls, "modalities", None)
     if known is not None:
         return _in_order(known)
+
     found: set[str] = set()
     archs = arch_names(family, resolver)
+
     # Small models are created faster, and there is one of each kind.
     for arch in [a for a in archs if a.startswith("tiny")] or archs[:1]:
         found.update(describe_model(family, family.maybe_get_arch_config(arch)).modalities)
+
     return _in_order(found)
 
 

@@ -50,10 +50,13 @@ class ModelSource:
         """
         if self.folder is not None:
             return self.folder
+
         assert isinstance(self.weights, AssetCard)
+
         uri = self.weights.field("checkpoint").as_uri()
         if uri.scheme != "hg":
             raise ModelLoadError(f"Card {self.name}: {uri} is not a place to look for a tokenizer or image processor.")
+
         try:
             return download_repository(uri, weights=False)
         except AssetDownloadError as ex:
@@ -75,8 +78,10 @@ def find_model(
         if run := _find_run(path.absolute()):  # An absolute path also names the parents of `.`.
             return _open_run(str(name_or_path), *run, resolver, trust_remote_code)
         return _open_folder(str(name_or_path), path.resolve(), resolver, trust_remote_code)
+
     if isinstance(name_or_path, Path) or "/" in name_or_path:
         raise ModelLoadError(f"{name_or_path} does not exist.")
+
     return _open_card(name_or_path, resolver)
 
 
@@ -86,21 +91,26 @@ def _open_card(name: str, resolver: DependencyResolver) -> ModelSource:
         card = store.maybe_retrieve_card(name)
     except AssetCardError as ex:
         raise ModelLoadError(f"Card {name} cannot be read: {ex}") from ex
+
     if card is None:
         nearest = get_close_matches(name, store.asset_names, 3, 0.5)
         hint = f" Did you mean {' or '.join(n.removesuffix('@') for n in nearest)}?" if nearest else ""
         raise ModelLoadError(f"{name} is neither a folder nor the name of a card.{hint}")
+
     field = card.maybe_get_field("model_family")
     if field is None:
         raise ModelLoadError(f"Card {name} does not describe a model: it has no `model_family`.")
+
     family_name = field.as_(str)
     family = resolver.maybe_resolve(ModelFamily, key=family_name)
     if family is None:
         raise ModelLoadError(f"Card {name} names the model family {family_name}, which is not known.")
+
     try:
         config = family.get_model_config(card)
     except (AssetCardError, AssetDownloadError) as ex:
         raise ModelLoadError(f"Card {name} cannot be read: {ex} {ex.__cause__ or ''}".rstrip()) from ex
+
     return ModelSource(name, family_name, config, card, local_folder(card))
 
 
@@ -109,6 +119,7 @@ def local_folder(card: AssetCard) -> Path | None:
     field = card.maybe_get_field("checkpoint")
     if field is None or (uri := field.as_uri()).scheme != "file":
         return None
+
     path = uri.to_path()
     return path if path.is_dir() else path.parent
 
@@ -117,6 +128,7 @@ def _open_folder(name: str, path: Path, resolver: DependencyResolver, trust_remo
     folder = ModelFolder.open(path)
     if folder.dialect is not None:
         return ModelSource(name, *read_dialect_config(folder, resolver), path, path)
+
     model_type, code = folder.model_type, folder.config.get("auto_map") or {}
     try:
         # Without that, the code is left where it is, and the family that reads the type reads the model.
@@ -128,6 +140,7 @@ def _open_folder(name: str, path: Path, resolver: DependencyResolver, trust_remo
     except ModelLoadError as ex:
         # Families see the content of files, and not where they are.
         raise ex if str(path) in str(ex) else type(ex)(f"{path}: {ex}") from None
+
     return ModelSource(name, family, config, path, path)
 
 
@@ -136,9 +149,11 @@ def _find_run(path: Path) -> tuple[Path, Path | None] | None:
     for checkpoints, step in ((path, None), (path / "checkpoints", None), (path.parent, path)):
         if checkpoints.joinpath("model.yaml").is_file() and not is_model_folder(path):
             return checkpoints, step
+
     link = path / "checkpoints"
     if link.is_symlink() and not link.exists():
         raise ModelLoadError(f"{path}: its checkpoints are in {link.readlink()}, which does not exist.")
+
     return None
 
 
@@ -148,6 +163,7 @@ def _open_run(
     file = checkpoints / "model.yaml"
     try:
         metadata: Any = resolver.resolve(YamlLoader).load(file)[0]
+
         family_name = metadata["model_family"]
         family = resolver.maybe_resolve(ModelFamily, key=family_name)
         if family is None:
@@ -155,14 +171,17 @@ def _open_run(
         config = resolver.resolve(ValueConverter).structure(metadata["model_config"], family.config_kls)
     except (YamlError, LookupError, TypeError, StructureError, OSError) as ex:
         raise ModelLoadError(f"{file} is broken: {ex}") from ex
+
     if wants_code(metadata["model_config"]) and not trust_remote_code:
         raise NeedsCodeError(
             f"{file}: the model needs Python code of its own. Read it, and if you trust it, ask for it: {HOW_TO_TRUST}."
         )
+
     step = step or _best_step(checkpoints)
     weights = (step / "model").resolve()
     if not weights.is_dir():
         raise ModelLoadError(f"{step} has no model.")
+
     # A run that writes its checkpoints elsewhere puts the processor beside them.
     beside = checkpoints / "processor"
     processor = beside if beside.is_dir() else checkpoints.parent / "processor"
@@ -174,6 +193,7 @@ def _best_step(checkpoints: Path) -> Path:
     steps = {int(p.name[5:]): p for p in checkpoints.glob("step_*") if p.name[5:].isdigit()}
     if not steps:
         raise ModelLoadError(f"{checkpoints} has no checkpoint.")
+
     scores = {}
     for number in steps:
         file = checkpoints / "scores" / f"step_{number}.txt"
@@ -183,7 +203,9 @@ def _best_step(checkpoints: Path) -> Path:
             continue
         except ValueError as ex:
             raise ModelLoadError(f"{file} must hold a number: {ex}.") from None
+
     # If a score is not a number, the model is broken.
     scores = {number: score for number, score in scores.items() if not isnan(score)}
+
     # If scores are equal the earlier step wins: less training for the same result.
     return steps[max(sorted(scores), key=scores.__getitem__) if scores else max(steps)]

@@ -1,8 +1,9 @@
-"""Loads models by what a user types."""
+"""Loads models by what a user types, and their processors."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from fairseq2.assets import AssetCardError, AssetDownloadError
@@ -13,6 +14,9 @@ from fairseq2.models import ModelFamily, ModelGatedError
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.hub.find import ModelSource, find_model
+from vembed_fs2.models.support import get_family_support
+from vembed_fs2.processing.processor import Processor
+from vembed_fs2.processing.towers import TowerProcessor
 from vembed_fs2.resolver import get_resolver
 
 
@@ -57,6 +61,44 @@ def load_source(
     except ModelLoadError as ex:
         # What a family finds wrong with tensors does not say where they are from.
         raise ex if source.name in str(ex) else ModelLoadError(f"{source.name}: {ex}") from ex
+
     if not isinstance(model, EmbeddingModel):
         raise ModelLoadError(f"{source.name} is of family {source.family}, which has no embedding models.")
+
     return model.eval()
+
+
+def load_processor(
+    model: EmbeddingModel, folder: Path, image_folder: Path | None = None, *, max_length: int | None = None
+) -> Processor[Any]:
+    """Load the processor that belongs to ``model`` from ``folder``.
+
+    :param image_folder: the folder of the image processor, if it is not the tokenizer's.
+    :param max_length: overrides the model's longest text, in tokens.
+    :raises ModelLoadError: a file is missing or broken.
+    """
+    load = get_family_support(model.family, get_resolver()).load_processor
+    if load is not None and image_folder is None:
+        return load(model, folder, max_length)
+
+    return load_tower_processor(model, folder, image_folder, max_length=max_length)
+
+
+def load_tower_processor(
+    model: EmbeddingModel, folder: Path, image_folder: Path | None = None, *, max_length: int | None = None
+) -> TowerProcessor:
+    """Load the processor of a model that encodes texts and images apart. See :func:`load_processor`."""
+    kinds: set[str] = set(model.modalities)
+
+    processor = TowerProcessor.load(
+        folder,
+        frozenset(kinds if image_folder is None else kinds - {"image"}),
+        max_length=max_length,
+        model_max_length=model.max_text_length,
+        tokens_per_image=model.tokens_per_image,
+        text_padding=model.text_padding,
+    )
+    if image_folder is not None:
+        processor.image = TowerProcessor.load(image_folder, frozenset({"image"})).image
+
+    return processor

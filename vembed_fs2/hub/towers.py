@@ -17,6 +17,7 @@ from fairseq2.utils.progress import NOOP_PROGRESS_REPORTER
 from fairseq2.utils.structured import StandardValueConverter
 from torch import Tensor
 
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE
 from vembed_fs2.embedding.model import EmbeddingModelConfig
 from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
 from vembed_fs2.formats.checkpoint import NeedsCodeError
@@ -24,7 +25,6 @@ from vembed_fs2.formats.download import FolderDownloadManager
 from vembed_fs2.hub.find import ModelSource, find_model
 from vembed_fs2.models.composed.config import NO_CODE, ComposedConfig, maybe_get_family, unknown_family
 from vembed_fs2.models.composed.model import MODALITIES, ComposedModel, Tower
-from vembed_fs2.models.family import LEARNED_PARTS
 from vembed_fs2.resolver import get_resolver
 
 _SOURCES: Final = ("path", "name")
@@ -50,14 +50,17 @@ def resolve_towers(config: ComposedConfig, overrides: Mapping[str, Any]) -> dict
                 errors += [f"`{modality}`: {error}" for error in ex.errors]
             except VembedError as ex:
                 errors.append(f"`{modality}`: {ex}")
+
     if errors:
         raise ConfigError(errors, where="`model.config_overrides`")
+
     merged = cast(dict[str, Any], StandardConfigMerger().merge(values, overrides))
     for modality in MODALITIES:
         tower = merged[modality]
         if isinstance(tower, dict) and isinstance(tower.get("path"), (str, Path)):
             # The run can be resumed from another working folder.
             tower["path"] = str(Path(tower["path"]).expanduser().resolve())
+
     return merged
 
 
@@ -74,6 +77,7 @@ def refuse_sources(config: ComposedConfig, overrides: Mapping[str, Any]) -> None
         for name in (*_SOURCES, "family", "arch"):
             if own.get(name) and own[name] != getattr(tower, name):
                 errors.append(f"`{modality}.{name}` is for new models, but `model` names one that has its weights.")
+
     if errors:
         raise ConfigError(errors, where="`model.config_overrides`")
 
@@ -84,32 +88,40 @@ def _find_encoder(family: str, own: Mapping[str, Any]) -> dict[str, Any]:
     sources = [name for name in _SOURCES if name in given]
     if not all(isinstance(value, (str, Path)) for value in given.values()) or len(sources) > 1:
         return {}  # An error, which validation says.
+
     if sources:
         if "arch" in given:
             raise ConfigError(f"`arch` is for random weights, but `{sources[0]}` names a checkpoint.")
+
         try:
             source = find_model(Path(given["path"]) if "path" in given else given["name"])
         except NeedsCodeError:
             name = given[sources[0]]
             raise ConfigError(f"`{sources[0]}`: {name} needs Python code of its own. {NO_CODE}") from None
+
         if given.get("family", source.family) != source.family:
             raise ConfigError(f"`family` is '{given['family']}', but {source.name} is of family {source.family}.")
+
         return {"family": source.family, "config": _unstructure(source.config)}
+
     if not given or (given.get("family") == family and "arch" not in given):
         return {}
+
     found = maybe_get_family(given.get("family", family))
     if found is None:
         raise ConfigError(unknown_family("family", given.get("family", family)))
+
     config = found.maybe_get_arch_config(given["arch"]) if "arch" in given else found.config_kls()
     if config is None:
         raise ConfigError(f"`arch` '{given['arch']}' is not known. Known: {', '.join(sorted(found.get_archs()))}.")
+
     return {"family": found.name, "config": _unstructure(config)}
 
 
 def _unstructure(config: object) -> object:
     if isinstance(config, EmbeddingModelConfig):
-        # What another objective learned has no part in this model.
-        learned = {f.name for f in fields(EmbeddingModelConfig)}
+        # What another objective learned has no part in this model; what only a training needs stays untrained.
+        learned = {f.name for f in fields(EmbeddingModelConfig)} - {"learned"}
         defaults: dict[str, Any] = {f.name: f.default for f in fields(config) if f.name in learned}
         config = replace(config, **defaults)
     return StandardValueConverter().unstructure(config)
@@ -143,7 +155,7 @@ def _select(tower: Tower, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tup
     left_out = tuple(f"{name}." for name in tower.left_out)
     known = tower.backbone.state_dict().keys()
     for name, tensor in tensors:
-        if not name.startswith(left_out) and (name in known or name not in LEARNED_PARTS):
+        if not name.startswith(left_out) and (name in known or name not in (LOGIT_SCALE, LOGIT_BIAS)):
             yield name, tensor
 
 
@@ -151,6 +163,7 @@ def _weights_path(source: ModelSource) -> Path:
     """Return the path of the checkpoint, which is downloaded if need be."""
     if isinstance(source.weights, Path):
         return source.weights
+
     uri = source.weights.field("checkpoint").as_uri()
     if uri.scheme == "file":
         return uri.to_path()

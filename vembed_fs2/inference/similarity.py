@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vembed_fs2.embedding.head import compares_several
 from vembed_fs2.errors import VembedError
 from vembed_fs2.evaluation.search import PairSimilarity, maxsim_scores, pad_vectors
-
-Array: TypeAlias = NDArray[Any]
+from vembed_fs2.inference.vectors import Array
 
 Embedded: TypeAlias = Array | Tensor | Sequence[Array] | Sequence[Tensor]
 """``[N, D]``, or ``[D]`` for one input; of multi-vector models a list of ``[L_i, D]``, or ``[L, D]`` for one input."""
@@ -27,11 +26,12 @@ def compare_all(a: Embedded, b: Embedded, similarity: PairSimilarity) -> Any:
 
     :returns: ``[N, M]``, a tensor if ``a`` holds tensors, else an array; one input takes no dimension.
     """
-    if similarity == "maxsim":
+    if compares_several(similarity):
         x, y = _list(a), _list(b)
         scores = _maxsim(x, y) if x and y else torch.zeros(len(x), len(y))
         scores = scores[:, 0] if _is_one(b) else scores
         return _like(scores[0] if _is_one(a) else scores, a)
+
     x_ND, y_MD = _matrix(a, similarity), _matrix(b, similarity)
     return _like(x_ND @ (y_MD.T if y_MD.ndim > 1 else y_MD).to(x_ND.device), a)
 
@@ -41,12 +41,14 @@ def compare_pairs(a: Embedded, b: Embedded, similarity: PairSimilarity) -> Any:
 
     :raises VembedError: ``a`` and ``b`` are lists of different lengths.
     """
-    if similarity == "maxsim":
+    if compares_several(similarity):
         x, y = _list(a), _list(b)
         if len(x) != len(y):
             raise VembedError(f"To be compared row by row, embeddings must be as many, but are {len(x)} and {len(y)}.")
+
         scores = torch.cat([_maxsim([q], [d])[0] for q, d in zip(x, y)]) if x else torch.zeros(0)
         return _like(scores[0] if _is_one(a) and _is_one(b) else scores, a)
+
     x_ND, y_ND = _matrix(a, similarity), _matrix(b, similarity)
     return _like((x_ND * y_ND.to(x_ND.device)).sum(-1), a)
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.hub.find import ModelSource
-from vembed_fs2.processing.towers import TowerProcessor
+from vembed_fs2.processing.processor import Processor
 
 
 class Exportable(Protocol):
-    """What is written: a model with its configuration and its processor."""
+    """The things that are written: a model with its configuration and its processor."""
 
     @property
     def model(self) -> EmbeddingModel: ...
 
     @property
-    def processor(self) -> TowerProcessor: ...
+    def processor(self) -> Processor[Any]: ...
 
     @property
     def source(self) -> ModelSource: ...

@@ -21,6 +21,7 @@ def write_backbone(exported: Exportable, folder: Path, *, with_dense: bool = Fal
     checkpoint_format = get_checkpoint_format(source.family)
     if checkpoint_format is None:
         raise VembedError(f"{source.family} models have no Hugging Face format.")
+
     state: dict[str, object] = {k: _plain(v) for k, v in exported.model.state_dict().items()}
     state = {k: v for k, v in state.items() if with_dense or not k.startswith("head.dense.")}
     checkpoint_format.save(folder, state, source.config)

@@ -13,7 +13,7 @@ from vembed_fs2.errors import VembedError
 from vembed_fs2.files import new_folder, write_json
 from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, read_pair
 from vembed_fs2.interop import Exportable
-from vembed_fs2.models.family import get_open_clip_format
+from vembed_fs2.models.family import get_open_clip_format, head_of
 from vembed_fs2.processing.open_clip import OpenClipPreprocessing, OpenClipTransform
 from vembed_fs2.processing.towers import TowerProcessor
 
@@ -34,32 +34,44 @@ def save_open_clip(exported: Exportable, folder: Path) -> None:
     """
     source = exported.source
     checkpoint_format = get_open_clip_format(source.family)
+
+    if head_of(source.config) is not None:
+        raise VembedError("open_clip has no place for the `head` of a model, which replaces its own poolings.")
+
+    processor = exported.processor
+    if not isinstance(processor, TowerProcessor):
+        raise VembedError(f"open_clip cannot express the {type(processor).__name__} of {source.family} models.")
+
     model_cfg = checkpoint_format.config_to_open_clip(source.config)
-    model_cfg["text_cfg"].update(_describe_tokenizer(exported.processor, folder.name))
-    preprocess_cfg = _describe_images(exported.processor, model_cfg["vision_cfg"]["image_size"])
+    model_cfg["text_cfg"].update(_describe_tokenizer(processor, folder.name))
+
+    preprocess_cfg = _describe_images(processor, model_cfg["vision_cfg"]["image_size"])
     tensors = {k: v.detach().cpu() for k, v in exported.model.state_dict().items()}
     state = checkpoint_format.state_dict_to_open_clip(tensors, source.config)
     with new_folder(folder) as out:
         tensors = {k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)}
         save_file(tensors, out / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
         write_json(out / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
-        exported.processor.save(out)
+        processor.save(out)
 
 
 def _describe_tokenizer(processor: TowerProcessor, name: str) -> dict[str, Any]:
     """The options of ``text_cfg`` that are the tokenizer's.
 
-    :param name: what stands for the tokenizer; open_clip takes that of the folder, if there is a name.
+    :param name: stands for the tokenizer; open_clip takes the folder's, if there is a name.
     """
     assert processor.text is not None
+
     settings, tokenizer = processor.settings, processor.text.tokenizer
     cleaning = settings.text_cleaning
     is_clip = type(tokenizer).__name__.startswith("CLIPTokenizer") and len(tokenizer) == _CLIP_VOCAB_SIZE
     if settings.open_clip_bpe or is_clip:
         return {"tokenizer_kwargs": {"clean": cleaning}} if cleaning not in ("", "lower") else {}
+
     options: dict[str, Any] = {"clean": cleaning} if cleaning else {}
     if settings.strip_sep_token:
         options["strip_sep_token"] = True
+
     return {"hf_tokenizer_name": name, "tokenizer_kwargs": options}
 
 
@@ -68,15 +80,18 @@ def _describe_images(processor: TowerProcessor, image_size: object) -> dict[str,
     assert processor.image is not None
     size = read_pair(image_size, "image_size")
     size = (size, size) if isinstance(size, int) else size
+
     transform = processor.image.backend
     if isinstance(transform, OpenClipTransform):
         config = transform.config
     else:
         config = _convert_processor(transform)
+
     if config.size != size:
         raise VembedError(
             f"open_clip prepares images of the model's own size {size}, but the processor's is {config.size}."
         )
+
     return {name: value for name, value in asdict(config).items() if name != "size"}
 
 
@@ -85,20 +100,26 @@ def _convert_processor(processor: Any) -> OpenClipPreprocessing:
     for name in ("do_resize", "do_rescale", "do_normalize"):
         if not getattr(processor, name, False):
             raise VembedError(f"open_clip cannot express `{name}` = False of the image processor.")
+
     if abs(processor.rescale_factor - 1 / 255) > 1e-9:
         raise VembedError("open_clip cannot express `rescale_factor` of the image processor.")
+
     interpolation = _INTERPOLATIONS.get(int(processor.resample))
     if interpolation is None:
         raise VembedError("open_clip cannot express `resample` of the image processor.")
+
     size, mode = dict(processor.size), "squash"
     if getattr(processor, "do_center_crop", False):
         edge, size, mode = size.get("shortest_edge"), dict(processor.crop_size), "shortest"
         if set(size.values()) != {edge}:
             raise VembedError("open_clip cannot express `size` of the image processor: it must be that of the crop.")
+
     if set(size) != {"height", "width"}:
         raise VembedError("open_clip cannot express `size` of the image processor.")
+
     red, green, blue = processor.image_mean
     red_std, green_std, blue_std = processor.image_std
+
     return OpenClipPreprocessing(
         size=(size["height"], size["width"]),
         mean=(red, green, blue),

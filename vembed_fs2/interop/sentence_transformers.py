@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vembed_fs2.embedding.model import DenseConfig, HeadConfig
+from vembed_fs2.embedding.head import DenseConfig, HeadConfig
 from vembed_fs2.errors import ConfigError, VembedError
 from vembed_fs2.files import new_folder, write_json
 from vembed_fs2.formats.sentence_transformers import (
@@ -36,7 +36,8 @@ def write_modules(
 ) -> None:
     """Write the files that make a Hugging Face folder a sentence-transformers folder.
 
-    The names are those of before version 5.4, which every version reads.
+    The names are from before version 5.4, which every version reads, unless
+    several poolings are in another order than those versions have.
 
     :param root: the folder with ``config.json``, the weights and the tokenizer.
     :param dense_state: the tensors ``head.dense.N.weight|bias``.
@@ -45,18 +46,23 @@ def write_modules(
     """
     if not has_pooling(head):
         raise ConfigError(f"`head.pooling` is '{head.pooling}', which sentence-transformers does not have.")
-    dim = head.dense[0].input_dim if head.dense else embedding_dim
+
+    dim = (head.dense[0].input_dim if head.dense else embedding_dim) // len(head.poolings)
     folders = [("Transformer", ""), ("Pooling", "1_Pooling")]
     _write_pooling(root / "1_Pooling", head, dim)
+
     for idx, dense in enumerate(head.dense):
         folders.append(("Dense", f"{idx + 2}_Dense"))
         _write_dense(root / folders[-1][1], dense, dense_state, prefix=f"head.dense.{idx}.")
+
     if head.normalize:
         folders.append(("Normalize", f"{len(folders)}_Normalize"))
         root.joinpath(folders[-1][1]).mkdir(exist_ok=True)
+
     write_json(root / TRANSFORMER_FILES[0], {"max_seq_length": max_length, "do_lower_case": do_lower_case})
     settings = {"prompts": dict(prompts), "default_prompt_name": default_prompt_name}
     write_json(root / "config_sentence_transformers.json", {**settings, "similarity_fn_name": head.similarity})
+
     # Last, because its presence is what makes the folder one of sentence-transformers.
     write_json(
         root / "modules.json",
@@ -69,7 +75,12 @@ def write_modules(
 
 def _write_pooling(folder: Path, head: HeadConfig, dim: int) -> None:
     folder.mkdir(exist_ok=True)
-    modes = {key: POOLINGS.get(mode) == head.pooling for key, mode in POOLING_KEYS.items()}
+
+    modes: dict[str, object] = {key: POOLINGS[mode] in head.poolings for key, mode in POOLING_KEYS.items()}
+    if head.poolings != tuple(POOLINGS[mode] for key, mode in POOLING_KEYS.items() if modes[key]):
+        names = {ours: theirs for theirs, ours in POOLINGS.items()}
+        modes = {"pooling_mode": [names[pooling] for pooling in head.poolings]}
+
     write_json(
         folder / "config.json", {"word_embedding_dimension": dim, **modes, "include_prompt": head.include_prompt}
     )
@@ -93,13 +104,24 @@ def _write_dense(folder: Path, dense: DenseConfig, state: Mapping[str, Tensor], 
 
 def save_sentence_transformers(exported: Exportable, folder: Path) -> None:
     """Write a folder that sentence-transformers loads: the backbone and the modules after it."""
+    head = head_of(exported.source.config)
+    if head is not None and "image" in exported.model.modalities:
+        raise VembedError(f"sentence-transformers has no place for the `head` of {exported.source.family} models.")
+
     with new_folder(folder) as out:
         write_backbone(exported, out)
-        if head_of(exported.source.config) is not None:
+
+        if head is not None:
             write_head(exported, out)
         else:
             _write_whole_model(exported.source.family, out)
         exported.processor.save(out)
+
+
+def can_write_head(exported: Exportable) -> bool:
+    """Whether sentence-transformers has modules for the head."""
+    head = head_of(exported.source.config)
+    return head is not None and has_pooling(head) and exported.model.modalities == {"text"}
 
 
 def write_head(exported: Exportable, folder: Path) -> None:
@@ -123,6 +145,7 @@ def _write_whole_model(family: str, folder: Path) -> None:
     checkpoint_format = get_checkpoint_format(family)
     if checkpoint_format is None or checkpoint_format.sentence_module is None:
         raise VembedError(f"{family} models cannot be written for sentence-transformers.")
+
     kinds = [f"sentence_transformers.models.{name}" for name in (checkpoint_format.sentence_module, "Normalize")]
     paths = ("", "1_Normalize")
     folder.joinpath(paths[1]).mkdir()

@@ -26,7 +26,7 @@ class CombinedConfig:
     """The objectives. The metrics of the first one keep their names."""
 
     def errors(self) -> list[str]:
-        """What is wrong with the values."""
+        """Return what is wrong with the values, one sentence each."""
         errors = [] if self.losses else ["`losses` must hold at least one objective."]
         for idx, spec in enumerate(self.losses):
             if not 0.0 < spec.weight < math.inf:
@@ -40,7 +40,7 @@ class Combined(Composite):
 
     .. math:: \mathcal{L} = \sum_k w_k \, \mathcal{L}_k
 
-    The metrics of the first one keep their names; those of the others are
+    The metrics of the first one keep their names; the others' are
     prefixed by theirs (``spread/loss``). ``<name>/loss`` is the loss of each,
     without its weight.
     """
@@ -48,15 +48,18 @@ class Combined(Composite):
     def __init__(self, losses: Mapping[str, Objective], weights: Mapping[str, float] | None = None) -> None:
         """
         :param losses: the objectives, by the names that their metrics are to have.
-        :param weights: how much each counts; 1 where there is none.
+        :param weights: how much each counts; 1 if there is none.
         :raises ValueError: there is no objective, or a weight is not valid.
         """
         weights = weights or {}
+
         if not losses:
             raise ValueError("`losses` must hold at least one objective.")
+
         for name, weight in weights.items():
             if name not in losses or not 0.0 < weight < math.inf:
                 raise ValueError(f"`weights` must hold positive numbers for {', '.join(losses)}, but is {weights}.")
+
         self._names = list(losses)
         super().__init__([Part(loss, weights.get(name, 1.0)) for name, loss in losses.items()])
 
@@ -67,4 +70,5 @@ class Combined(Composite):
             metrics[f"{name}/loss"] = output.loss
             if name != self._names[0]:
                 metrics |= {f"{name}/{key}": value for key, value in output.metrics.items()}
+
         return LossOutput(total, metrics)

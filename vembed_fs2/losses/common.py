@@ -8,9 +8,10 @@ embedding size, L and K vectors per query and document of multi-vector models.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar, get_args, get_type_hints
 
 import torch
@@ -18,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.head import compares_several
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
 from vembed_fs2.losses.similarity import DotProduct, MaxSim, Similarity, SimilarityName
 from vembed_fs2.losses.tiles import Block
 
@@ -35,12 +38,17 @@ class _Config(Protocol):
     def errors(self) -> list[str]: ...
 
 
+class _LearnsTemperature(Protocol):
+    temperature: float
+    learn_temperature: bool
+
+
 _ConfigT = TypeVar("_ConfigT", bound=_Config)
 
 
 @dataclass
 class RowInfo:
-    """What is known of rows besides their embeddings."""
+    """The facts about rows besides their embeddings."""
 
     query_ids: Tensor
     """Content hash of each query. *Shape:* ``[b]``, int64."""
@@ -56,7 +64,7 @@ class RowInfo:
     first negative comes first, in row order, then each row's second. *Shape:* ``[m - b]``, int64."""
 
     scores: Tensor | None = None
-    """Scores of the documents for the queries of their rows, by a teacher or a human; NaN where there is none.
+    """Scores of the documents for the queries of their rows, by a teacher or a human; NaN if there is none.
     *Shape:* ``[m]``, float."""
 
     teacher_query: Tensor | None = None
@@ -81,12 +89,14 @@ class RowInfo:
             raise ValueError(
                 f"Each of {num_queries} queries needs a positive, but there are {num_documents} documents."
             )
+
         sizes = (self.query_ids.size(0), self.labels.size(0), self.document_ids.size(0))
         if sizes != (num_queries, num_queries, num_documents):
             raise ValueError(
                 f"There are {num_queries} queries and {num_documents} documents, but `rows` has {sizes[0]} query ids,"
                 f" {sizes[1]} labels and {sizes[2]} document ids."
             )
+
         expected = {"negative_rows": num_documents - num_queries, "scores": num_documents}
         expected |= {"teacher_query": num_queries, "teacher_document": num_documents}
         for name, size in expected.items():
@@ -103,14 +113,15 @@ class RowInfo:
             negative_rows = own.repeat(num_negatives // max(num_queries, 1))
         if negative_rows is None:
             negative_rows = own.new_full((num_negatives,), -1)
+
         return torch.cat([own, negative_rows])
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> None:
         """Move all tensors in place."""
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
             if value is not None:
-                setattr(self, field.name, value.to(device, non_blocking=non_blocking))
+                setattr(self, name, value.to(device, non_blocking=non_blocking))
 
 
 @dataclass
@@ -136,30 +147,32 @@ class LossInput:
 
     rows: RowInfo
 
-    logit_scale: Tensor | None = None
-    """Log of the inverse temperature, where the model learns it. *Shape:* ``[1]``."""
-
-    logit_bias: Tensor | None = None
-    """Bias of the logits, where the model learns it. *Shape:* ``[1]``."""
-
     query_mask: Tensor | None = None
     """The vectors of a query that count. *Shape:* ``[b, L]``, bool."""
 
     document_mask: Tensor | None = None
     """The vectors of a document that count. *Shape:* ``[m, K]``, bool."""
 
-    teacher_projection: Tensor | None = None
-    """Takes embeddings to the size of a teacher's, where the model learns it. *Shape:* ``[T, D]``."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """What objectives learn besides the encoder, by name; see :meth:`Objective.learned_parts`."""
 
     @property
     def num_queries(self) -> int:
         return self.query.size(0)
 
-    def truncated(self, dim: int) -> LossInput:
-        """The same with the first ``dim`` dimensions of each embedding."""
-        projection = None if self.teacher_projection is None else self.teacher_projection[..., :dim]
-        query, document = self.query[..., :dim], self.document[..., :dim]
-        return replace(self, query=query, document=document, teacher_projection=projection)
+    @property
+    def teacher_dim(self) -> int | None:
+        """The size of a teacher's embeddings, if there are any."""
+        return None if self.rows.teacher_query is None else self.rows.teacher_query.size(-1)
+
+    def get_part(self, name: str) -> Tensor:
+        """Return what was learned.
+
+        :raises ValueError: the model does not hold it.
+        """
+        if name not in self.parts:
+            raise ValueError(f"The objective learns `{name}`, but the model gives no `{name}`.")
+        return self.parts[name]
 
 
 class Objective(ABC):
@@ -175,36 +188,42 @@ class Objective(ABC):
         document: Tensor,
         rows: RowInfo | None = None,
         logit_scale: Tensor | None = None,
-        **more: Tensor | None,
+        *,
+        query_mask: Tensor | None = None,
+        document_mask: Tensor | None = None,
+        **parts: Tensor | None,
     ) -> LossOutput:
         """
         :param query: embeddings of this rank's queries. *Shape:* ``[b, D]`` or ``[b, L, D]``.
         :param document: embeddings of this rank's documents: the positive of
             each query, in query order, then explicit negatives. *Shape:* ``[m, D]`` or ``[m, K, D]``.
         :param rows: what is known of them; ``None`` if no row is like another.
-        :param logit_scale: log of the inverse temperature, where it is learned. *Shape:* ``[1]``.
-        :param more: other fields of :class:`LossInput`.
+        :param logit_scale: log of the inverse temperature, if it is learned. *Shape:* ``[1]``.
+        :param query_mask: the vectors of a query that count. *Shape:* ``[b, L]``, bool.
+        :param document_mask: the vectors of a document that count. *Shape:* ``[m, K]``, bool.
+        :param parts: what else is learned, by name.
         """
         if rows is None:
             rows = RowInfo.distinct(query.size(0), document.size(0), query.device)
+
         rows.check(query.size(0), document.size(0))
+
         # Autocast would round similarities to 8 bits before the temperature enlarges them.
         with torch.autocast(query.device.type, enabled=False):
-            return self.compute(LossInput(query, document, rows, logit_scale, **more))
+            given = {name: x for name, x in {LOGIT_SCALE: logit_scale, **parts}.items() if x is not None}
+            return self.compute(LossInput(query, document, rows, query_mask, document_mask, given))
 
     @abstractmethod
     def compute(self, inputs: LossInput) -> LossOutput:
         """Compute the loss, without autocast."""
 
-    @property
-    def initial_logit_scale(self) -> float | None:
-        """The log inverse temperature to start from, if it is to be learned; else ``None``."""
-        return None
+    def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
+        """Return what the objective learns besides the encoder. The model holds it, and ``inputs.parts`` gives it.
 
-    @property
-    def initial_logit_bias(self) -> float | None:
-        """The bias of the logits to start from, if it is to be learned; else ``None``."""
-        return None
+        :param embedding_dim: the size of the embeddings that it compares.
+        :param teacher_dim: the size of a teacher's, if there is one.
+        """
+        return _parts_of_properties(self)
 
     @property
     def needs_teacher(self) -> bool:
@@ -221,17 +240,13 @@ class Objective(ABC):
         """Whether each row needs explicit negatives."""
         return False
 
-    def needs_teacher_projection(self, embedding_dim: int, teacher_dim: int) -> bool:
-        """Whether the model needs a projection from its embeddings to the teacher's."""
-        return False
-
     def dim_errors(self, embedding_dim: int) -> list[str]:
-        """What is wrong for embeddings of that size."""
+        """Return what is wrong for embeddings of that size, one sentence each."""
         return []
 
 
 def scope(gather: RowGather | None, negatives: Negatives) -> RowGather:
-    """Return what gathers the rows that an objective compares: those of all ranks, or its own."""
+    """Return what gathers the rows that an objective compares: all ranks' rows, or its own rank's."""
     return gather if gather is not None and negatives == "global" else RowGather()
 
 
@@ -245,14 +260,30 @@ def checked(config: _ConfigT) -> _ConfigT:
     return config
 
 
+def scale_parts(config: _LearnsTemperature) -> list[LearnedPart]:
+    """Declare the temperature of a configuration, if it is to be learned."""
+    init = -math.log(config.temperature)
+    return [LearnedPart(name=LOGIT_SCALE, mean=init, max=MAX_LOGIT_SCALE)] if config.learn_temperature else []
+
+
+def _parts_of_properties(objective: Objective) -> list[LearnedPart]:
+    """What an objective of an older plugin learns: it has ``initial_logit_scale`` or ``initial_logit_bias``."""
+    parts = []
+    for name, bound in ((LOGIT_SCALE, MAX_LOGIT_SCALE), (LOGIT_BIAS, None)):
+        if (init := getattr(objective, f"initial_{name}", None)) is not None:
+            text = f"{type(objective).__name__}.initial_{name} is deprecated: define `learned_parts` instead."
+            warnings.warn(text, DeprecationWarning, stacklevel=3)
+            parts.append(LearnedPart(name=name, mean=init, max=bound))
+
+    return parts
+
+
 def learned_scale(inputs: LossInput) -> Tensor:
     """Return the learned inverse temperature. *Returns:* ``[1]``.
 
     :raises ValueError: the model does not give it.
     """
-    if inputs.logit_scale is None:
-        raise ValueError("`learn_temperature` is set, but the model gives no `logit_scale`.")
-    return inputs.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
+    return inputs.get_part(LOGIT_SCALE).float().clamp(max=MAX_LOGIT_SCALE).exp()
 
 
 def known_rows(row: Tensor) -> Tensor:
@@ -268,7 +299,7 @@ def known_rows(row: Tensor) -> Tensor:
 
 
 def choice_errors(config: Any, names: Sequence[str]) -> list[str]:
-    """What is wrong with fields of a configuration that are one of a few words."""
+    """Return what is wrong with fields of a configuration that must be one of a few words."""
     hints, errors = get_type_hints(type(config)), []
     for name in names:
         value, known = getattr(config, name), get_args(hints[name])
@@ -278,7 +309,7 @@ def choice_errors(config: Any, names: Sequence[str]) -> list[str]:
 
 
 def positive_errors(config: Any, names: Sequence[str]) -> list[str]:
-    """What is wrong with fields of a configuration that must be positive numbers."""
+    """Return what is wrong with fields of a configuration that must be positive numbers."""
     values = {name: getattr(config, name) for name in names}
     errors = [f"`{n}` must be positive, but is {v}." for n, v in values.items() if not v > 0.0]
     return errors + [f"`{n}` must be finite, but is {v}." for n, v in values.items() if v == math.inf]
@@ -296,7 +327,7 @@ class GlobalRows:
 
     query_mask: Tensor | None
     document: Tensor
-    """Of each rank its positives, then its explicit negatives. *Shape:* ``[M, D]`` or ``[M, K, D]``."""
+    """For each rank its positives, then its explicit negatives. *Shape:* ``[M, D]`` or ``[M, K, D]``."""
 
     document_mask: Tensor | None
     rows: RowInfo
@@ -341,13 +372,16 @@ class GlobalRows:
         if anchors == "document":
             anchor = inputs.document[:num_queries]
             anchor_mask = None if inputs.document_mask is None else inputs.document_mask[:num_queries]
+
         column, column_mask = (self.query, self.query_mask)
         if columns == "document":
             column, column_mask = self.document, self.document_mask
+
         kind: Similarity = DotProduct()
-        if similarity == "maxsim":
+        if compares_several(similarity):
             # The vectors of a query look for their nearest, on whichever side it stands.
             kind = MaxSim(anchors_query=(anchors, columns) != ("document", "query"))
+
         return Block(anchor, column, kind, similarity != "dot", anchor_mask, column_mask)
 
 
@@ -356,10 +390,12 @@ def gather_all(inputs: LossInput, gather: RowGather) -> GlobalRows:
     rows, num_queries = inputs.rows, inputs.num_queries
     counts_b, counts_m = gather.counts(num_queries), gather.counts(inputs.document.size(0))
     start = sum(counts_b[: gather.rank])
+
     positive, column = [], 0
     for queries, documents in zip(counts_b, counts_m):
         positive.append(torch.arange(column, column + queries, device=inputs.query.device))
         column += documents
+
     query, query_mask = _gather_vectors(inputs.query, inputs.query_mask, gather, counts_b)
     document, document_mask = _gather_vectors(inputs.document, inputs.document_mask, gather, counts_m)
     info = RowInfo(
@@ -372,6 +408,7 @@ def gather_all(inputs: LossInput, gather: RowGather) -> GlobalRows:
     )
     own = rows.document_rows()
     document_row = gather(torch.where(own < 0, own, own + start), counts_m)
+
     return GlobalRows(
         inputs, query, query_mask, document, document_mask, info, document_row, torch.cat(positive), start
     )
@@ -382,10 +419,13 @@ def _gather_vectors(
 ) -> tuple[Tensor, Tensor | None]:
     if gather.size == 1 or x.ndim == 2:
         return gather(x, counts), None if mask is None else gather(mask, counts)
+
     # Ranks have texts of different lengths; what fills them up is masked.
     width = max(gather.counts(x.size(1)))
+
     if mask is None:
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+
     x = torch.nn.functional.pad(x, (0, 0, 0, width - x.size(1)))
     mask = torch.nn.functional.pad(mask, (0, width - mask.size(1)))
     return gather(x, counts), gather(mask, counts)

@@ -42,10 +42,10 @@ class CoSENTConfig:
     """How the two embeddings of a pair are compared."""
 
     negatives: Negatives = "global"
-    """Whether a pair is ordered among the pairs of all ranks or of the own rank only."""
+    """Whether a pair is ordered among the pairs of all ranks or of its own rank only."""
 
     def errors(self) -> list[str]:
-        """What is wrong with the values."""
+        """Return what is wrong with the values, one sentence each."""
         return positive_errors(self, ["temperature"]) + choice_errors(self, ["similarity", "negatives"])
 
 
@@ -55,10 +55,10 @@ class AnglEConfig:
     """What differences of similarities are divided by."""
 
     negatives: Negatives = "global"
-    """Whether a pair is ordered among the pairs of all ranks or of the own rank only."""
+    """Whether a pair is ordered among the pairs of all ranks or of its own rank only."""
 
     def errors(self) -> list[str]:
-        """What is wrong with the values."""
+        """Return what is wrong with the values, one sentence each."""
         return positive_errors(self, ["temperature"]) + choice_errors(self, ["negatives"])
 
 
@@ -79,15 +79,18 @@ class _ScoredPairs(Objective):
         """
         if inputs.query.ndim != 2:
             raise ValueError("CoSENT and AnglE compare single vectors, but the model gives several per row.")
+
         index, score_p = _scored(inputs.rows)
         row = known_rows(inputs.rows.document_rows()[index])
         dtype = torch.promote_types(inputs.query.dtype, torch.float32)
         query, document = inputs.query.to(dtype), inputs.document.to(dtype)
         similarity_p = self._similarity(query, document, row, index)
         counts = self._gather.counts(similarity_p.size(0))
+
         similarity_P, score_P = self._gather(similarity_p, counts), self._gather(score_p, counts)
         if bool(score_P.isinf().any()):
             raise ValueError("Ordering pairs needs a finite score for each query and its positive: give `scores`.")
+
         # Every rank has the loss of the whole batch. Weighted by its queries, the sum over ranks is the loss times B.
         loss = inputs.num_queries * ordering_loss(similarity_P, score_P, self._temperature)
         correlation = rank_correlation(similarity_P.detach(), score_P)
@@ -106,9 +109,11 @@ def _scored(rows: RowInfo) -> tuple[Tensor, Tensor]:
     num_queries, scores_m = rows.query_ids.size(0), rows.scores
     if scores_m is None:
         scores_m = torch.full(rows.document_ids.shape, torch.nan, device=rows.document_ids.device)
+
     scores_m = scores_m.to(torch.float32, copy=True)
     scores_m[:num_queries].masked_fill_(scores_m[:num_queries].isnan(), torch.inf)
     index = torch.nonzero(~scores_m.isnan()).squeeze(1)
+
     return index, scores_m[index]
 
 
@@ -128,6 +133,7 @@ def ordering_loss(similarity_P: Tensor, score_P: Tensor, temperature: float) -> 
     above = num_lower > 0
     prefix = torch.logcumsumexp(z_P, 0)
     exponents = prefix[num_lower[above] - 1] - z_P[above]
+
     return torch.logsumexp(torch.cat([z_P.new_zeros(1), exponents]), 0)
 
 
@@ -139,6 +145,7 @@ def rank_correlation(similarity_P: Tensor, score_P: Tensor) -> Tensor:
         rank = torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
         centered = rank - rank.to(similarity_P.dtype).mean()
         ranks.append(normalize(centered, dim=0))
+
     return (ranks[0] * ranks[1]).sum()
 
 
@@ -174,7 +181,7 @@ class CoSENT(_ScoredPairs):
 
 
 class AnglE(_ScoredPairs):
-    r"""CoSENT with a similarity by angles in complex space, where cosines have hardly a gradient.
+    r"""CoSENT with a similarity by angles in complex space, for pairs whose cosines have hardly any gradient.
 
     The first halves of embeddings are real parts and the second halves
     imaginary ones: :math:`q = a + ib` and :math:`d = u + iv`. Then
@@ -200,6 +207,8 @@ class AnglE(_ScoredPairs):
         odd = query_bD.size(1) % 2
         query_bD, document_mD = (pad(normalize(x, dim=-1), (0, odd)) for x in (query_bD, document_mD))
         real, imaginary = query_bD.chunk(2, dim=1)
+
         # Re + Im of (a + ib)(u - iv) is (a + b)u + (b - a)v.
         turned = torch.cat([real + imaginary, imaginary - real], dim=1)
+
         return (turned[row] * document_mD[index]).sum(1).abs()

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.head import compares_several
 from vembed_fs2.losses.common import (
     LossInput,
     LossOutput,
@@ -40,7 +41,7 @@ from vembed_fs2.losses.tiles import TileGrads, sum_over_tiles
 @dataclass(kw_only=True)
 class DistillationConfig:
     kind: Literal["kl", "margin_mse"] = "kl"
-    """What is compared: distributions over documents, or margins between the positive and negatives."""
+    """The quantities that are compared: distributions over documents, or margins between the positive and negatives."""
 
     source: Literal["scores", "teacher"] = "scores"
     """What the student learns from: scores of a row's own documents in the data, or the cosines of a teacher's
@@ -57,21 +58,22 @@ class DistillationConfig:
     """How the student's embeddings are compared. ``maxsim`` is for multi-vector models."""
 
     negatives: Negatives = "global"
-    """With a teacher: whether documents come from all ranks or from the own rank only."""
+    """With a teacher: whether documents come from all ranks or from this rank only."""
 
     def errors(self) -> list[str]:
-        """What is wrong with the values."""
+        """Return what is wrong with the values, one sentence each."""
         errors = choice_errors(self, ["kind", "source", "similarity", "negatives"])
         errors += positive_errors(self, ["temperature"])
         if self.teacher_temperature is not None:
             errors += positive_errors(self, ["teacher_temperature"])
         if (self.kind, self.source) == ("margin_mse", "teacher"):
             errors.append("`source` must be 'scores' with `kind` 'margin_mse'.")
+
         return errors
 
 
 class Distillation(Objective):
-    r"""Brings scores of documents close to those of a teacher.
+    r"""Brings scores of documents close to a teacher's scores.
 
     With :math:`z_{ij} = s(q_i, d_j) / \tau` and the teacher's :math:`y_{ij}`,
     divided by its own temperature, over the documents :math:`D_i`:
@@ -115,25 +117,31 @@ class Distillation(Objective):
     def compute(self, inputs: LossInput) -> LossOutput:
         if self._config.source == "teacher":
             return self._compare_all(inputs)
+
         scores = inputs.rows.scores
         if scores is None or bool(scores.isnan().any()):
             raise ValueError("Distillation needs `scores` in the data, for the positive and each negative of each row.")
+
         row_m = known_rows(inputs.rows.document_rows())
         z_m = pair_scores(inputs, row_m, self._config.similarity) / self._config.temperature
         y_m = scores.to(z_m.dtype) / self._teacher_temperature
         compare = _divergence if self._config.kind == "kl" else _margin_error
         best = [_best_of_each_row(x.detach(), row_m, inputs.num_queries) for x in (z_m, y_m)]
         agreement = (best[0] == best[1]).sum()
+
         return LossOutput(compare(z_m, y_m, row_m, inputs.num_queries), {"agreement": agreement})
 
     def _compare_all(self, inputs: LossInput) -> LossOutput:
         rows = gather_all(inputs, self._gather)
+
         query, document = rows.rows.teacher_query, rows.rows.teacher_document
         if query is None or document is None:
             raise ValueError("Distillation from a teacher needs its embeddings of queries and documents in `rows`.")
+
         query, document = (normalize(x.float(), dim=-1) for x in (query, document))
         tile = _Divergence(query[rows.row], document, self._config.temperature, self._teacher_temperature)
         loss = sum_over_tiles([rows.block("query", "document", self._config.similarity)], tile)
+
         return LossOutput(loss, {"agreement": tile.agreement})
 
 
@@ -153,26 +161,33 @@ class _Divergence:
         self.agreement += (z_tC.argmax(1) == y_tC.argmax(1)).sum()
         difference = y_tC - z_tC
         teacher_log_sum, log_sum = softmax_([y_tC]), softmax_([z_tC])
+
         # log t - log p, weighted by t: no logarithm of a probability that has underflowed.
         loss = (y_tC * difference).sum() + (log_sum - teacher_log_sum).sum()
+
         return TileGrads(loss, [z_tC.sub_(y_tC).mul_(self._scale)])
 
 
 def pair_scores(inputs: LossInput, row_m: Tensor, similarity: SimilarityName) -> Tensor:
     """Compare each document with the query of its row. *Returns:* ``[m]``."""
     dtype = torch.promote_types(inputs.query.dtype, torch.float32)
+
     query, document = inputs.query.to(dtype), inputs.document.to(dtype)
     if similarity != "dot":
         query, document = normalize(query, dim=-1), normalize(document, dim=-1)
-    if similarity != "maxsim":
+    if not compares_several(similarity):
         return (query[row_m] * document).sum(-1)
+
     pairs = query[row_m] @ document.transpose(1, 2)
     if inputs.document_mask is not None:
         pairs = pairs.masked_fill(~inputs.document_mask.bool().unsqueeze(1), -torch.inf)
+
     best = pairs.amax(2)
+
     counts = best > -torch.inf  # A document without any vector scores 0.
     if inputs.query_mask is not None:
         counts = counts & inputs.query_mask.bool()[row_m]
+
     return torch.where(counts, best, 0.0).sum(1)
 
 
@@ -182,7 +197,7 @@ def _divergence(z_m: Tensor, y_m: Tensor, row_m: Tensor, num_rows: int) -> Tenso
 
 
 def _log_softmax_of_each_row(x_m: Tensor, row_m: Tensor, num_rows: int) -> Tensor:
-    """*Returns:* log probabilities of each document among those of its row. ``[m]``."""
+    """*Returns:* the log probability of each document among the documents of its row. ``[m]``."""
     x_m = x_m - _max_of_each_row(x_m.detach(), row_m, num_rows)[row_m]
     total = x_m.new_zeros(num_rows).index_add(0, row_m, x_m.exp())
     return x_m - total.log()[row_m]

@@ -21,6 +21,7 @@ def teacher_block(rows: GlobalRows, anchors: str, columns: str, anchor_rows: sli
     :raises ValueError: there are none.
     """
     sides = {"query": rows.rows.teacher_query, "document": rows.rows.teacher_document}
+
     anchor, column = sides[anchors], sides[columns]
     if anchor is None or column is None:
         raise ValueError("Filtering by a teacher needs its embeddings of queries and documents in `rows`.")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
     GlobalRows,
@@ -31,6 +32,7 @@ from vembed_fs2.losses.common import (
     gather_all,
     learned_scale,
     positive_errors,
+    scale_parts,
     scope,
 )
 from vembed_fs2.losses.filters import Hardness, highest_negative, teacher_block
@@ -56,7 +58,7 @@ class InfoNCEConfig:
     """If ``True``, the temperature is a parameter of the model."""
 
     directions: Sequence[Direction] = ("query_to_document",)
-    """What is to find its partner among what; ``query_to_document`` is always one of them."""
+    """The directions in which a row must find its partner; ``query_to_document`` is always one of them."""
 
     partition: Literal["per_direction", "joint"] = "per_direction"
     """Whether each direction has its own softmax (the loss is their mean), or all have one."""
@@ -65,7 +67,7 @@ class InfoNCEConfig:
     """How embeddings are compared. ``maxsim`` is for multi-vector models; it sums over the vectors of a query."""
 
     negatives: Negatives = "global"
-    """Whether negatives come from all ranks or from the own rank only."""
+    """Whether negatives come from all ranks or from this rank only."""
 
     mask_same: bool = True
     """If ``True``, rows with the same label, query or document are not each other's negatives."""
@@ -74,7 +76,7 @@ class InfoNCEConfig:
     """Only the given number of most similar negatives of each query count; ``None`` for all."""
 
     false_negatives: Literal["keep", "filter", "filter_by_teacher"] = "keep"
-    """Whether pairs that are as similar as the positive are left out, by the own similarity or by a teacher's."""
+    """Whether pairs that are as similar as the positive are left out, by the model's similarity or a teacher's."""
 
     false_negative_margin: float = 0.0
     """How much less similar than the positive a negative must be."""
@@ -89,7 +91,7 @@ class InfoNCEConfig:
     """A negative weighs ``exp(hardness_strength * similarity)`` times as much."""
 
     def errors(self) -> list[str]:
-        """What is wrong with the values."""
+        """Return what is wrong with the values, one sentence each."""
         errors = positive_errors(self, ["temperature"])
         errors += choice_errors(
             self,
@@ -106,19 +108,24 @@ class InfoNCEConfig:
             errors.append("`false_negative_margin` is for a `false_negatives` other than 'keep'.")
         if (self.hardness == "none") != (self.hardness_strength == 0.0):
             errors.append("`hardness` and `hardness_strength` must be given together.")
+
         return errors
 
     def _direction_errors(self) -> list[str]:
         known = get_args(Direction)
+
         names = self.directions
         if isinstance(names, str):
             return [f"`directions` must be a list, but is {names!r}."]
+
         errors = [f"`directions` must hold {', '.join(known)}, but holds {n!r}." for n in names if n not in known]
         if "query_to_document" not in names or len(set(names)) != len(names):
             errors.append("`directions` must hold 'query_to_document', and each direction once.")
+
         alone = {"query_to_query", "document_to_document"} & set(names)
         if alone and self.partition == "per_direction":
             errors.append(f"`partition` must be 'joint' with {', '.join(sorted(alone))}: it holds no positive itself.")
+
         return errors
 
 
@@ -153,9 +160,8 @@ class InfoNCE(Objective):
         self._config = checked(config or InfoNCEConfig())
         self._gather = scope(gather, self._config.negatives)
 
-    @property
-    def initial_logit_scale(self) -> float | None:
-        return -math.log(self._config.temperature) if self._config.learn_temperature else None
+    def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
+        return scale_parts(self._config)
 
     @property
     def needs_teacher(self) -> bool:
@@ -172,6 +178,7 @@ class InfoNCE(Objective):
         loss = sum_over_tiles(tile.blocks, tile, [scale] if isinstance(scale, Tensor) else [])
         metrics = tile.metrics()
         metrics["temperature"] = inputs.num_queries / torch.as_tensor(scale, device=loss.device).detach().squeeze()
+
         return LossOutput(loss, metrics)
 
     def _scale(self, inputs: LossInput) -> Tensor | float:
@@ -192,12 +199,14 @@ class _Softmax:
         self._scale = float(scale.detach()) if isinstance(scale, Tensor) else scale
         self._is_learned = isinstance(scale, Tensor)
         self._target = rows.target
-        # Where the positive of each row stands in each direction; nowhere in some.
+
+        # The column of each row's positive in each direction; some directions have none.
         self._own = [{"query_to_document": self._target, "document_to_query": rows.row}.get(d) for d in directions]
         self._excluded = [_EXCLUSIONS[d](rows, mask_same=config.mask_same) for d in directions]
         self._hardness: Hardness | None = None
         if config.hardness != "none":
             self._hardness = Hardness(rows, config.hardness, config.hardness_strength)
+
         self._num_found, self._num_masked = torch.zeros(2, dtype=torch.int64, device=rows.positive.device)
         self._num_queries, self._num_others = rows.inputs.num_queries, rows.document.size(0) - 1
         self.blocks = _blocks(rows, directions, config)
@@ -208,18 +217,22 @@ class _Softmax:
         self._leave_out(scores, by_teacher or scores, rows)
         top = self._count_found(scores[0], positive, rows)
         raw = [s.clone() for s in scores] if self._is_learned else []
+
         if self._hardness is not None:
             scores[0].add_(self._hardness(scores[0], rows), alpha=1.0 / self._scale)
             top = scores[0].amax(1, keepdim=True)
+
         weight = 1.0 / len(self._groups)
         factor = weight * self._scale
         loss_s = -self._scale * positive.squeeze(1)
         for group in self._groups:
             tops = [top if i == 0 else scores[i].amax(1, keepdim=True) for i in group]
             loss_s += weight * softmax_([scores[i] for i in group], tops, scale=self._scale, factor=factor)
+
             # The first of each group holds the positives.
             own = self._own_columns(group[0], rows)
             scores[group[0]].scatter_add_(1, own, torch.full_like(positive, -factor))
+
         return TileGrads(loss_s.sum(), [*scores, *(None for _ in by_teacher)], self._scale_grads(scores, raw))
 
     def metrics(self) -> dict[str, Tensor]:
@@ -244,6 +257,7 @@ class _Softmax:
             positive = judged[0].gather(1, self._own_columns(0, rows))
             relative = config.false_negative_margin_type == "relative"
             highest = highest_negative(positive, config.false_negative_margin, relative=relative)
+
         for idx, s_sC in enumerate(scores):
             excluded = self._excluded[idx].mask(rows)
             if highest is not None:
@@ -251,10 +265,12 @@ class _Softmax:
                 if self._own[idx] is not None:
                     false.scatter_(1, self._own_columns(idx, rows), False)
                 excluded = false if excluded is None else excluded.logical_or_(false)
+
             if excluded is not None:
                 s_sC.masked_fill_(excluded, -torch.inf)
                 if idx == 0 and config.hardest is None:
                     self._num_masked += torch.count_nonzero(excluded)
+
         if config.hardest is not None:
             num_kept = _keep_hardest(scores[0], self._own_columns(0, rows), config.hardest)
             self._num_masked += scores[0].size(0) * self._num_others - num_kept
@@ -264,8 +280,10 @@ class _Softmax:
         own = self._own_columns(0, rows)
         best = scores_sC.scatter_(1, own, -torch.inf).amax(1, keepdim=True)
         scores_sC.scatter_(1, own, positive)
+
         # A tie with the positive does not count as found.
         self._num_found += torch.count_nonzero(best < positive)
+
         return torch.maximum(best, positive)
 
     def _scale_grads(self, grads: list[Tensor], raw: list[Tensor]) -> list[Tensor]:
@@ -276,9 +294,10 @@ class _Softmax:
 
 
 def _blocks(rows: GlobalRows, directions: Sequence[str], config: InfoNCEConfig) -> list[Block]:
-    """What is compared: the embeddings in each direction; then a teacher's, if it says which negatives are false."""
+    """List the comparisons: of embeddings in each direction; then a teacher's, if it finds false negatives."""
     num_queries = rows.inputs.num_queries
     starts = {"query": rows.start, "document": int(rows.target[0]) if num_queries else 0}
+
     # This rank's queries and positives among those of all ranks.
     places = {side: slice(start, start + num_queries) for side, start in starts.items()}
     sides = [d.split("_to_") for d in directions]
@@ -290,8 +309,10 @@ def _blocks(rows: GlobalRows, directions: Sequence[str], config: InfoNCEConfig) 
             x, mask = (rows.query, rows.query_mask) if anchors == "query" else (rows.document, rows.document_mask)
             block = replace(block, anchor=x, anchor_mask=mask, anchor_rows=places[anchors])
         blocks.append(block)
+
     if config.false_negatives == "filter_by_teacher":
         blocks += [teacher_block(rows, anchors, columns, places[anchors]) for anchors, columns in sides]
+
     return blocks
 
 
@@ -307,13 +328,16 @@ def softmax_(
     """
     if tops is None:
         tops = [z.amax(1, keepdim=True) for z in tiles]
+
     top = torch.stack(list(tops)).amax(0).mul_(scale)
     total = torch.zeros_like(top)
     for z in tiles:
         # In one pass, `scale * z - top`.
         total += torch.add(-top, z, alpha=scale, out=z).exp_().sum(1, keepdim=True)
+
     for z in tiles:
         z.mul_(factor / total)
+
     return (top + total.log()).squeeze(1)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vembed_fs2.losses.common import GlobalRows
 
-# What is equal to nothing: no hash, label or row, which may be negative, is as low as these.
+# Values that equal nothing: no hash, label or row is as low, though these may be negative.
 _LOWEST: Final = torch.iinfo(torch.int64).min
 _NO_ANCHOR: Final = _LOWEST
 _NO_COLUMN: Final = _LOWEST + 1
@@ -34,6 +34,7 @@ class Exclusions:
     def add(self, anchor_b: Tensor, column_C: Tensor) -> None:
         """Leave out pairs of the same key, if there are any besides the anchors' own."""
         ordered = torch.sort(column_C).values
+
         matches = torch.searchsorted(ordered, anchor_b, right=True) - torch.searchsorted(ordered, anchor_b)
         if self.own is not None:
             matches = matches - (column_C[self.own] == anchor_b).long()
@@ -44,13 +45,17 @@ class Exclusions:
         """The pairs of a tile that are left out. *Returns:* ``[t, C]``, bool; ``None`` if there are none."""
         if not self._keys:
             return None
+
         mask: Tensor | None = None
         for anchor, column in self._keys:
             same = anchor[rows].unsqueeze(1) == column.unsqueeze(0)
             mask = same if mask is None else mask.logical_or_(same)
+
         assert mask is not None
+
         if self.own is not None:
             mask.scatter_(1, self.own[rows].unsqueeze(1), False)
+
         return mask
 
 
@@ -64,6 +69,7 @@ def query_to_document(rows: GlobalRows, *, mask_same: bool = True) -> Exclusions
         excluded.add(own.query_ids, everyone.document_ids)
         excluded.add(own.query_ids, _at_positives(rows, everyone.query_ids))
         excluded.add(_label_keys(own.labels, _NO_ANCHOR), _at_positives(rows, _label_keys(everyone.labels, _NO_COLUMN)))
+
     return excluded
 
 
@@ -77,6 +83,7 @@ def document_to_query(rows: GlobalRows, *, mask_same: bool = True) -> Exclusions
         excluded.add(positive_ids[rows.row], everyone.query_ids)
         excluded.add(own.query_ids, everyone.query_ids)
         excluded.add(_label_keys(own.labels, _NO_ANCHOR), _label_keys(everyone.labels, _NO_COLUMN))
+
     return excluded
 
 
@@ -104,6 +111,7 @@ def same_class(rows: GlobalRows) -> tuple[Tensor, Tensor]:
     *Returns:* ``[b]`` and ``[M]``.
     """
     labels = rows.rows.labels
+
     # A row without a label has its number as the key, made unlike any label.
     number = torch.arange(labels.size(0), device=labels.device)
     key = torch.where(labels != 0, labels, _LOWEST + 2 + number)

@@ -1,4 +1,4 @@
-"""Matryoshka: embeddings whose first dimensions are embeddings, too.
+"""Matryoshka: embeddings whose first dimensions are embeddings as well.
 
 Kusupati et al., "Matryoshka Representation Learning", 2022,
 https://arxiv.org/abs/2205.13147.
@@ -26,7 +26,7 @@ class MatryoshkaConfig:
     """How much each size counts; 1 each, if none are given."""
 
     def errors(self) -> list[str]:
-        """What is wrong with the values."""
+        """Return what is wrong with the values, one sentence each."""
         return [*_size_errors(self.dims, self.weights), *nested_errors(self.loss, "loss")]
 
 
@@ -36,7 +36,7 @@ class Matryoshka(Composite):
     .. math:: \mathcal{L} = \sum_k w_k \, \mathcal{L}_{\text{inner}}(x_{1..d_k})
 
     Of multi-vector embeddings, each vector is truncated. A teacher's embeddings
-    are not. The metrics are those of the largest size, and the loss of each
+    are not. The metrics describe the largest size, and the loss of each
     (``loss@64``).
     """
 
@@ -55,9 +55,11 @@ class Matryoshka(Composite):
     def compute(self, inputs: LossInput) -> LossOutput:
         if errors := self.dim_errors(inputs.query.size(-1)):
             raise ValueError(" ".join(errors))
+
         total, outputs = self.compute_parts(inputs)
         metrics = dict(outputs[self._dims.index(max(self._dims))].metrics)
         metrics |= {f"loss@{dim}": output.loss for dim, output in zip(self._dims, outputs)}
+
         return LossOutput(total, metrics)
 
 
@@ -69,4 +71,5 @@ def _size_errors(dims: Sequence[int], weights: Sequence[float]) -> list[str]:
         errors.append(f"`weights` must have an entry for each of the {len(dims)} `dims`, but has {len(weights)}.")
     if not all(0.0 < w < math.inf for w in weights):
         errors.append(f"`weights` must be positive, but are {list(weights)}.")
+
     return errors

@@ -8,13 +8,14 @@ Legend: b anchors of this rank, t anchors of a tile, C columns.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
     LossInput,
@@ -26,6 +27,7 @@ from vembed_fs2.losses.common import (
     gather_all,
     learned_scale,
     positive_errors,
+    scale_parts,
     scope,
 )
 from vembed_fs2.losses.infonce import softmax_
@@ -48,13 +50,13 @@ class MultiPositiveConfig:
     """How embeddings are compared. ``maxsim`` is for multi-vector models; it sums over the vectors of a query."""
 
     negatives: Negatives = "global"
-    """Whether positives and negatives come from all ranks or from the own rank only."""
+    """Whether positives and negatives come from all ranks or from this rank only."""
 
     mask_same: bool = True
     """If ``True``, rows with different labels but the same query or document are not each other's negatives."""
 
     def errors(self) -> list[str]:
-        """What is wrong with the values."""
+        """Return what is wrong with the values, one sentence each."""
         return positive_errors(self, ["temperature"]) + choice_errors(self, ["similarity", "negatives"])
 
 
@@ -82,9 +84,8 @@ class MultiPositive(Objective):
         self._config = checked(config or MultiPositiveConfig())
         self._gather = scope(gather, self._config.negatives)
 
-    @property
-    def initial_logit_scale(self) -> float | None:
-        return -math.log(self._config.temperature) if self._config.learn_temperature else None
+    def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
+        return scale_parts(self._config)
 
     def compute(self, inputs: LossInput) -> LossOutput:
         """
@@ -96,11 +97,13 @@ class MultiPositive(Objective):
         anchor_key, document_key = masks.same_class(rows)
         excluded = masks.query_to_document(rows, mask_same=config.mask_same)
         tile = _ClassSoftmax(anchor_key, document_key, excluded)
+
         loss = sum_over_tiles([rows.block("query", "document", config.similarity)], tile, [scale])
         if config.symmetric:
             excluded = masks.document_to_query(rows, mask_same=config.mask_same)
             back = _ClassSoftmax(anchor_key, document_key[rows.positive], excluded)
             loss = (loss + sum_over_tiles([rows.block("document", "query", config.similarity)], back, [scale])) / 2
+
         metrics = tile.metrics
         metrics["temperature"] = inputs.num_queries / scale.detach().squeeze()
         return LossOutput(loss, metrics)
@@ -128,25 +131,32 @@ class _ClassSoftmax:
 
     def __call__(self, scores: list[Tensor], rows: slice, scalars: list[Tensor]) -> TileGrads:
         (s_tC,), (scale,) = scores, scalars
+
         positive = self._anchor_key[rows].unsqueeze(1) == self._column_key.unsqueeze(0)
         excluded = self._excluded.mask(rows)
         if excluded is not None:
             excluded.logical_and_(~positive)
+
         self._add_metrics(s_tC, positive, excluded)
+
         z_tC = s_tC * scale
         if excluded is not None:
             z_tC.masked_fill_(excluded, -torch.inf)
+
         target_tC = positive.to(s_tC.dtype).div_(positive.sum(1, keepdim=True))
         log_sum = softmax_([z_tC])
         loss = (log_sum - (target_tC * s_tC).sum(1) * scale).sum()
+
         # The gradient of the logits: probabilities less those that are asked for.
         grad_tC = z_tC.sub_(target_tC)
         scale_grad = s_tC.mul_(grad_tC).sum()
+
         return TileGrads(loss, [torch.mul(grad_tC, scale, out=s_tC)], [scale_grad])
 
     def _add_metrics(self, scores_tC: Tensor, positive: Tensor, excluded: Tensor | None) -> None:
         others = positive if excluded is None else positive | excluded
         best = scores_tC.masked_fill(~positive, -torch.inf).amax(1)
+
         # A tie with a negative does not count as found.
         found = best > scores_tC.masked_fill(others, -torch.inf).amax(1)
         num_masked = torch.zeros_like(found.sum()) if excluded is None else excluded.sum()

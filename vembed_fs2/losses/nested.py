@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vembed_fs2.embedding.learned import LearnedPart, first_dimensions, merge_parts
 from vembed_fs2.losses.common import LossInput, LossOutput, Objective
-
-# The fields of a `LossInput` that an objective may have gradients for.
-_DIFFERENTIABLE: Final = ("query", "document", "logit_scale", "logit_bias", "teacher_projection")
 
 
 @dataclass(kw_only=True)
@@ -31,7 +29,7 @@ class LossSpec:
 
 
 def nested_errors(spec: LossSpec, path: str) -> list[str]:
-    """What is wrong with the configuration of a nested objective; keys are named from ``path`` on."""
+    """Return what is wrong with the configuration of a nested objective; keys are named from ``path`` on."""
     return [] if spec.config is None else prefix_keys(spec.config.errors(), f"{path}.config.")  # type: ignore[attr-defined]
 
 
@@ -53,26 +51,18 @@ class Composite(Objective):
     """A weighted sum of objectives. Subclasses say what to do with their metrics."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        """:raises ValueError: they start the learned temperature, or bias, differently; a model has one of each."""
+        """:raises ValueError: they declare a learned part differently; a model has one of each."""
         self._parts = parts
-        for what, values in (
-            ("inverse temperature (log)", {p.objective.initial_logit_scale for p in parts}),
-            ("bias", {p.objective.initial_logit_bias for p in parts}),
-        ):
-            if len(values - {None}) > 1:
-                found = " and ".join(f"{v:g}" for v in sorted(v for v in values if v is not None))
-                raise ValueError(
-                    f"All objectives share the model's learned {what}, but they start it from {found}: give them the"
-                    " same value."
-                )
+        self.learned_parts(max((p.dim for p in parts if p.dim is not None), default=1))
 
-    @property
-    def initial_logit_scale(self) -> float | None:
-        return next((s for p in self._parts if (s := p.objective.initial_logit_scale) is not None), None)
+    def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
+        """:raises ValueError: two of its objectives declare a part differently."""
+        declared = (x for p in self._parts for x in p.objective.learned_parts(p.dim or embedding_dim, teacher_dim))
 
-    @property
-    def initial_logit_bias(self) -> float | None:
-        return next((s for p in self._parts if (s := p.objective.initial_logit_bias) is not None), None)
+        # The model holds values for all dimensions of its embeddings.
+        return merge_parts(
+            replace(part, shape=(*part.shape[:-1], embedding_dim)) if part.per_dimension else part for part in declared
+        )
 
     @property
     def needs_teacher(self) -> bool:
@@ -86,9 +76,6 @@ class Composite(Objective):
     def needs_negatives(self) -> bool:
         return any(p.objective.needs_negatives for p in self._parts)
 
-    def needs_teacher_projection(self, embedding_dim: int, teacher_dim: int) -> bool:
-        return any(p.objective.needs_teacher_projection(p.dim or embedding_dim, teacher_dim) for p in self._parts)
-
     def dim_errors(self, embedding_dim: int) -> list[str]:
         errors = []
         for part in self._parts:
@@ -96,6 +83,7 @@ class Composite(Objective):
                 errors.append(f"`dims` holds {part.dim}, but embeddings have only {embedding_dim} dimensions.")
             else:
                 errors += part.objective.dim_errors(part.dim or embedding_dim)
+
         return errors
 
     def compute_parts(self, inputs: LossInput) -> tuple[Tensor, list[LossOutput]]:
@@ -104,11 +92,12 @@ class Composite(Objective):
         Each part is carried backward before the next one begins: at any time
         there is the graph of one, and gradients of this rank's own rows.
         """
-        names = [name for name in _DIFFERENTIABLE if getattr(inputs, name) is not None]
-        tensors = [getattr(inputs, name) for name in names]
+        tensors = _tensors_of(inputs)
         needed = [torch.is_grad_enabled() and t.requires_grad for t in tensors]
         outputs: list[LossOutput] = []
-        total = _SumOfParts.apply(inputs, self._parts, outputs, names, needed, *tensors)  # type: ignore[no-untyped-call]
+        declared = self.learned_parts(inputs.query.size(-1), inputs.teacher_dim)
+        total = _SumOfParts.apply(inputs, self._parts, declared, outputs, needed, *tensors)  # type: ignore[no-untyped-call]
+
         return total, outputs
 
 
@@ -118,8 +107,8 @@ class _SumOfParts(torch.autograd.Function):
         ctx: Any,
         inputs: LossInput,
         parts: Sequence[Part],
+        declared: Sequence[LearnedPart],
         outputs: list[LossOutput],
-        names: list[str],
         needed: list[bool],
         *tensors: Tensor,
     ) -> Tensor:
@@ -128,18 +117,20 @@ class _SumOfParts(torch.autograd.Function):
         grads = [torch.zeros_like(t, dtype=dtype) if n else None for t, dtype, n in zip(tensors, dtypes, needed)]
         total = torch.zeros((), dtype=dtypes[0], device=tensors[0].device)
         for part in parts:
-            seen = inputs if part.dim is None else inputs.truncated(part.dim)
-            leaves = [
-                getattr(seen, name).detach().to(dtype).requires_grad_(n)
-                for name, dtype, n in zip(names, dtypes, needed)
-            ]
-            values: dict[str, Any] = dict(zip(names, leaves))
+            seen = inputs if part.dim is None else _truncate(inputs, declared, part.dim)
+            leaves = [x.detach().to(t).requires_grad_(n) for x, t, n in zip(_tensors_of(seen), dtypes, needed)]
+            query, document, *learned = leaves
+
+            seen = replace(seen, query=query, document=document, parts=dict(zip(seen.parts, learned)))
             with torch.set_grad_enabled(any(needed)):
-                output = part.objective.compute(replace(seen, **values))
+                output = part.objective.compute(seen)
+
             outputs.append(LossOutput(output.loss.detach(), output.metrics))
             total += part.weight * output.loss.detach()
+
             if output.loss.requires_grad:
                 _add_gradients(output.loss, part.weight, leaves, grads)
+
         ctx.grads = grads
         ctx.dtypes = [t.dtype for t in tensors]
         return total
@@ -150,9 +141,21 @@ class _SumOfParts(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("The objective was carried backward twice; its gradients are gone.")
+
         # In place, because nothing else holds these.
         scaled = (None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(grads, ctx.dtypes))
         return (None, None, None, None, None, *scaled)
+
+
+def _tensors_of(inputs: LossInput) -> list[Tensor]:
+    """What an objective may have gradients for."""
+    return [inputs.query, inputs.document, *inputs.parts.values()]
+
+
+def _truncate(inputs: LossInput, declared: Sequence[LearnedPart], dim: int) -> LossInput:
+    """The same with the first ``dim`` dimensions of each embedding."""
+    parts = first_dimensions(inputs.parts, declared, dim)
+    return replace(inputs, query=inputs.query[..., :dim], document=inputs.document[..., :dim], parts=parts)
 
 
 def _add_gradients(loss: Tensor, weight: float, leaves: Sequence[Tensor], totals: Sequence[Tensor | None]) -> None:

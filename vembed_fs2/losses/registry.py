@@ -38,7 +38,7 @@ def create_loss(name: str, config: object = None, gather: RowGather | None = Non
 
     :param config: of the type that it is registered with; ``None`` for all defaults.
     :param gather: appends the rows of all ranks; ``None`` for one process.
-    :raises KeyError: there is no objective of that name.
+    :raises KeyError: no objective has that name.
     :raises ValueError: ``config`` is not valid.
     """
     entry = LOSSES[name]
@@ -56,6 +56,7 @@ def _create_combined(config: CombinedConfig, gather: RowGather) -> Objective:
         same = sum(other.name == spec.name for other in config.losses[: len(losses)])
         name = f"{spec.name}_{same + 1}" if same else spec.name
         losses[name], weights[name] = _create(spec, gather), spec.weight
+
     return Combined(losses, weights)
 
 

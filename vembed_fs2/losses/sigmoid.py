@@ -9,6 +9,7 @@ Legend: b queries of this rank, t queries of a tile, C documents of all ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LearnedPart
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
     GlobalRows,
@@ -29,6 +31,7 @@ from vembed_fs2.losses.common import (
     gather_all,
     learned_scale,
     positive_errors,
+    scale_parts,
     scope,
 )
 from vembed_fs2.losses.similarity import SimilarityName
@@ -41,8 +44,9 @@ class SigmoidConfig:
     """What similarities are divided by. The initial value, if it is learned and the model has none."""
 
     bias: float = -10.0
-    """What is added to similarities over temperature; near the log of positives per negative, so that training does
-    not begin with a large correction. The initial value, if it is learned and the model has none."""
+    """
+    The value that is added to similarities over temperature; near the log of positives per negative, so that
+    training does not begin with a large correction. The initial value, if it is learned and the model has none."""
 
     learn_temperature: bool = True
     """If ``True``, the temperature is a parameter of the model."""
@@ -54,14 +58,14 @@ class SigmoidConfig:
     """How embeddings are compared. ``maxsim`` is for multi-vector models; it sums over the vectors of a query."""
 
     negatives: Negatives = "global"
-    """Whether negatives come from all ranks or from the own rank only."""
+    """Whether negatives come from all ranks or from this rank only."""
 
     same: Literal["mask", "positive", "negative"] = "mask"
     """What a query and a document of another row are, if the rows have the same label, query or document, or if the
     document is a copy of the query: left out, a positive pair, or a negative one."""
 
     def errors(self) -> list[str]:
-        """What is wrong with the values."""
+        """Return what is wrong with the values, one sentence each."""
         errors = positive_errors(self, ["temperature"])
         if not math.isfinite(self.bias):
             errors.append(f"`bias` must be finite, but is {self.bias}.")
@@ -86,13 +90,9 @@ class Sigmoid(Objective):
         self._config = checked(config or SigmoidConfig())
         self._gather = scope(gather, self._config.negatives)
 
-    @property
-    def initial_logit_scale(self) -> float | None:
-        return -math.log(self._config.temperature) if self._config.learn_temperature else None
-
-    @property
-    def initial_logit_bias(self) -> float | None:
-        return self._config.bias if self._config.learn_bias else None
+    def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
+        bias = [LearnedPart(name=LOGIT_BIAS, mean=self._config.bias)] if self._config.learn_bias else []
+        return [*scale_parts(self._config), *bias]
 
     def compute(self, inputs: LossInput) -> LossOutput:
         """
@@ -106,6 +106,7 @@ class Sigmoid(Objective):
         metrics = tile.metrics
         metrics["temperature"] = num_queries / scale.detach().squeeze()
         metrics["bias"] = num_queries * bias.detach().squeeze()
+
         return LossOutput(loss, metrics)
 
     def _scale(self, inputs: LossInput) -> Tensor:
@@ -116,9 +117,7 @@ class Sigmoid(Objective):
     def _bias(self, inputs: LossInput) -> Tensor:
         if not self._config.learn_bias:
             return torch.tensor([self._config.bias], device=inputs.query.device)
-        if inputs.logit_bias is None:
-            raise ValueError("`learn_bias` is set, but the model gives no `logit_bias`.")
-        return inputs.logit_bias.float()
+        return inputs.get_part(LOGIT_BIAS).float()
 
 
 class _SigmoidTile:
@@ -137,16 +136,20 @@ class _SigmoidTile:
         same = self._same.mask(rows)
         self._add_metrics(s_tC, own, same)
         positive = same if self._same_is_positive else None
+
         # The loss is log(1 + e^x) of the logits of negatives and of the negated ones of positives.
         x_tC = torch.addcmul(bias, s_tC, scale)
         _negate(x_tC, own, positive)
+
         if same is not None and positive is None:
             x_tC.masked_fill_(same, -torch.inf)
+
         loss = softplus(x_tC).sum()
         grad_tC = x_tC.sigmoid_()
         _negate(grad_tC, own, positive)
         bias_grad = grad_tC.sum()
         scale_grad = s_tC.mul_(grad_tC).sum()
+
         return TileGrads(loss, [torch.mul(grad_tC, scale, out=s_tC)], [scale_grad, bias_grad])
 
     def _add_metrics(self, scores_tC: Tensor, own: Tensor, same: Tensor | None) -> None:
@@ -154,6 +157,7 @@ class _SigmoidTile:
         ahead = scores_tC >= scores_tC.gather(1, own)
         if same is not None:
             ahead.masked_fill_(same, False)
+
         num_others = scores_tC.size(1) - 1
         num_same = 0 if same is None else same.sum()
         num_masked = 0 if self._same_is_positive else num_same

@@ -7,18 +7,20 @@ vectors per anchor and per column of multi-vector models.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-SimilarityName: TypeAlias = Literal["cosine", "dot", "maxsim"]
+from vembed_fs2.embedding import head
+
+SimilarityName: TypeAlias = head.Similarity
 
 # As `torch.nn.functional.normalize` has it.
 _EPSILON: Final = 1e-12
 
-# What is worked on at once where a copy of all embeddings would be needed otherwise.
+# The number of elements that are worked on at once, so that no copy of all embeddings is needed.
 _SLICE_ELEMENTS: Final = 2**18
 
 # Rows and columns of the largest product of MaxSim: enough for an efficient one.
@@ -41,8 +43,10 @@ class Vectors:
         self.mask = None if mask is None else mask.bool()
         self._raw = raw.detach()
         self._values: Tensor | None = None
+
         # Norms, because a normalised copy would be as large as the embeddings.
         self.inverse_norm = self._inverse_norm() if unit else None
+
         # As if the norms were constants, until `raw_grad`.
         self.grad = torch.zeros(raw.shape, dtype=self.dtype, device=raw.device) if needs_grad else None
 
@@ -64,7 +68,7 @@ class Vectors:
         return x if self.inverse_norm is None else x * self.inverse_norm[rows].unsqueeze(-1)
 
     def values(self) -> Tensor:
-        """All vectors, not normalised. Those of half precision become a copy that stays until :meth:`raw_grad`."""
+        """All vectors, not normalised. Vectors of half precision become a copy that stays until :meth:`raw_grad`."""
         if self._values is None:
             self._values = self._raw.to(self.dtype)
         return self._values
@@ -85,6 +89,7 @@ class Vectors:
                 # The length of x does not change x / |x|, so only what is orthogonal to x counts.
                 unit, part = self.rows(rows), grad[rows]
                 part.sub_(unit * (part * unit).sum(-1, keepdim=True))
+
         return grad
 
     def _inverse_norm(self) -> Tensor:
@@ -110,13 +115,13 @@ class Similarity(Protocol):
         """
 
     def scale_(self, values_tC: Tensor, columns: Vectors) -> None:
-        """Finish the scores of some rows; in the same way, make their gradient that of what :meth:`scores` wrote.
+        """Finish the scores of some rows, or turn their gradient into the gradient of what :meth:`scores` wrote.
 
         Apart from these, because some rows that were just used are in the cache.
         """
 
     def backward(self, grad_tC: Tensor, anchors: Vectors, rows: slice, columns: Vectors, saved: list[Tensor]) -> None:
-        """Add the gradients that follow from that of what :meth:`scores` wrote."""
+        """Add the gradients that follow from the gradient of what :meth:`scores` wrote."""
 
     def rows_per_tile(self, anchor: Tensor, column: Tensor, num_values: int) -> int:
         """The number of anchors whose comparison needs up to ``num_values`` numbers in memory."""
@@ -154,7 +159,7 @@ class MaxSim(Similarity):
     Masked vectors take no part; a document without any scores 0.
 
     Columns are taken a few at a time, so that the similarities of single
-    vectors are never all in memory. Of them, a tile keeps which was the nearest.
+    vectors are never all in memory. A tile keeps only which vector was the nearest.
 
     :param anchors_query: whether the anchors are the queries, whose vectors are
         summed over; if ``False``, the columns are.
@@ -172,14 +177,17 @@ class MaxSim(Similarity):
         for part in self._parts(anchors, rows, columns):
             queries, q, documents, d = self._oriented(anchors, rows, columns, part)
             x_qLD, y_dKD = queries.rows(q), documents.rows(d)
+
             pairs = (x_qLD.flatten(0, 1) @ y_dKD.flatten(0, 1).T).view(*x_qLD.shape[:2], *y_dKD.shape[:2])
             if documents.mask is not None:
                 # Faster than to fill them, and unit vectors have finite products.
                 pairs.add_(torch.zeros_like(pairs[0, 0]).masked_fill_(~documents.mask[d], -torch.inf))
+
             best_qLd, index_qLd = pairs.max(3)
             score_qd = _counted(best_qLd, queries, q, documents, d).sum(1)
             out_tC[:, part] = score_qd if self._anchors_query else score_qd.T
             saved.append(index_qLd.int())
+
         return saved
 
     def scale_(self, values_tC: Tensor, columns: Vectors) -> None:

@@ -52,21 +52,23 @@ class SpreadConfig:
     """The factor ``t`` of squared distances in ``uniformity``."""
 
     negatives: Negatives = "global"
-    """Whether the rows of all ranks are spread out together, or those of each rank only."""
+    """Whether the rows of all ranks are spread out together, or each rank's rows by themselves."""
 
     def errors(self) -> list[str]:
-        """What is wrong with the values."""
+        """Return what is wrong with the values, one sentence each."""
         errors = choice_errors(self, ["kind", "negatives"]) + positive_errors(self, ["uniformity_scale"])
         if self.uniformity_scale > _MAX_UNIFORMITY_SCALE:
             errors.append(
                 f"`uniformity_scale` must be at most {_MAX_UNIFORMITY_SCALE}, but is {self.uniformity_scale}."
             )
+
         weights = {"mean_weight": self.mean_weight, "second_moment_weight": self.second_moment_weight}
         errors += [
             f"`{name}` must not be negative, but is {value}." for name, value in weights.items() if not value >= 0
         ]
         if not any(weights.values()):
             errors.append("`mean_weight` and `second_moment_weight` must not both be 0.")
+
         return errors
 
 
@@ -74,7 +76,7 @@ class Spread(Objective):
     r"""A penalty on embeddings that lie close together, whatever they belong to.
 
     With :math:`s_{ij}` the cosines of all N(N-1) pairs of different rows,
-    ``global_orthogonal`` compares their moments with those of the uniform distribution:
+    ``global_orthogonal`` compares their moments with the moments of the uniform distribution:
 
     .. math:: L = w_1 M_1^2 + w_2 \max(M_2 - 1/D, 0), \quad
         M_1 = \mathrm{mean}\,s_{ij}, \quad M_2 = \mathrm{mean}\,s_{ij}^2
@@ -106,28 +108,34 @@ class Spread(Objective):
         """
         if inputs.query.ndim != 2:
             raise ValueError("Single vectors are spread out, but the model gives several per row.")
+
         compute = self._global_orthogonal if self._config.kind == "global_orthogonal" else self._uniformity
         parts = [compute(_Pairs(x, self._gather)) for x in (inputs.query, inputs.document)]
+
         # Every rank has the value of the whole batch. Weighted by its queries, the sum over ranks is the value times B.
         num_queries = inputs.num_queries
         loss = num_queries * torch.stack([loss for loss, _ in parts]).mean()
         names = parts[0][1]
         metrics = {n: num_queries * torch.stack([m[n].detach() for _, m in parts]).mean() for n in names}
+
         return LossOutput(loss, metrics)
 
     def _global_orthogonal(self, pairs: _Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         config = self._config
         mean = pairs.sum_of_similarities() / max(pairs.number, 1)
+
         loss, metrics = config.mean_weight * mean.square(), {"mean_similarity": mean}
         if config.second_moment_weight:
             second = pairs.sum_of(_square) / max(pairs.number, 1)
             loss = loss + config.second_moment_weight * (second - 1.0 / pairs.dim).clamp_min(0.0)
             metrics["second_moment"] = second
+
         return loss, metrics
 
     def _uniformity(self, pairs: _Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         t = self._config.uniformity_scale
         total = pairs.sum_of(lambda scores_tN, own: _exponential(scores_tN, own, 2.0 * t))
+
         # -t |x - y|^2 = 2t s - 2t. With no pairs the sum is 0; times 0, it keeps its place in the graph.
         value = (total / pairs.number).log() - 2.0 * t if pairs.number else total * 0.0
         return value, {"uniformity": value}

@@ -82,10 +82,12 @@ def by_autograd(function: Callable[[list[Tensor], slice, list[Tensor]], Tensor])
     def compute(scores: list[Tensor], rows: slice, scalars: list[Tensor]) -> TileGrads:
         with torch.set_grad_enabled(True):
             leaves = [x.detach().requires_grad_() for x in (*scores, *scalars)]
+
             loss = function(leaves[: len(scores)], rows, leaves[len(scores) :])
             if not loss.requires_grad:
                 return TileGrads(loss, [None] * len(scores))
             grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+
         return TileGrads(loss.detach(), grads[: len(scores)], grads[len(scores) :])
 
     return compute
@@ -104,6 +106,7 @@ def sum_over_tiles(
     """
     for block in blocks:
         _check(block)
+
     plan = _Plan(blocks, tile_loss, rows_per_tile or choose_rows_per_tile(blocks))
     tensors = [tensor for tensor, _, _ in plan.sides]
     return _SumOverTiles.apply(plan, *tensors, *scalars)  # type: ignore[no-any-return, no-untyped-call]
@@ -126,6 +129,7 @@ def _tile_bytes(device: torch.device) -> int:
     most = _TILE_BYTES.get(device.type, _TILE_BYTES["cpu"])
     if device.type != "cuda":
         return most
+
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(most, free // 8)
@@ -144,7 +148,7 @@ class _Pair:
 
 
 class _Plan:
-    """What is compared. Embeddings that take part several times are one side, so that they have one gradient."""
+    """The sides that are compared. Embeddings that take part several times are one side, with one gradient."""
 
     def __init__(self, blocks: Sequence[Block], tile_loss: TileLoss, rows_per_tile: int) -> None:
         self.sides: list[tuple[Tensor, Tensor | None, bool]] = []
@@ -155,8 +159,10 @@ class _Plan:
             column = self._side(block.column, block.column_mask, block.unit)
             self.pairs.append(_Pair(block.similarity, anchor, rows.start, column))
             self.num_anchors = rows.stop - rows.start
+
         self.tile_loss = tile_loss
         self.rows_per_tile = min(rows_per_tile, max(self.num_anchors, 1))
+
         # Inside an autograd function this is always off.
         self.grad_enabled = torch.is_grad_enabled()
 
@@ -164,6 +170,7 @@ class _Plan:
         for idx, side in enumerate(self.sides):
             if side[0] is tensor and side[1] is mask and side[2] == unit:
                 return idx
+
         self.sides.append((tensor, mask, unit))
         return len(self.sides) - 1
 
@@ -178,9 +185,11 @@ class _SumOverTiles(torch.autograd.Function):
             Vectors(x, mask, unit=unit, needs_grad=needs, dtype=dtype)
             for x, (_, mask, unit), needs in zip(embeddings, plan.sides, needed)
         ]
+
         tiles = _Tiles(plan, sides, scalars, dtype)
         for rows in slices(plan.num_anchors, plan.rows_per_tile):
             tiles.add(rows)
+
         ctx.grads = [*(side.raw_grad() for side in sides), *tiles.scalar_grads()]
         ctx.dtypes = [t.dtype for t in tensors]
         return tiles.loss()
@@ -191,6 +200,7 @@ class _SumOverTiles(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("The objective was carried backward twice; its gradients are gone.")
+
         # In place, because nothing else holds these; to half precision only now, when a loss scale has been applied.
         scaled = (None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(grads, ctx.dtypes))
         return (None, *scaled)
@@ -205,6 +215,7 @@ class _Tiles:
         self._scalars = scalars
         self._losses = [torch.zeros((), dtype=dtype, device=sides[0].device)]
         self._scalar_grads = [[torch.zeros_like(s)] for s in scalars]
+
         # The same memory for all tiles: fresh memory costs a third of a product.
         widths = [len(sides[pair.column]) for pair in plan.pairs]
         self._scores = [torch.empty(plan.rows_per_tile, width, dtype=dtype, device=sides[0].device) for width in widths]
@@ -219,8 +230,10 @@ class _Tiles:
             pair.similarity.scores(self._sides[pair.anchor], _shifted(rows, pair.start), self._sides[pair.column], s)
             for pair, s in zip(self._plan.pairs, scores)
         ]
+
         for strip in slices(num_rows, self._rows_per_strip):
             self._add_strip([s[strip] for s in scores], _shifted(strip, rows.start))
+
         for pair, s, kept in zip(self._plan.pairs, scores, saved):
             if self._needs_grad(pair):
                 anchors, columns = self._sides[pair.anchor], self._sides[pair.column]
@@ -230,11 +243,14 @@ class _Tiles:
         """Replace scores by their gradients."""
         for pair, s in zip(self._plan.pairs, scores):
             pair.similarity.scale_(s, self._sides[pair.column])
+
         result = self._plan.tile_loss(scores, rows, self._scalars)
         self._losses.append(result.loss)
+
         for total, grad in zip(self._scalar_grads, result.scalars):
             if grad is not None:
                 total.append(grad.view_as(total[0]))
+
         for pair, s, grad in zip(self._plan.pairs, scores, result.scores):
             if self._needs_grad(pair):
                 if grad is None:

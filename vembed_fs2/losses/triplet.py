@@ -51,13 +51,13 @@ class TripletConfig:
     """How embeddings are compared. ``maxsim`` is for multi-vector models; it sums over the vectors of a query."""
 
     negatives: Negatives = "global"
-    """Whether negatives come from all ranks or from the own rank only."""
+    """Whether negatives come from all ranks or from this rank only."""
 
     mask_same: bool = True
     """If ``True``, rows with the same label, query or document are not each other's negatives."""
 
     def errors(self) -> list[str]:
-        """What is wrong with the values."""
+        """Return what is wrong with the values, one sentence each."""
         errors = choice_errors(self, ["mining", "similarity", "negatives"])
         if not 0.0 <= self.margin < math.inf:
             rule = "must be finite" if self.margin == math.inf else "must not be negative"
@@ -120,16 +120,20 @@ class _TripletTile:
         s_tC = scores[0]
         own = self._target[rows].unsqueeze(1)
         positive = s_tC.gather(1, own)
+
         excluded = self._excluded.mask(rows)
         if excluded is not None:
             s_tC.masked_fill_(excluded, -torch.inf)
-        s_tC.scatter_(1, own, -torch.inf)  # What is left are the negatives.
+
+        s_tC.scatter_(1, own, -torch.inf)  # Only the negatives are left.
         num_negatives = (s_tC != -torch.inf).sum(1)
         found = s_tC.amax(1, keepdim=True) < positive
+
         if self._config.mining == "all":
             loss, active = self._all(s_tC, positive, num_negatives)
         else:
             loss, active = self._one(s_tC, positive)
+
         # Each row holds the gradient of its negatives now; the positive's is the opposite.
         s_tC.scatter_(1, own, -s_tC.sum(1, keepdim=True))
         num_others = s_tC.size(1) - 1
@@ -140,6 +144,7 @@ class _TripletTile:
             "masked_fraction": (num_others - num_negatives).sum() / max(num_others, 1),
         }
         self.metrics = {name: self.metrics[name] + value for name, value in values.items()}
+
         return TileGrads(loss, [s_tC])
 
     def _one(self, s_tC: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,6 +157,7 @@ class _TripletTile:
         loss = softplus(x) if self._config.soft_margin else x.clamp_min(0.0)
         grad = x.sigmoid() if self._config.soft_margin else (x > 0.0).to(x.dtype)
         s_tC.zero_().scatter_(1, index, grad)
+
         return loss.sum(), (x > 0.0).squeeze(1)
 
     def _all(self, s_tC: Tensor, positive: Tensor, num_negatives: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,6 +173,7 @@ class _TripletTile:
         else:
             count, losses = num_active.clamp_min(1), x_tC.clamp_min_(0.0).sum(1)
             x_tC.sign_()
+
         x_tC.div_(count.unsqueeze(1))
         return (losses / count).sum(), num_active / num_negatives.clamp_min(1)
 

@@ -14,7 +14,6 @@ __getattr__ = forward_names(
         "Similarity": "vembed_fs2.embedding.model",
         "SingleSimilarity": "vembed_fs2.embedding.model",
         "TextPadding": "vembed_fs2.embedding.model",
-        "initial_projection": "vembed_fs2.embedding.model",
         "EncoderBatch": "vembed_fs2.embedding.batch",
         "HeadConfig": "vembed_fs2.embedding.model",
         "DenseConfig": "vembed_fs2.embedding.model",

@@ -30,19 +30,20 @@ from torch.nn import Module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from typing_extensions import override
 
-from vembed_fs2.embedding.image_head import set_image_head
-from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig, initial_projection
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, TEACHER_PROJECTION, LearnedPart
+from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
 from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
-from vembed_fs2.formats.checkpoint import LEARNED_PARTS as LEARNED_PARTS
 from vembed_fs2.formats.checkpoint import CheckpointFormat as CheckpointFormat
 from vembed_fs2.formats.checkpoint import PlainCheckpointFormat as PlainCheckpointFormat
 from vembed_fs2.formats.checkpoint import config_errors as config_errors
+from vembed_fs2.formats.checkpoint import drop_learned as drop_learned
 from vembed_fs2.formats.checkpoint import head_of as head_of
+from vembed_fs2.formats.checkpoint import set_image_head
 from vembed_fs2.formats.dialect import Dialect
 from vembed_fs2.formats.download import FolderDownloadManager, download_repository
 from vembed_fs2.formats.folder import FolderCheckpointLoader, ModelFolder, StateConverter, is_model_folder
 from vembed_fs2.formats.open_clip import OpenClipFormat
-from vembed_fs2.models.support import FamilySupport
+from vembed_fs2.models.support import FamilySupport, ProcessorLoader
 from vembed_fs2.resolver import get_resolver
 
 ConfigT = TypeVar("ConfigT")
@@ -74,6 +75,7 @@ def register_family(
     factory: Callable[[ConfigT], EmbeddingModel],
     checkpoint_format: CheckpointFormat | None = None,
     dialects: Mapping[str, Dialect] | None = None,
+    processor: ProcessorLoader | None = None,
     supports_meta: bool = True,
     supports_reset: bool = True,
     supports_compile: bool = True,
@@ -84,7 +86,7 @@ def register_family(
 
     The model can then be loaded from asset cards, trained with the recipes and
     sharded with FSDP2 layer by layer (see :meth:`EmbeddingModel.layer_stacks`).
-    Architectures are registered with :class:`fairseq2.runtime.config_registry.ConfigRegistrar`.
+    Architectures are registered with :class:`~vembed_fs2.models.archs.ArchRegistrar`.
 
     :param factory: creates the model, of a configuration that is valid: what
         ``config_kls`` has as ``validate() -> ValidationResult`` is checked before.
@@ -92,6 +94,9 @@ def register_family(
         :class:`PlainCheckpointFormat`; without it the family loads fairseq2
         checkpoints only.
     :param dialects: the family's checkpoints in other libraries, by the library's name: ``open_clip``.
+    :param processor: loads the processor of a model, for families with rules of their own (see
+        :class:`~vembed_fs2.processing.processor.Processor`); by default the one of models that encode texts and
+        images apart.
     :param supports_meta: whether the factory works on the meta device.
     :param supports_reset: whether all modules have ``reset_parameters``, so that they draw their initial weights when
         they leave the meta device.
@@ -100,25 +105,24 @@ def register_family(
     :param supports_tensor_parallel: whether the model is built of fairseq2's sharded layers; or which
         configurations' models are. Others are refused where there are several tensor parallel ranks.
     """
-    facts = FamilySupport(supports_tensor_parallel, supports_packed)
-
-    dialects = dialects or {}
-    convert = _FamilyConverter(factory, supports_meta, checkpoint_format, dialects.values())
+    facts = FamilySupport(supports_tensor_parallel, supports_packed, processor)
 
     def create(config: ConfigT) -> EmbeddingModel:
         if errors := config_errors(config):
             raise ConfigError(errors, where=f"The {name} configuration")
+
         facts.check_gangs(name, config)
+
         model = factory(config)
+        model.family = name
         model.frozen_parameters = frozenset(name for name, p in model.named_parameters() if not p.requires_grad)
         if isinstance(config, EmbeddingModelConfig):
-            if config.logit_scale_init is not None:
-                model.add_logit_scale(config.logit_scale_init)
-            if config.logit_bias_init is not None:
-                model.add_logit_bias(config.logit_bias_init)
-            if config.teacher_dim is not None:
-                model.add_teacher_projection(config.teacher_dim)
+            model.add_learned_parts(config.learned_parts(model.embedding_dim))
+
         return model
+
+    dialects = dialects or {}
+    convert = _FamilyConverter(create, supports_meta, checkpoint_format, dialects.values())
 
     def create_family(resolver: DependencyResolver) -> ModelFamily:
         return wire_object(
@@ -143,8 +147,10 @@ def register_family(
     container.register(ModelFamily, create_family, key=name)
     container.register_instance(FamilySupport, facts, key=name)
     container.register_instance(FamilyFactory, FamilyFactory(create, supports_meta and supports_reset), key=name)
+
     if checkpoint_format is not None:
         container.register_instance(HuggingFaceConverter, checkpoint_format, key=name)
+
     for library, dialect in dialects.items():
         container.register_instance(Dialect, dialect, key=(library, name))
 
@@ -170,22 +176,42 @@ class _FamilyConverter(StateConverter):
         state_dict = dict(self._read(cast(dict[str, Tensor], state_dict), config))
         if self._supports_meta:
             _drop_repetitions(state_dict, self._create_blank(config))
-        return dict(_add_learned_parts(state_dict.items(), config, lambda: self._create_blank(config).embedding_dim))
+        return dict(self._match_learned_parts(state_dict.items(), config))
 
     @override
     def stream(self, tensors: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, object]]:
-        read = self._read(tensors, config)
-        yield from _add_learned_parts(read, config, lambda: self._create_blank(config).embedding_dim)
+        yield from self._match_learned_parts(self._read(tensors, config), config)
 
     def _read(self, tensors: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, object]]:
         for dialect in self._dialects:
             if dialect.has_names(tensors):
                 yield from dialect.key_map(config).read(tensors)
                 return
+
         if self._format is None:
             yield from tensors.items()
         else:
             yield from self._format.read_tensors(tensors, config)
+
+    def _match_learned_parts(self, tensors: Iterable[tuple[str, object]], config: Any) -> Iterator[tuple[str, object]]:
+        """Add what the model holds for objectives and the checkpoint lacks; leave out what others learned."""
+        missing: dict[str, LearnedPart] = {}
+        if isinstance(config, EmbeddingModelConfig):
+            # Only a projection depends on the model.
+            dim = 1 if config.teacher_dim is None else self._create_blank(config).embedding_dim
+            missing = {part.name: part for part in config.learned_parts(dim)}
+
+        for name, tensor in tensors:
+            can_differ = name in missing and name not in (LOGIT_SCALE, LOGIT_BIAS)
+            if can_differ and (not isinstance(tensor, Tensor) or tensor.shape != missing[name].shape):
+                continue  # Another teacher's is of no use.
+            if name == TEACHER_PROJECTION and name not in missing:
+                continue  # Without a teacher, none is.
+
+            missing.pop(name, None)
+            yield name, tensor
+
+        yield from ((name, part.initial()) for name, part in missing.items())
 
     def _create_blank(self, config: Any) -> EmbeddingModel:
         """Create a model, without memory for its weights if that is possible."""
@@ -213,6 +239,7 @@ class _FolderConfigLoader(AssetConfigLoader):
             path = download_repository(uri) if uri.scheme == "hg" else uri.to_path() if uri.scheme == "file" else None
             if path is not None and is_model_folder(path):
                 base_config = read_folder_config(path, self._format, trust_remote_code=_is_trusted(card))
+
         return self._loader.load(card, base_config, config_key)
 
 
@@ -230,10 +257,12 @@ def read_folder_config(path: Path, checkpoint_format: CheckpointFormat, *, trust
     folder = ModelFolder.open(path)
     if folder.dialect is not None:
         return read_dialect_config(folder)[1]
+
     config = checkpoint_format.from_folder(folder, trust_remote_code=trust_remote_code)
     image_head = folder.image_head()
     if image_head is not None:
         set_image_head(config, image_head)
+
     return config
 
 
@@ -243,6 +272,7 @@ def read_dialect_config(folder: ModelFolder, resolver: DependencyResolver | None
     :raises ModelLoadError: the configuration is not valid, or not supported.
     """
     assert folder.dialect is not None
+
     try:
         family, dialect = find_dialect(folder.dialect, folder.config, resolver)
         return family, dialect.from_config(folder.root, folder.config)
@@ -258,6 +288,7 @@ def find_dialect(
     :raises ModelLoadError: there is none, or there are several.
     """
     resolver = resolver or get_resolver()
+
     dialects = _list_dialects(library, resolver)
     found = {name: dialect for name, dialect in dialects.items() if dialect.reads_config(content)}
     match list(found.items()):
@@ -309,32 +340,13 @@ def _drop_repetitions(state_dict: dict[str, object], model: EmbeddingModel) -> N
             state_dict[name] = tensor[: buffer.size(0)]
 
 
-def _add_learned_parts(
-    tensors: Iterable[tuple[str, object]], config: object, embedding_dim: Callable[[], int]
-) -> Iterator[tuple[str, object]]:
-    """Add what is to be learned besides the encoder, and what the checkpoint does not have yet."""
-    if not isinstance(config, EmbeddingModelConfig):
-        yield from tensors
-        return
-    found = set()
-    for name, tensor in tensors:
-        is_projection = name == "teacher_projection"
-        if is_projection and (not isinstance(tensor, Tensor) or tensor.size(0) != config.teacher_dim):
-            continue  # Another teacher's is of no use.
-        found.add(name)
-        yield name, tensor
-    for name, init in (("logit_scale", config.logit_scale_init), ("logit_bias", config.logit_bias_init)):
-        if init is not None and name not in found:
-            yield name, torch.tensor([init])
-    if config.teacher_dim is not None and "teacher_projection" not in found:
-        yield "teacher_projection", initial_projection(config.teacher_dim, embedding_dim())
-
-
 def _apply_fsdp(model: EmbeddingModel, granularity: str, wrapper: FSDPWrapper) -> Module:
     if granularity != "layer":
         raise NotSupportedError(f"`fsdp.granularity` must be 'layer' or 'model', but is '{granularity}' instead.")
+
     for stack in model.layer_stacks():
         apply_layerwise_fsdp(stack, wrapper)
+
     # The remaining parameters (embeddings, heads, temperature) form the root group.
     return wrapper(model, reshard_after_forward=False)
 
@@ -370,14 +382,17 @@ def find_family(model_type: str, resolver: DependencyResolver | None = None, *, 
         converter = get_checkpoint_format(str(family), resolver)
         for known_type in converter.model_types if converter is not None else ():
             known.setdefault(known_type, []).append(str(family))
+
     match known.get(model_type, []):
         case [name]:
             return name
         case [*names] if names:
             text = f"model_type '{model_type}' is read by several families: {', '.join(sorted(names))}."
             raise ModelLoadError(f"{text} Uninstall the package of all but one.")
+
     if (has_code or model_type in CONFIG_MAPPING_NAMES) and get_checkpoint_format(FALLBACK_FAMILY, resolver):
         return FALLBACK_FAMILY
+
     nearest = get_close_matches(model_type, known, 1) or get_close_matches(model_type, CONFIG_MAPPING_NAMES, 1)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
     raise ModelLoadError(

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from fairseq2.gang import get_current_gangs
 from fairseq2.runtime.dependency import DependencyResolver, get_dependency_resolver
 
+from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import ConfigError
+from vembed_fs2.processing.processor import Processor
+
+ProcessorLoader: TypeAlias = Callable[[EmbeddingModel, Path, "int | None"], Processor[Any]]
+"""
+Loads the processor of a model from a folder. The last argument overrides the longest text in tokens.
+
+:raises ModelLoadError: a file is missing or broken.
+"""
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,9 @@ class FamilySupport:
 
     packed: bool = False
     """Whether its models encode texts one after the other, without padding."""
+
+    load_processor: ProcessorLoader | None = None
+    """Loads the processor of its models; ``None`` if they encode texts and images apart, as most do."""
 
     def can_shard(self, config: Any) -> bool:
         """Whether the model of ``config`` can be split over tensor parallel ranks."""

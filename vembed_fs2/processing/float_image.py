@@ -53,17 +53,21 @@ class FloatImageProcessor:
         :raises ModelLoadError: an option is not supported.
         """
         self._config = {**config, "image_processor_type": "DINOv3ViTImageProcessorFast"}
+
         values = {name: default if config.get(name) is None else config[name] for name, default in _DEFAULTS.items()}
         if not values["do_rescale"]:
             raise ModelLoadError("`do_rescale` must be true: integers cannot be normalised.")
         if values["resample"] not in _MODES:
             raise ModelLoadError(f"`resample` must be 0, 2 or 3, but is {values['resample']}, which is not supported.")
+
         self.do_resize = bool(values["do_resize"])
+
         self.size = _read_size(values["size"], "size", ("shortest_edge",))
         self.mode = _MODES[values["resample"]]
         self.crop_size: dict[str, int] | None = None
         if values["do_center_crop"]:
             self.crop_size = _read_size(values["crop_size"], "crop_size", ())
+
         self.rescale_factor = float(values["rescale_factor"])
         self.do_normalize = bool(values["do_normalize"])
         self.image_mean: list[float] = list(values["image_mean"])
@@ -87,9 +91,11 @@ class FloatImageProcessor:
             x_CHW = self._resize(x_CHW)
         if self.crop_size is not None:
             x_CHW = _crop(x_CHW, self.crop_size["height"], self.crop_size["width"])
+
         if self.do_normalize:
             mean, std = (torch.tensor(v, dtype=x_CHW.dtype)[:, None, None] for v in (self.image_mean, self.image_std))
             x_CHW = (x_CHW - mean) / std
+
         return x_CHW.contiguous()
 
     def _resize(self, x_CHW: Tensor) -> Tensor:
@@ -99,22 +105,27 @@ class FloatImageProcessor:
             size = (edge, long) if height <= width else (long, edge)
         else:
             size = (self.size["height"], self.size["width"])
+
         if size == (height, width):
             return x_CHW
+
         x_1CHW = x_CHW.unsqueeze(0)
         if self.mode == "nearest-exact":
             return interpolate(x_1CHW, size=size, mode="nearest-exact")[0]
+
         return interpolate(x_1CHW, size=size, mode=self.mode, align_corners=False, antialias=True)[0]
 
 
 def _read_size(size: Any, name: str, others: tuple[str, ...]) -> dict[str, int]:
     if isinstance(size, int):
         return {"height": size, "width": size}
+
     known = {"height", "width"}
     if isinstance(size, Mapping):
         sizes = {key: value for key, value in size.items() if value is not None}
         if sizes.keys() == known or (len(sizes) == 1 and sizes.keys() <= set(others)):
             return sizes
+
     raise ModelLoadError(f"`{name}` must hold {' or '.join(['height and width', *others])}, but is {size!r}.")
 
 

@@ -48,12 +48,15 @@ class ImageProcessor:
         """
         self._processor = processor
         mean = getattr(processor, "image_mean", None)
+
         self.num_channels = len(mean) if isinstance(mean, (list, tuple)) else 3
         if self.num_channels not in _CHANNEL_MODES:
             raise ModelLoadError(f"`image_mean` has {self.num_channels} channels, which is not supported.")
+
         flexible = "spatial_shapes" in getattr(processor, "model_input_names", ())
         self.patch_size: int | None = processor.patch_size if flexible else None
         """The size of patches that images of any size are cut into; ``None`` if all have one size."""
+
         # How resizing and cropping work together differs between processors: see what they make of a square.
         side = max(_sizes(getattr(processor, "size", None)).values(), default=224)
         side = min(side, _MAX_PROBE_SIDE)
@@ -79,31 +82,40 @@ class ImageProcessor:
         arrays = [self._prepare(image) for image in images]
         if not arrays:
             return torch.empty(0, self.num_channels, *self.size)
+
         if len({array.shape for array in arrays}) > 1:
             raise DataError(
                 "Images have different sizes after resizing. Set `do_center_crop`, or a `size` of `height` and `width`."
             )
+
         return torch.from_numpy(np.stack(arrays))
 
     def _prepare(self, image: Image.Image) -> np.ndarray[Any, Any]:
         self._check_shape(image)
+
         if isinstance(self._processor, OpenClipTransform):
             return self._processor(image)
+
         mode = _CHANNEL_MODES[self.num_channels]
+
         array = np.asarray(image if image.mode == mode else image.convert(mode))
         if array.ndim == 2:
             array = array[:, :, np.newaxis]
+
         try:
             # transformers guesses the layout from the first image of a batch, and fails on images one pixel high.
             output = self._processor.preprocess([array], input_data_format="channels_last", return_tensors="np")
         except ValueError as ex:
             raise DataError(f"An image of {image.width} x {image.height} pixels cannot be prepared: {ex}.") from ex
+
         pixels = np.asarray(output["pixel_values"][0], dtype=np.float32)
         if self.patch_size is not None:
             pixels = join_patches(pixels, output["spatial_shapes"][0], self.patch_size)
+
         if pixels.ndim != 3:
             kind = type(self._processor).__name__
             raise ModelLoadError(f"{kind} makes pixel values of {pixels.ndim} dimensions, which is not supported.")
+
         return pixels
 
     def _check_shape(self, image: Image.Image) -> None:
@@ -111,6 +123,7 @@ class ImageProcessor:
         edge = 0
         if getattr(self._processor, "do_resize", False):
             edge = _sizes(getattr(self._processor, "size", None)).get("shortest_edge", 0)
+
         short, long = sorted(image.size)
         if short == 0 or edge * edge * long > MAX_PIXELS * short:
             raise DataError(f"An image of {image.width} x {image.height} pixels is too narrow to be resized.")
@@ -131,15 +144,18 @@ class ImageProcessor:
             file, config = opened.config_file, options
         else:
             file, config = _read_config(folder)
+
         if "open_clip" in config:
             try:
                 return ImageProcessor(OpenClipTransform.of_saved(config["open_clip"]))
             except ModelLoadError as ex:
                 raise ModelLoadError(f"{file}: {ex}") from None
+
         name = _class_name(folder, config)
         kls = _find_class(name) if name is not None else None
         if kls is None:
             raise ModelLoadError(f"{file} names the image processor {name}, which is not supported.")
+
         try:
             return ImageProcessor(kls.from_dict(config))
         except (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, DataError) as ex:
@@ -174,6 +190,7 @@ class ImageProcessor:
             image_std=list(std),
             resample=int(resample),
         )
+
         return ImageProcessor(processor)
 
 
@@ -188,11 +205,13 @@ def _read_config(folder: Path) -> tuple[Path, dict[str, Any]]:
     file = folder / _CONFIG_FILE
     if file.is_file():
         return file, read_json(file)
+
     file = folder / "processor_config.json"
     if file.is_file():
         config = read_json(file).get("image_processor")
         if isinstance(config, dict):
             return file, config
+
     raise ModelLoadError(f"{folder} has no image processor: {_CONFIG_FILE} is missing.")
 
 
@@ -203,19 +222,23 @@ def _class_name(folder: Path, config: Mapping[str, Any]) -> str | None:
     name = config.get("image_processor_type")
     if name is None and (old_name := config.get("feature_extractor_type")):
         name = old_name.replace("FeatureExtractor", "ImageProcessor")
+
     if name is None and folder.joinpath("config.json").is_file():
         model_type = read_json(folder / "config.json").get("model_type")
         # Without torchvision, transformers does not name its fast classes.
         name = FAST_ONLY.get(model_type) or IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, (None,))[0]
+
     return None if name is None else str(name).removesuffix("Fast")
 
 
 def _find_class(name: str) -> Any:
     if name in FAST_ONLY.values():
         return FloatImageProcessor
+
     from transformers import BaseImageProcessor
     from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
 
     kls = get_image_processor_class_from_name(name)
+
     # Classes that exist only as a fast version are missing here.
     return kls if isinstance(kls, type) and issubclass(kls, BaseImageProcessor) else None

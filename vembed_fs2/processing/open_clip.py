@@ -81,15 +81,18 @@ class OpenClipPreprocessing:
         :raises ModelLoadError: an option is not valid; the message names it.
         """
         where = "preprocess_cfg."
+
         # An option that is null has its default.
         values = {name: value for name, value in values.items() if value is not None}
         options = read_options(values, where, _PREPROCESS_DEFAULTS, fixed={"mode": "RGB"}, ignored=_PREPROCESS_IGNORED)
+
         # For training, at random; for inference, bicubic.
         interpolation = "bicubic" if options["interpolation"] == "random" else options["interpolation"]
         if interpolation not in _RESAMPLING:
             raise ModelLoadError(f"`{where}interpolation` is '{interpolation}', which is not supported.")
         if options["resize_mode"] not in ("shortest", "longest", "squash"):
             raise ModelLoadError(f"`{where}resize_mode` is '{options['resize_mode']}', which is not supported.")
+
         return OpenClipPreprocessing(
             size=(size, size) if isinstance(size, int) else size,
             mean=_read_channels(options["mean"], OPENAI_MEAN, f"{where}mean"),
@@ -104,6 +107,7 @@ def _read_channels(value: object, default: tuple[float, float, float], name: str
     values = [value] * 3 if isinstance(value, (int, float)) else value or default
     if not isinstance(values, (list, tuple)) or len(values) != 3:
         raise ModelLoadError(f"`{name}` must be three numbers, but is {value!r} instead.")
+
     red, green, blue = (float(v) for v in values)
     return red, green, blue
 
@@ -115,7 +119,9 @@ class OpenClipTransform:
     def __init__(self, config: OpenClipPreprocessing) -> None:
         self.config = config
         self.image_mean = list(config.mean)
+
         height, width = config.size
+
         # As transformers' processors say it.
         self.do_resize = True
         self.size = {"height": height, "width": width}
@@ -132,10 +138,12 @@ class OpenClipTransform:
                 image = _crop(image, self.config.size)
             case _:
                 image = self._resize(image, *self.config.size)
+
         array = np.array(image.convert("RGB"), dtype=np.uint8)
         pixels = torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div(255)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.config.mean, self.config.std))
         normalized: np.ndarray[Any, Any] = pixels.sub_(mean).div_(std).numpy()
+
         return normalized
 
     def _resize_shortest(self, image: Image.Image) -> Image.Image:
@@ -143,6 +151,7 @@ class OpenClipTransform:
         if height != width:
             # open_clip does not hand over its interpolation here.
             return self._resize_by_ratio(image, min, Image.Resampling.BICUBIC)
+
         short, long = sorted(image.size)
         long = int(height * long / short)
         return self._resize(image, *((long, height) if image.height > image.width else (height, long)))
@@ -168,6 +177,7 @@ class OpenClipTransform:
         """Describe the transform: for us, and as closely as it can be for transformers."""
         height, width = self.config.size
         is_cropped = self.config.resize_mode == "shortest"
+
         values = {
             "image_processor_type": "CLIPImageProcessor",
             "do_resize": True,
@@ -186,6 +196,7 @@ class OpenClipTransform:
         if self.config.resize_mode == "longest":
             # It has nothing that fills images up, and must not do something else.
             values["image_processor_type"] = "OpenClipImageProcessor"
+
         return json.dumps(values)
 
     @staticmethod
@@ -211,13 +222,16 @@ def _pad(image: Image.Image, size: tuple[int, int], color: int) -> Image.Image:
     missing = max(size[1] - image.width, 0), max(size[0] - image.height, 0)
     if not any(missing):
         return image
+
     left, top = missing[0] // 2, missing[1] // 2
     border = (left, top, missing[0] - left, missing[1] - top)
     num_bands = len(image.getbands())
+
     palette = image.getpalette() if image.mode == "P" else None
     image = ImageOps.expand(image, border, fill=color if num_bands == 1 else (color,) * num_bands)
     if palette is not None:
         image.putpalette(palette)
+
     return image
 
 
@@ -243,10 +257,12 @@ class OpenClipTexts:
         """
         if not self.open_clip_bpe:
             return
+
         if getattr(backend.model, "end_of_word_suffix", None) != "</w>":
             raise ModelLoadError(
                 "The folder's tokenizer is not CLIP's, which open_clip uses if `text_cfg` has no `hf_tokenizer_name`."
             )
+
         backend.normalizer = normalizers.Sequence([])
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -266,9 +282,11 @@ def clean_text(text: str, cleaning: str) -> str:
     """
     if _PLAIN.fullmatch(text) is None:
         text = html.unescape(html.unescape(_fix_text(text)))
+
     text = text.strip()
     if cleaning == "canonicalize":
         text = text.replace("_", " ").translate(_NO_PUNCTUATION)
+
     text = " ".join(text.split())
     return text if cleaning == "whitespace" else text.lower()
 
@@ -280,5 +298,6 @@ def _fix_text(text: str) -> str:
         raise VembedError(
             "Models of open_clip repair texts with ftfy, which is not installed: pip install 'vembed_fs2[open-clip]'."
         ) from None
+
     fixed: str = ftfy.fix_text(text)
     return fixed

@@ -32,8 +32,10 @@ def pack_patches(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, Ten
         _, height, width = image.shape
         if height % patch_size or width % patch_size:
             raise DataError(f"Pixel values of {width} x {height} cannot be cut into patches of {patch_size} pixels.")
+
         grids.append((1, height // patch_size, width // patch_size))
         patches.append(_cut(image, patch_size))
+
     return torch.cat(patches), torch.tensor(grids)
 
 

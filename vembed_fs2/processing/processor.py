@@ -111,6 +111,7 @@ def as_item(value: object) -> Item:
 
     if not item.parts:
         raise DataError("An input has neither a text nor an image.")
+
     return item
 
 
@@ -135,6 +136,7 @@ def _parts(entry: object) -> tuple[Part, ...]:
     item = as_item(entry)
     if item.instruction is not None or (item.text is not None and item.images):
         raise DataError("Each part of an input must be one text or image, without an instruction.")
+
     return item.parts
 
 

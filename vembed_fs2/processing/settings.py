@@ -62,6 +62,7 @@ def read_settings(folder: Path) -> ProcessorSettings | None:
     known = {f.name for f in fields(ProcessorSettings)}
     if unknown := sorted(set(values) - known):
         raise ModelLoadError(f"{file} has unknown keys: {', '.join(unknown)}.")
+
     return _check_types(ProcessorSettings(**values), file)
 
 
@@ -74,6 +75,8 @@ def _check_types(settings: ProcessorSettings, file: Path) -> ProcessorSettings:
         )
         if type(value) not in kinds:
             raise ModelLoadError(f"{file}: `{f.name}` must not be {value!r}.")
+
     if not all(isinstance(p, str) for p in settings.prompts.values()):
         raise ModelLoadError(f"{file}: `prompts` must hold texts by name.")
+
     return settings

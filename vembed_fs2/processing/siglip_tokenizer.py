@@ -46,6 +46,7 @@ def is_siglip_tokenizer(folder: Path) -> bool:
     """Whether a model folder has the tokenizer of the first SigLIP, in sentencepiece's format."""
     if not folder.joinpath(_MODEL_FILE).is_file():
         return False
+
     name = _read_config(folder).get("tokenizer_class")
     if name is None and folder.joinpath("config.json").is_file():
         return read_json(folder / "config.json").get("model_type") == "siglip"
@@ -60,9 +61,11 @@ def load_siglip_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     config = _read_config(folder)
     if config.get("sp_model_kwargs"):
         raise ModelLoadError(f"{folder}: `sp_model_kwargs` of the tokenizer is not supported.")
+
     pieces = _SentencePieces.load(folder / _MODEL_FILE)
     backend = Tokenizer(models.Unigram(pieces.scores, pieces.unk_id, pieces.byte_fallback))
     backend.normalizer = _create_normalizer(pieces, lowercase=config.get("do_lower_case", True))
+
     # No pre-tokenizer: pieces are sought in the whole text.
     backend.decoder = decoders.Metaspace(_SPACE, "first", split=False)
     tokens = _add_special_tokens(backend, config, folder)
@@ -70,6 +73,7 @@ def load_siglip_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     backend.post_processor = processors.TemplateProcessing(
         single=f"$A {eos}", pair=f"$A {eos} $B {eos}", special_tokens=[(eos, backend.token_to_id(eos))]
     )
+
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **tokens,
@@ -91,11 +95,13 @@ def _create_normalizer(pieces: _SentencePieces, *, lowercase: bool) -> normalize
     steps = [normalizers.Replace(_SPACE, " ")]
     if lowercase:
         steps.append(normalizers.Lowercase())
+
     steps += [normalizers.Replace(Regex(_PUNCTUATION), ""), normalizers.Replace(Regex(_WHITESPACE), " ")]
     if pieces.charsmap:
         # sentencepiece composes characters by its map, whole sequences of them; the tokenizers library one by one.
         steps += [normalizers.NFC(), normalizers.Precompiled(pieces.charsmap)]
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+
     # A space comes before the text, and if it is read as one, others after it are one too many.
     steps += [normalizers.Strip(left=pieces.reads_space, right=True), normalizers.Replace(" ", _SPACE)]
     steps.append(normalizers.Prepend(_SPACE))
@@ -110,12 +116,14 @@ def _add_special_tokens(backend: Tokenizer, config: Mapping[str, Any], folder: P
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         if backend.token_to_id(token.content) != int(idx):
             raise ModelLoadError(f"{folder}: the token '{token.content}' cannot have the index {idx}.")
+
     tokens: dict[str, Any] = {}
     for role, default in (("eos_token", "</s>"), ("unk_token", "<unk>"), ("pad_token", "</s>")):
         value = config.get(role) or default
         content = value if isinstance(value, str) else value["content"]
         added = AddedToken(content, lstrip=True, rstrip=True, normalized=False, special=True)
         tokens[role] = by_content.setdefault(content, added)
+
     backend.add_special_tokens(list(tokens.values()))
     return tokens
 
@@ -147,8 +155,10 @@ class _SentencePieces:
                     pieces._read_normalizer(dict(_read_message(value)), file)
         except (ValueError, IndexError, KeyError, TypeError, struct.error) as ex:
             raise ModelLoadError(f"{file} is not a model of sentencepiece: {ex}.") from None
+
         if pieces.unk_id is None:
             raise ModelLoadError(f"{file} is not a model of sentencepiece: it has no unknown token.")
+
         return pieces
 
     def _add_piece(self, values: Mapping[int, Any]) -> None:
@@ -183,12 +193,15 @@ def _read_message(data: bytes) -> Iterator[tuple[int, Any]]:
             value, at = _read_integer(data, at)
             yield tag >> 3, value
             continue
+
         if tag & 7 == 2:
             size, at = _read_integer(data, at)
         else:
             size = {1: 8, 5: 4}[tag & 7]
+
         if at + size > len(data):
             raise ValueError("it is truncated")
+
         yield tag >> 3, data[at : at + size]
         at += size
 

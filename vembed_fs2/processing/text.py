@@ -75,22 +75,28 @@ class TextProcessor:
             raise ModelLoadError(f"{type(tokenizer).__name__} has no fast version: add a tokenizer.json.")
         if do_lower_case:
             _add_lowercase(tokenizer.backend_tokenizer)
+
         self._tokenizer = tokenizer
         self._max_length = _find_max_length(tokenizer, max_length, padding)
         self._names = frozenset(tokenizer.model_input_names)
+
         # transformers' own call sets truncation and padding each time, which other threads see. So this is a copy
         # whose settings never change.
         self._backend = _copy_backend(tokenizer)
         self._open_clip = open_clip or OpenClipTexts()
         self._open_clip.change_backend(self._backend)
+
         if self._max_length is not None:
             self._backend.enable_truncation(self._max_length, direction=tokenizer.truncation_side)
+
         self._width = self._max_length if padding == "max_length" else None
+
         # Models of open_clip see all padding; if texts have their full width already, they need no mask.
         is_unmasked = self._width is not None and bool(self._open_clip.text_cleaning)
         self._is_masked = "attention_mask" in self._names and not is_unmasked
         self._pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._pad_type_id: int = tokenizer.pad_token_type_id
+
         # A model that does not mask padding may read it, so its side counts.
         self._pads_left = tokenizer.padding_side == "left" and "attention_mask" not in self._names
         self._prefix_lengths: dict[str, int] = {"": 0}
@@ -110,6 +116,7 @@ class TextProcessor:
         """
         if not any(folder.joinpath(name).is_file() for name in _TOKENIZER_FILES):
             raise ModelLoadError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there.")
+
         try:
             if is_siglip_tokenizer(folder):
                 tokenizer = load_siglip_tokenizer(folder)
@@ -121,6 +128,7 @@ class TextProcessor:
             raise
         except Exception as ex:  # The Rust library raises bare exceptions.
             raise ModelLoadError(f"The tokenizer in {folder} cannot be loaded: {ex}") from None
+
         return TextProcessor(
             tokenizer, max_length=max_length, do_lower_case=do_lower_case, padding=padding, open_clip=open_clip
         )
@@ -148,6 +156,7 @@ class TextProcessor:
             if len(prefixes) != len(texts):
                 raise ValueError(f"`prefixes` must be as many as `texts` ({len(texts)}), but are {len(prefixes)}.")
             texts = [prefix + text for prefix, text in zip(prefixes, texts)]
+
         encodings = self._backend.encode_batch(self._open_clip.clean(texts))
         width = self._width or max((len(e) for e in encodings), default=0)
         pooling_mask = None
@@ -155,9 +164,11 @@ class TextProcessor:
             pooling_mask = self._mask(encodings, width)
             for row, prefix in enumerate(prefixes):
                 pooling_mask[row, : self._prefix_length(prefix)] = False
+
         input_ids = _pad([e.ids for e in encodings], width, self._pad_id, left=self._pads_left)
         if self._open_clip.strip_sep_token:
             input_ids[input_ids == self._tokenizer.sep_token_id] = 0
+
         return TokenizedTexts(
             input_ids,
             self._mask(encodings, width) if self._is_masked else None,
@@ -189,17 +200,20 @@ class TextProcessor:
 def _find_max_length(tokenizer: Any, max_length: int | None, padding: str) -> int | None:
     if max_length is None and tokenizer.model_max_length < _NO_LIMIT:
         max_length = int(tokenizer.model_max_length)
+
     if max_length is None:
         if padding == "max_length":
             raise ModelLoadError("Padding to `max_length` needs `max_length`: the tokenizer has no limit of its own.")
     elif max_length <= (special := tokenizer.num_special_tokens_to_add()):
         raise ModelLoadError(f"`max_length` must be more than the {special} special tokens, but is {max_length}.")
+
     return max_length
 
 
 def _add_lowercase(backend: Tokenizer) -> None:
     """Put a lowercasing normaliser first, unless there is one, as sentence-transformers does."""
     normalizer = backend.normalizer
+
     steps = list(normalizer) if isinstance(normalizer, normalizers.Sequence) else [normalizer]
     if not any(isinstance(step, normalizers.Lowercase) for step in steps):
         steps = [normalizers.Lowercase(), *(step for step in steps if step is not None)]

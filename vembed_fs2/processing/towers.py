@@ -81,6 +81,7 @@ class TowerProcessor(Processor[PreparedItem]):
             raise DataError("The model has no text encoder, but an input has a text.")
         if item.images and self.image is None:
             raise DataError("The model has no image encoder, but an input has an image.")
+
         if item.is_interleaved:
             raise DataError(
                 "The model encodes texts and images apart, so it cannot read them in the order"
@@ -112,6 +113,7 @@ class TowerProcessor(Processor[PreparedItem]):
             prefixes=prefixes if has_prefix else None,
             mask_prefixes=has_prefix and not self.settings.include_prompt,
         )
+
         return TextInputs(
             tokens.input_ids,
             torch.tensor(rows),
@@ -128,6 +130,7 @@ class TowerProcessor(Processor[PreparedItem]):
 
     def _collate_images(self, pixels: Sequence[tuple[Tensor, ...]]) -> ImageInputs | None:
         rows = torch.tensor([row for row, images in enumerate(pixels) for _ in images], dtype=torch.int64)
+
         images = [image for row in pixels for image in row]
         if not images:
             return None
@@ -141,11 +144,13 @@ class TowerProcessor(Processor[PreparedItem]):
             raise DataError(
                 "Images have different sizes after resizing. Set `do_center_crop`, or a `size` of `height` and `width`."
             )
+
         return ImageInputs(torch.stack(images), rows, tokens_per_image=self.tokens_per_image)
 
     @override
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+
         if self.text is not None:
             self.text.save(folder)
         if self.image is not None:
@@ -187,6 +192,7 @@ class TowerProcessor(Processor[PreparedItem]):
                 ),
             )
             settings.max_length = text.max_length
+
         if "image" in modalities:
             image = ImageProcessor.load(folder)
 
@@ -201,4 +207,5 @@ def _find_settings(folder: Path) -> tuple[ProcessorSettings, Path]:
     opened = ModelFolder.maybe_open(folder)
     if opened is None:
         return ProcessorSettings(), folder
+
     return ProcessorSettings(**opened.text_options()), opened.backbone

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.head import ImageHeadConfig
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.models.auto import AutoModelConfig
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from vembed_fs2.embedding.head import HeadConfig
 from vembed_fs2.models.composed import ComposedConfig, ProjectionConfig, TowerConfig
 
 from ..families import Case
@@ -23,8 +24,17 @@ PARTLY_FROZEN = replace(
     image=replace(IMAGE, frozen_params=["vision.frontend."], projection=MLP),
 )
 
+LATE = HeadConfig(pooling="none")
+
+VECTORS = replace(
+    BOTH_TRAINED,
+    text=replace(TEXT, config=replace(BERT, logit_scale_init=None, head=LATE), projection=MLP),
+    image=replace(IMAGE, config=replace(CLIP, head=LATE)),
+)
+
 CASES = {
     "both towers trained": Case("vembed_composed", BOTH_TRAINED, texts, images),
     "image tower locked": Case("vembed_composed", IMAGE_LOCKED, texts, images),
+    "vectors": Case("vembed_composed", VECTORS, texts, images),
     "towers partly frozen": Case("vembed_composed", PARTLY_FROZEN, images, texts),
 }

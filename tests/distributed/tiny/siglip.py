@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.nn.functional import pad
 
-from vembed_fs2.embedding.model import EncoderBatch
+from vembed_fs2.embedding.model import EncoderBatch, HeadConfig
 from vembed_fs2.models.siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
 from ..families import Case
@@ -48,4 +50,7 @@ def patches(rows: int, seed: int) -> EncoderBatch:
 CASES = {
     "texts to images": Case("vembed_siglip", create_config(naflex=False), full_texts, images),
     "masked texts to patches": Case("vembed_siglip", create_config(naflex=True), texts, patches),
+    "vectors": Case(
+        "vembed_siglip", replace(create_config(naflex=True), head=HeadConfig(pooling="none")), texts, patches
+    ),
 }

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fairseq2.nn import Linear, StandardEmbedding
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 from fairseq2.utils.validation import ValidationResult
 from torch import Tensor
@@ -14,8 +13,9 @@ from torch.nn import Dropout, Module, ModuleList
 from torch.nn.functional import gelu
 
 from vembed_fs2 import EmbeddingModel, EncoderBatch, register_family
-from vembed_fs2.embedding.head import TextHead, head_output_dim, validate_head
+from vembed_fs2.embedding.head import Head, States, validate_head
 from vembed_fs2.embedding.model import EmbeddingModelConfig, HeadConfig
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.family import PlainCheckpointFormat
 
 TOY_BAG_FAMILY: Final = "toy_bag"
@@ -48,7 +48,7 @@ class ToyBagConfig(EmbeddingModelConfig):
                 result.add_error(f"`{name}` must be positive, but is {getattr(self, name)} instead.")
         if not 0.0 <= self.dropout_p < 1.0:
             result.add_error(f"`dropout_p` must be in [0, 1), but is {self.dropout_p} instead.")
-        for error in validate_head(self.head, self.model_dim):
+        for error in validate_head(self.head, self.model_dim, multi_vector=True, has_pooler=False):
             result.add_error(error)
         return result
 
@@ -60,18 +60,15 @@ class ToyBagModel(EmbeddingModel):
         super().__init__()
         self.embed = StandardEmbedding(config.vocab_size, config.model_dim)
         self.layers = ModuleList(ToyBagLayer(config) for _ in range(config.num_layers))
-        self.head = TextHead(config.head)
-        self.embedding_dim = head_output_dim(config.head, config.model_dim)
+        self.head = Head(config.head, config.model_dim)
         self.max_text_length = config.max_seq_len
-        self.normalize = config.head.normalize
 
-    def encode_text(self, batch: EncoderBatch) -> Tensor:
+    def encode_text_states(self, batch: EncoderBatch) -> States:
         assert batch.text is not None
         seqs = self.embed(batch.text.input_ids)
         for layer in self.layers:
             seqs = layer(seqs)
-        mask = batch.text.pooled_tokens
-        return self.head(seqs, mask)
+        return States(seqs, batch.text.pooled_tokens)
 
     def layer_stacks(self) -> list[ModuleList]:
         return [self.layers]
@@ -101,7 +98,7 @@ def register_toy_bag(container: DependencyContainer) -> None:
         checkpoint_format=TOY_BAG_FORMAT,
     )
 
-    arch = ConfigRegistrar(container, ToyBagConfig)
+    arch = ArchRegistrar(container, ToyBagConfig)
 
     @arch("tiny")
     def tiny() -> ToyBagConfig:

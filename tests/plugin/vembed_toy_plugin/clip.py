@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer, DependencyResolver
 
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.clip import ClipConfig
 
 
 def register_clip_archs(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, ClipConfig)
+    arch = ArchRegistrar(container, ClipConfig)
 
     @arch("toy_digits", advanced=True)
     def toy_digits(resolver: DependencyResolver) -> ClipConfig:

@@ -96,6 +96,27 @@ def test_columns(root: Path) -> None:
     assert parse(row, columns={**columns, "negatives": None}).negatives == ()
 
 
+def test_columns_of_several_negatives(root: Path) -> None:
+    row = {"query": "q", "positive": "p", "hard 1": "a", "hard 2": "b", "view": "images/a.png", "negative_9": "out"}
+    for columns in (
+        {"negative_2": "hard 2", "negative_1": "hard 1", "negative_image_1": "view"},
+        {"negatives": ["hard 1", "hard 2"], "negative_images": ["view"]},
+    ):
+        negatives = parse(row, root, columns={**columns, "negative_9": None}).negatives
+        assert texts(negatives) == ["a", "b"]
+        assert [len(n.images) for n in negatives] == [1, 0]
+
+
+def test_wrong_columns_are_errors() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RowSchema(columns={"negativ_1": "a", "query": ["a", "b"], "negative_1": ["c", "d"]})
+    assert "maps 'negativ_1', which is not a field" in str(caught.value)
+    assert "maps 'query' to several columns" in str(caught.value)
+    assert "maps 'negative_1' to several columns" in str(caught.value)
+    with pytest.raises(DataError, match="has no column 'hard', which `columns` maps to 'negative_1'"):
+        parse({"query": "q", "positive": "p"}, columns={"negatives": ["hard"]})
+
+
 def test_untyped_rows(root: Path) -> None:
     row = {"query": "[1, 2]", "positive": "", "positive_image": '["images/a.png"]', "negative": "n", "label": ""}
     row |= {"scores": "[1, 0.5]", "instruction": ""}

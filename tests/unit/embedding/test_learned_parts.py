@@ -13,10 +13,17 @@ from fairseq2.models import ModelFamily
 from torch import Tensor
 
 from tests.distributed.steps import BERT, CLIP, texts
-from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig, initial_projection
+from vembed_fs2.embedding.learned import LearnedPart, teacher_projection
+from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
+from vembed_fs2.losses import LossInput, LossOutput, Objective
 from vembed_fs2.models.bert import BertConfig
 from vembed_fs2.models.family import PlainCheckpointFormat, get_checkpoint_format
 from vembed_fs2.resolver import get_resolver
+
+
+def initial_projection(teacher_dim: int, embedding_dim: int) -> Tensor:
+    return teacher_projection(teacher_dim, embedding_dim).initial()
+
 
 LEARNED: Any = {"logit_scale_init": 2.0, "logit_bias_init": -10.0, "teacher_dim": 20}
 FAMILIES = {"vembed_bert": BERT, "vembed_clip": CLIP}
@@ -51,8 +58,7 @@ def load(name: str, folder: Path, **changes: Any) -> EmbeddingModel:
 
 
 def learned_of(model: EmbeddingModel) -> dict[str, Tensor]:
-    names = ("logit_scale", "logit_bias", "teacher_projection")
-    return {name: value.detach() for name in names if (value := getattr(model, name)) is not None}
+    return {name: getattr(model, name).detach() for name in model.learned}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -63,12 +69,12 @@ def test_they_are_parameters_and_outputs_of_the_model(name: str) -> None:
     output = model(texts(3, 0))
     torch.testing.assert_close(output.logit_scale, torch.tensor([2.0]))
     torch.testing.assert_close(output.logit_bias, torch.tensor([-10.0]))
-    assert output.teacher_projection is not None
-    torch.testing.assert_close(output.teacher_projection, initial_projection(20, dim))
+    projection = output.parts["teacher_projection"]
+    torch.testing.assert_close(projection, initial_projection(20, dim))
     # Copies: FSDP2 frees the parameters after the forward pass.
-    assert output.teacher_projection.data_ptr() != model.teacher_projection.data_ptr()  # type: ignore[union-attr]
-    output.teacher_projection.sum().backward()
-    assert model.teacher_projection.grad is not None  # type: ignore[union-attr]
+    assert projection.data_ptr() != model.get_parameter("teacher_projection").data_ptr()
+    projection.sum().backward()
+    assert model.get_parameter("teacher_projection").grad is not None
 
 
 def test_the_projection_keeps_lengths() -> None:
@@ -90,8 +96,8 @@ def test_what_a_checkpoint_does_not_have_yet_is_added(name: str, tmp_path: Path)
 def test_what_a_checkpoint_has_is_kept_but_for_another_teacher(name: str, tmp_path: Path) -> None:
     trained = create(name, **LEARNED)
     with torch.no_grad():
-        for value in (trained.logit_scale, trained.logit_bias, trained.teacher_projection):
-            value.add_(0.5)  # type: ignore[union-attr]
+        for key in trained.learned:
+            trained.get_parameter(key).add_(0.5)
     checkpoint = write_checkpoint(tmp_path, trained.state_dict())
     torch.testing.assert_close(learned_of(load(name, checkpoint, **LEARNED)), learned_of(trained))
     other = learned_of(load(name, checkpoint, **{**LEARNED, "teacher_dim": 7}))
@@ -144,3 +150,50 @@ def test_what_a_family_freezes_stays_frozen_whatever_fairseq2_asks_for() -> None
     assert model.frozen_parameters == {"pooler.weight", "pooler.bias"}  # Of no use to the pooling "mean".
     model.requires_grad_(False).requires_grad_(True)
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == model.frozen_parameters
+
+
+WEIGHTS = LearnedPart(name="weights", shape=(5,), mean=1.0)
+
+
+def test_a_part_that_only_a_training_needs_is_in_checkpoints_and_not_in_folders(tmp_path: Path) -> None:
+    model = create("vembed_bert", learned=[WEIGHTS])
+    assert torch.equal(model(texts(3, 0)).parts["weights"], torch.ones(5))
+    loaded = load("vembed_bert", write_checkpoint(tmp_path, model.state_dict()), learned=[WEIGHTS])
+    assert torch.equal(loaded.get_parameter("weights"), torch.ones(5))
+
+    config = BertConfig(learned=[WEIGHTS])
+    plain = PlainCheckpointFormat("test_learned_weights", BertConfig)
+    written: Any = plain.to_hg_config(config).data
+    assert "learned" not in written["model_config"]
+    assert not plain.to_hg_state_dict({"weights": torch.ones(5)}, config)
+
+
+def test_only_what_the_objective_declares_is_trained_and_cut_to_its_bound() -> None:
+    model = create("vembed_bert", **LEARNED)
+    model.train_learned_parts([LearnedPart(name="logit_scale", max=1.5)])
+    assert {name for name in model.learned if model.get_parameter(name).requires_grad} == {"logit_scale"}
+    model.clamp_learned_parts()
+    assert {name: float(model.get_parameter(name).detach().max()) for name in ("logit_scale", "logit_bias")} == {
+        "logit_scale": 1.5, "logit_bias": -10.0,
+    }  # fmt: skip
+
+
+def test_a_part_must_not_have_the_name_of_a_module() -> None:
+    with pytest.raises(ValueError, match="`encoder` is a part of the model"):
+        create("vembed_bert").add_learned_parts([LearnedPart(name="encoder")])
+    for part in ({"name": "a.b"}, {"name": "a", "shape": ()}):
+        with pytest.raises(ValueError, match="learned part"):
+            LearnedPart(**part)  # type: ignore[arg-type]
+
+
+class OfAnOlderPlugin(Objective):
+    initial_logit_bias = -3.0
+
+    def compute(self, inputs: LossInput) -> LossOutput:
+        raise NotImplementedError
+
+
+def test_the_properties_of_older_objectives_are_read_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="define `learned_parts`"):
+        (part,) = OfAnOlderPlugin().learned_parts(4)
+    assert (part.name, part.mean) == ("logit_bias", -3.0)

@@ -267,7 +267,7 @@ def test_vectors_equal_transformers_in_input_order(
     assert {f.dtype for f in found} == {np.dtype(np.float32)}
     assert_same(found, expected)
     assert_same(embedder.encode(TEXTS, batch_size=1), expected)
-    monkeypatch.setattr("vembed_fs2.inference.embedder._WINDOW", 5)
+    monkeypatch.setattr("vembed_fs2.inference.prepare.WINDOW_ROWS", 5)
     assert_same(embedder.encode(TEXTS), expected)
     assert_same(list(embedder.encode_stream(iter(TEXTS))), expected)
 

@@ -233,7 +233,11 @@ def test_judgements_end_with_their_line_whatever_characters_ids_hold(beir: Path)
     [
         ("corpus.jsonl", "{not json", r"corpus.jsonl:4: not valid JSON"),
         ("corpus.jsonl", '{"text": "x"}', r"corpus.jsonl:4: has no '_id'"),
-        ("corpus.jsonl", '{"_id": "d1", "text": "x"}', r"corpus.jsonl:4: the id 'd1' is the same as .*corpus.jsonl:1"),
+        (
+            "corpus.jsonl",
+            '{"_id": "d1", "text": "x"}',
+            r"corpus.jsonl:4: the id 'd1' is also the id of .*corpus.jsonl:1",
+        ),
         ("corpus.jsonl", '{"_id": "d4"}', r"corpus.jsonl:4: has neither 'text' nor 'image'"),
         ("corpus.jsonl", '{"_id": "d4", "text": " "}', r"corpus.jsonl:4: 'text' is an empty text"),
         ("corpus.jsonl", '{"_id": "d4", "title": 3, "text": "x"}', r"corpus.jsonl:4: 'title' must be a text"),

@@ -278,7 +278,7 @@ class Towers(nn.Module):
             values = self.image(batch.images.values.flatten(1))
         else:
             values = self.text({"input_ids": batch.text.input_ids, "attention_mask": batch.text.attention_mask})
-        return Embeddings(values, None, self.scale.clone())
+        return Embeddings(values, None, {"logit_scale": self.scale.clone()})
 
     @staticmethod
     def loss(q: Embeddings, d: Embeddings) -> Tensor:

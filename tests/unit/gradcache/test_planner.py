@@ -50,6 +50,15 @@ def test_the_most_expensive_rows_of_a_kind_come_first(data: list[Row], budget: t
     assert order == sorted(order)
 
 
+@given(rows, budgets, st.integers(1, 4))
+def test_chunks_hold_no_more_rows_than_they_may(data: list[Row], budget: tuple[int, int | None], limit: int) -> None:
+    chunks = plan_chunks(profile_of(data), *budget, max_rows=limit)
+    assert sorted(r for c in chunks for r in c.rows) == list(range(len(data)))
+    assert all(len(c.rows) <= limit for c in chunks)
+    if all(len(c.rows) <= limit for c in plan_chunks(profile_of(data), *budget)):
+        assert chunks == plan_chunks(profile_of(data), *budget)
+
+
 @given(rows.filter(bool), budgets, st.data())
 def test_matched_chunks_have_the_counts_and_still_every_row_once(
     data: list[Row], budget: tuple[int, int | None], draw: st.DataObject

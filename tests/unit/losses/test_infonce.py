@@ -154,8 +154,8 @@ def test_a_learned_temperature_is_bounded_as_in_clip(value: float, has_gradient:
 
 def test_a_learned_temperature_starts_from_the_configuration() -> None:
     loss = create_loss("infonce", InfoNCEConfig(temperature=0.07, learn_temperature=True))
-    assert loss.initial_logit_scale == pytest.approx(-math.log(0.07))
-    assert create_loss("infonce", InfoNCEConfig(temperature=0.07)).initial_logit_scale is None
+    assert [part.mean for part in loss.learned_parts(4)] == [pytest.approx(-math.log(0.07))]
+    assert not create_loss("infonce", InfoNCEConfig(temperature=0.07)).learned_parts(4)
 
 
 def test_no_queries_give_a_loss_of_zero() -> None:

@@ -190,8 +190,8 @@ def test_without_gradients_nothing_is_carried_backward() -> None:
 
 def test_what_it_needs_is_what_its_objective_needs() -> None:
     learned = Matryoshka(InfoNCE(InfoNCEConfig(temperature=0.1, learn_temperature=True)), [2, 4])
-    assert learned.initial_logit_scale == pytest.approx(-math.log(0.1))
-    assert learned.initial_logit_bias is None
+    (scale,) = learned.learned_parts(4)
+    assert (scale.name, scale.mean) == ("logit_scale", pytest.approx(-math.log(0.1)))
     assert [learned.needs_teacher, learned.needs_scores, learned.needs_negatives] == [False] * 3
     scores = Matryoshka(Distillation(), [2])
     assert scores.needs_scores
@@ -199,8 +199,8 @@ def test_what_it_needs_is_what_its_objective_needs() -> None:
     embeddings = Matryoshka(EmbeddingDistillation(), [4, 8])
     assert embeddings.needs_teacher
     # At 4 dimensions, a projection is needed although the model and the teacher both have 8.
-    assert embeddings.needs_teacher_projection(8, 8)
-    assert not Matryoshka(EmbeddingDistillation(), [8]).needs_teacher_projection(8, 8)
+    assert [part.shape for part in embeddings.learned_parts(8, 8)] == [(8, 8)]
+    assert not Matryoshka(EmbeddingDistillation(), [8]).learned_parts(8, 8)
 
 
 def test_sizes_that_do_not_fit_are_errors() -> None:

@@ -119,8 +119,8 @@ def test_late_interaction_compares_vectors() -> None:
 
 def test_a_learned_temperature() -> None:
     loss = MultiPositive(MultiPositiveConfig(temperature=0.07, learn_temperature=True))
-    assert loss.initial_logit_scale == pytest.approx(-math.log(0.07))
-    assert MultiPositive().initial_logit_scale is None
+    assert [part.mean for part in loss.learned_parts(4)] == [pytest.approx(-math.log(0.07))]
+    assert not MultiPositive().learned_parts(4)
     q, d = embeddings(4, 1), embeddings(4, 2)
     at, above = (loss(q, d, None, torch.tensor([v])) for v in (MAX_LOGIT_SCALE, 9.0))
     assert torch.equal(at.loss, above.loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,20 +20,27 @@ from vembed_fs2.losses import (
     MatryoshkaConfig,
     create_loss,
 )
-from vembed_fs2.recipes.launch import component_config, resolve_components
+from vembed_fs2.recipes.components import Components
 from vembed_fs2.recipes.layers import merge_layers, structure
 from vembed_fs2.recipes.train.config import TrainConfig
+from vembed_fs2.recipes.train.recipe import create_recipe
 
 # What cannot be created without being told more.
 NEEDS_MORE = {"combined": "`losses` must hold", "matryoshka": "`dims` must hold"}
 
 
+@cache
+def train_components() -> Components:
+    return Components(create_recipe())
+
+
 def read(loss: object, *more: object) -> TrainConfig:
     """Read the `loss` section of one file or of several."""
+    components = train_components()
     defaults: Any = StandardValueConverter().unstructure(TrainConfig())
     layers: list[Any] = [{"loss": layer} for layer in (loss, *more)]
-    config: TrainConfig = structure(TrainConfig, merge_layers(defaults, layers), component_config)
-    resolve_components(config)
+    config: TrainConfig = structure(TrainConfig, merge_layers(defaults, layers), components.find_config)
+    components.resolve(config)
     return config
 
 

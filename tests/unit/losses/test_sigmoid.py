@@ -138,11 +138,10 @@ def test_late_interaction_compares_vectors() -> None:
 
 def test_what_is_learned_starts_from_the_configuration() -> None:
     loss = Sigmoid()
-    assert loss.initial_logit_scale == pytest.approx(math.log(10.0))
-    assert loss.initial_logit_bias == -10.0
+    initial = {part.name: part.mean for part in loss.learned_parts(4)}
+    assert initial == {"logit_scale": pytest.approx(math.log(10.0)), "logit_bias": -10.0}
     fixed = Sigmoid(SigmoidConfig(**FIXED))
-    assert fixed.initial_logit_scale is None
-    assert fixed.initial_logit_bias is None
+    assert not fixed.learned_parts(4)
 
 
 def test_a_learned_temperature_is_bounded() -> None:

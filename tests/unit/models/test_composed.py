@@ -96,7 +96,7 @@ def test_all_errors_of_both_towers_are_listed() -> None:
     )
     errors = "\n".join(config_errors(config))
     for part in (
-        "`embedding_dim` must be at least 1",
+        "`embedding_dim` must be positive",
         "`text.config`: `model_dim` must be a multiple of `num_attn_heads` (3)",
         "`text.config`: `dropout_p` must be between 0 and 1",
         "`image`: `name` and `path` must not be specified at the same time",
@@ -113,7 +113,7 @@ def test_all_errors_of_both_towers_are_listed() -> None:
         ({"family": "vembed_bert", "config": CLIP}, "`config` must be of type `BertConfig`"),
         ({"freeze": "most"}, "`freeze` must be one of none, all, all_but_last, but is 'most'"),
         ({"freeze": "all_but_last"}, "`trained_layers` must be set"),
-        ({"freeze": "all_but_last", "trained_layers": 0}, "`trained_layers` must be at least 1"),
+        ({"freeze": "all_but_last", "trained_layers": 0}, "`trained_layers` must be positive"),
         ({"trained_layers": 1}, "`trained_layers` is set, but `freeze` is 'none'"),
         ({"freeze": "all", "frozen_params": ["head"]}, "`frozen_params` is set, but `freeze` is 'all'"),
         ({"frozen_params": ["("]}, "`frozen_params`: '(' is not a valid regular expression"),
@@ -129,7 +129,7 @@ def test_tower_that_makes_no_sense_is_refused(values: dict[str, Any], error: str
     [
         ({"kind": "cubic"}, "`kind` must be one of linear, mlp, none, but is 'cubic'"),
         ({"hidden_dim": 4}, "`hidden_dim` is set, but a projection of kind 'linear' has no hidden layer"),
-        ({"kind": "mlp", "hidden_dim": 0}, "`hidden_dim` must be at least 1"),
+        ({"kind": "mlp", "hidden_dim": 0}, "`hidden_dim` must be positive"),
         ({"kind": "none", "bias": True}, "the kind 'none' is no projection"),
         ({"dropout_p": 1.0}, "`dropout_p` must be in [0, 1)"),
         ({"activation": "gelo"}, "`activation` is 'gelo', which is not supported. Did you mean 'gelu'?"),

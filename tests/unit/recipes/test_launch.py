@@ -25,7 +25,9 @@ from vembed_fs2.recipes.launch import (
     run_recipe,
 )
 from vembed_fs2.recipes.secrets import redact_logs, redactor
-from vembed_fs2.recipes.train.config import TrainConfig
+from vembed_fs2.recipes.train.recipe import create_recipe
+
+TRAIN = "vembed_fs2.recipes.train"
 
 VALID = ["model.name=x", "dataset.paths=[x.jsonl]"]
 
@@ -37,13 +39,13 @@ def parse(*arguments: str) -> argparse.Namespace:
 
 
 def load(*arguments: str) -> Any:
-    return load_config("train", TrainConfig, parse("out", *arguments))
+    return load_config(TRAIN, create_recipe(), parse("out", *arguments))
 
 
 def test_dumped_configuration_is_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = [*VALID, "optimizer.config.lr=1e-4", "lr_scheduler.name=cosine_annealing", "model.dtype=bfloat16"]
 
-    assert run_recipe("train", parse("--dump-config", "--config", *config)) == 0
+    assert run_recipe(TRAIN, parse("--dump-config", "--config", *config)) == 0
 
     file = tmp_path / "dumped.yaml"
     file.write_text(capsys.readouterr().out)
@@ -68,13 +70,13 @@ def test_later_layers_win(tmp_path: Path) -> None:
 
 
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_recipe("train", parse("--preset", "list")) == 0
+    assert run_recipe(TRAIN, parse("--preset", "list")) == 0
 
     assert "demo_text" in capsys.readouterr().out.split()
 
 
 def test_command_line_mistakes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_recipe("train", parse("--nproc-per-node", "0", "--config", "a=1", "out")) == 2
+    assert run_recipe(TRAIN, parse("--nproc-per-node", "0", "--config", "a=1", "out")) == 2
 
     error = capsys.readouterr().err
     assert "OUTPUT_DIR is required; give it before --config." in error
@@ -277,7 +279,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_before_anything_is_read(
     monkeypatch.setattr(os, "access", lambda path, mode: path != read_only)
     folders = [str(tmp_path / "run")] if option else []
 
-    assert run_recipe("train", parse(*folders, *option, str(read_only / "run"), "--config", *VALID)) == 2
+    assert run_recipe(TRAIN, parse(*folders, *option, str(read_only / "run"), "--config", *VALID)) == 2
 
     error = f"error: {read_only}/run is not valid:\n  - {read_only} cannot be written to. Give another folder.\n"
     assert capsys.readouterr().err == error

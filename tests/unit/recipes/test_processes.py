@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from vembed_fs2.recipes.launch import _run_fairseq2
-from vembed_fs2.recipes.processes import run_processes
+from vembed_fs2.recipes.launch import _advice, _run_fairseq2
+from vembed_fs2.recipes.processes import RESUME, run_processes
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,19 @@ def test_processes_end_as_one(rank_1: str, status: int, says: list[str], capfd: 
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == (1 if status else 0)
     assert all(text in errors[0] for text in says)
+
+
+def test_what_to_do_is_the_recipes_to_say(capfd: pytest.CaptureFixture[str]) -> None:
+    """And what the processes print can be kept apart from what the launcher's own process does."""
+    code = "import os; print('from a library', flush=True); os.kill(os.getpid(), 9)"
+
+    assert run_processes([sys.executable, "-c", code], 1, advice="", stdout=sys.stderr.fileno()) == 137
+
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "from a library" in printed.err
+    assert printed.err.splitlines()[-1] == ("error: the process of rank 0 was killed by SIGKILL. Was the memory full?")
+    assert [_advice(f"vembed_fs2.recipes.{name}") for name in ("train", "evaluate")] == [RESUME, ""]
 
 
 def test_processes_end_with_a_killed_launcher(tmp_path: Path) -> None:

@@ -5,17 +5,25 @@ from __future__ import annotations
 from fairseq2.runtime.dependency import DependencyContainer
 
 from vembed_fs2.models.auto.archs import register_auto_archs
-from vembed_fs2.models.auto.config import AUTO_FAMILY as AUTO_FAMILY
-from vembed_fs2.models.auto.config import AutoModelConfig as AutoModelConfig
-from vembed_fs2.models.auto.factory import create_auto_model as create_auto_model
-from vembed_fs2.models.auto.interop import AutoCheckpointFormat as AutoCheckpointFormat
-from vembed_fs2.models.auto.interop import get_auto_model_hub as get_auto_model_hub
-from vembed_fs2.models.auto.model import AutoEmbeddingModel as AutoEmbeddingModel
+from vembed_fs2.models.auto.config import AUTO_FAMILY, AutoModelConfig
+from vembed_fs2.models.auto.factory import create_auto_model
+from vembed_fs2.models.auto.interop import AutoCheckpointFormat, get_auto_model_hub
+from vembed_fs2.models.auto.model import AutoEmbeddingModel
 from vembed_fs2.models.family import register_family
+
+__all__ = [
+    "AUTO_FAMILY",
+    "AutoCheckpointFormat",
+    "AutoEmbeddingModel",
+    "AutoModelConfig",
+    "create_auto_model",
+    "get_auto_model_hub",
+    "register_auto",
+]
 
 
 def register_auto(container: DependencyContainer) -> None:
-    """Register the family and its architectures."""
+    """Register the family, its architectures and its format."""
     register_family(
         container,
         AUTO_FAMILY,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
-from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.head import ImageHeadConfig
 from vembed_fs2.embedding.model import HeadConfig
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.auto.config import AutoModelConfig
 
 
 def register_auto_archs(container: DependencyContainer) -> None:
     """Register the architectures."""
-    arch = ConfigRegistrar(container, AutoModelConfig)
+    arch = ArchRegistrar(container, AutoModelConfig)
 
     @arch("tiny")
     def tiny() -> AutoModelConfig:

@@ -27,8 +27,29 @@ _SOUNDS: Final = frozenset({"input_features", "input_values"})
 """What models of sound call their inputs; some read texts as well (CLAP)."""
 
 
+COUNT_FROM_PADDING: Final = frozenset(
+    {
+        "altclip",
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "lilt",
+        "longformer",
+        "luke",
+        "markuplm",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
+"""RoBERTa and what comes of it: models whose positions are counted from the one after the padding's."""
+
 _PROBE_VALUES: Final = 2**22
-"""The values of a matrix that are not zero in a probe: over 1000 rows of a table, where probes have their inputs."""
+"""How many values of a matrix are not zero in a probe: over 1000 rows of a table, which hold the probes' inputs."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +57,7 @@ class Code:
     """Python code beside a model's weights."""
 
     folder: Path
-    """Where its files are."""
+    """The folder of its files."""
 
     trusted: bool = False
     """Whether it may be run."""
@@ -92,13 +113,18 @@ class Backbone:
         length = getattr(self.text_config, "max_position_embeddings", None)
         if not isinstance(length, int) or length < 1:
             return None
-        # RoBERTa and what comes of it count positions from the one after the padding's.
+
         offset = (self.text_config.pad_token_id or 0) + 1 if self._counts_from_padding else 0
+
         return length - offset
 
     @property
     def _counts_from_padding(self) -> bool:
-        return "create_position_ids_from_input_ids" in inspect.getsource(inspect.getmodule(self.kls) or self.kls)
+        if self.kls.__module__.startswith("transformers.models."):
+            return self.config.model_type in COUNT_FROM_PADDING
+
+        # Code of a model's own, which is mostly a copy of one of these.
+        return hasattr(inspect.getmodule(self.kls), "create_position_ids_from_input_ids")
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -149,6 +175,7 @@ class Backbone:
         size = max((p.numel() for p in model.parameters()), default=0)
         pool = torch.zeros(size)
         pool[:_PROBE_VALUES].normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+
         parameters: dict[int, Parameter] = {}
         for module in model.modules():
             for name, parameter in module._parameters.items():
@@ -157,6 +184,7 @@ class Backbone:
                 if id(parameter) not in parameters:
                     parameters[id(parameter)] = Parameter(_simple_weight(parameter.shape, name == "bias", pool))
                 module._parameters[name] = parameters[id(parameter)]
+
         return model
 
     def _create_without_parameters(self) -> Module:
@@ -167,6 +195,7 @@ class Backbone:
         # As `from_pretrained` does; fairseq2's own modes must not see it.
         with no_init_weights(), init_empty_weights():
             model: Any = self.create()
+
         # Parameters that modules share were registered once for each.
         model.tie_weights()
         return model  # type: ignore[no-any-return]
@@ -185,6 +214,7 @@ class Backbone:
                 dtype=dtype,
                 **self.options,
             )
+
         return model, info
 
 
@@ -200,6 +230,7 @@ def _quiet() -> Iterator[None]:
     """Keep transformers from warning of what is checked here."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+
     try:
         yield
     finally:
@@ -209,28 +240,34 @@ def _quiet() -> Iterator[None]:
 def find_backbone(hf_config: Mapping[str, Any], *, pooler: bool | None = None, code: Code | None = None) -> Backbone:
     """Find the class that ``config.json`` means.
 
-    :param pooler: whether to have the class's own pooler, where that is a choice; ``None`` leaves it to the class.
+    :param pooler: whether to have the class's own pooler, if that is a choice; ``None`` leaves it to the class.
     :param code: the code in the model's folder, if there is any.
     :raises ModelLoadError: there is none, its configuration is not valid, or no
         embeddings can be made with it; the message says why.
     """
     if hf_config.get("quantization_config"):
         raise ModelLoadError("config.json: `quantization_config` is set, but quantised models are not supported.")
+
     config_kls, kls = _find_code(hf_config, code)
     config = _create_config(config_kls or _config_class(hf_config), hf_config)
     kls = kls or _model_class(config)
+
     if getattr(config, "attention_type", None) == "block_sparse":
         raise ModelLoadError(
             "config.json: `attention_type` is 'block_sparse', whose embeddings depend on the other texts of a batch. "
             "Set it to 'original_full'."
         )
+
     has_choice = pooler is not None and "add_pooling_layer" in _arguments(kls.__init__)
     options = {"add_pooling_layer": pooler} if has_choice else {}
+
     if hasattr(kls, "get_text_features") and hasattr(kls, "get_image_features"):
         return Backbone(
             kls, config, _TEXT | _IMAGE, {}, _arguments(kls.get_text_features), _arguments(kls.get_image_features)
         )
+
     arguments, main_input = _arguments(kls.forward), kls.main_input_name
+
     reads_texts, reads_images = "input_ids" in arguments, "pixel_values" in arguments
     if reads_texts and reads_images:
         raise unfit(kls, "it reads texts and images in one sequence")
@@ -240,17 +277,20 @@ def find_backbone(hf_config: Mapping[str, Any], *, pooler: bool | None = None, c
         return Backbone(kls, config, _TEXT, options, arguments)
     if main_input == "pixel_values" and reads_images:
         return Backbone(kls, config, _IMAGE, options, frozenset(), arguments)
+
     raise unfit(kls, f"its inputs are `{main_input}`, neither texts nor images")
 
 
 def _find_code(hf_config: Mapping[str, Any], code: Code | None) -> tuple[Any, Any]:
-    """The classes of configuration and model in the model's own code, where it is needed or asked for."""
+    """The classes of configuration and model in the model's own code, if it is needed or asked for."""
     auto_map = hf_config.get("auto_map")
     if not isinstance(auto_map, Mapping):
         return None, None
+
     if not (code is not None and code.trusted):
         if hf_config.get("model_type") in CONFIG_MAPPING_NAMES:
-            return None, None  # Like transformers: its own class, where it has one.
+            return None, None  # Like transformers: its own class, if it has one.
+
         reference = str(auto_map.get("AutoModel") or next(iter(auto_map.values()), ""))
         repository, _, file = reference.rpartition(".")[0].rpartition("--")
         here = file if code is None else code.folder / file
@@ -259,6 +299,7 @@ def _find_code(hf_config: Mapping[str, Any], code: Code | None) -> tuple[Any, An
             f"model_type '{hf_config.get('model_type')}' needs the model's own code, {where}. Read it, and if you "
             f"trust it, ask for it: {HOW_TO_TRUST}."
         )
+
     return _import(auto_map, "AutoConfig", code), _import(auto_map, "AutoModel", code)
 
 
@@ -268,9 +309,11 @@ def _import(auto_map: Mapping[str, Any], name: str, code: Code) -> Any:
     reference = auto_map.get(name)
     if not isinstance(reference, str):
         return None
+
     if "--" not in reference and not code.folder.is_dir():
         # transformers would take it for the name of a repository.
         raise ModelLoadError(f"The model needs the code of {reference}, but {code.folder} does not exist.")
+
     try:
         return get_class_from_dynamic_module(reference, str(code.folder))
     except Exception as ex:  # Anybody's code.
@@ -291,6 +334,7 @@ def _create_config(kls: Any, hf_config: Mapping[str, Any]) -> Any:
         config = kls.from_dict(deepcopy(dict(hf_config)))
     except (TypeError, ValueError, AttributeError, LookupError) as ex:
         raise ModelLoadError(f"config.json is not a valid {kls.__name__}: {ex}") from None
+
     # Weights come in the type that the user asks for.
     config.dtype = None
     return config
@@ -301,14 +345,17 @@ def _model_class(config: Any) -> Any:
     if isinstance(kls, (list, tuple)):
         named = [k for k in kls if k.__name__ in (config.architectures or ())]
         kls = (named or list(kls))[0]
+
     if getattr(config, "is_encoder_decoder", False):
-        # Of some, transformers has the encoder alone: that of T5, in the Sentence-T5 and GTR models.
+        # transformers has some encoders alone, for example T5's, which Sentence-T5 and GTR use.
         encoder = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
         if encoder is None or encoder is kls:
             raise unfit(kls, "it is an encoder-decoder")
         kls = encoder
+
     if kls is None:
         raise ModelLoadError(f"transformers has no base model for model_type '{config.model_type}'.")
+
     return kls
 
 

@@ -1,4 +1,4 @@
-"""The configuration of auto models."""
+"""The configuration of wrapped models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 from fairseq2.utils.validation import ValidationResult
 
-from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.head import ImageHeadConfig
 from vembed_fs2.embedding.model import EmbeddingModelConfig, HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.models.auto.backbone import Backbone, Code, find_backbone
@@ -19,13 +19,13 @@ AUTO_FAMILY: Final = FALLBACK_FAMILY
 
 @dataclass(kw_only=True)
 class AutoModelConfig(EmbeddingModelConfig):
-    """Holds the configuration of a model of transformers, and what follows it."""
+    """The configuration of a model of transformers, and of what follows it."""
 
     hf_config: dict[str, object] = field(default_factory=dict)
     """The content of ``config.json``."""
 
     pooler: bool | None = None
-    """Whether the model has the pooler of its class, where that is a choice; ``None`` leaves it to the class."""
+    """Whether the model has the pooler of its class, if that is a choice; ``None`` leaves it to the class."""
 
     head: HeadConfig | None = None
     """
@@ -65,9 +65,11 @@ class AutoModelConfig(EmbeddingModelConfig):
         except ModelLoadError as ex:
             result.add_error(str(ex))
             return result
+
         name = backbone.kls.__name__
         if self.head is not None and backbone.modalities != {"text"}:
             result.add_error(f"`head` must be null: transformers' {name} has no states of texts to pool.")
         if self.image_head is not None and backbone.modalities != {"image"}:
             result.add_error(f"`image_head` must be null: transformers' {name} has no states of images to pool.")
+
         return result

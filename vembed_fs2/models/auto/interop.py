@@ -26,9 +26,9 @@ from vembed_fs2.formats.folder import ModelFolder
 from vembed_fs2.models.auto.backbone import Backbone, find_backbone
 from vembed_fs2.models.auto.config import AUTO_FAMILY, AutoModelConfig
 from vembed_fs2.models.auto.factory import create_auto_model, default_head, default_image_head
-from vembed_fs2.models.auto.model import MOVED, AutoEmbeddingModel
+from vembed_fs2.models.auto.model import OWN_PARAMETERS, AutoEmbeddingModel
 from vembed_fs2.models.auto.trace import trace_image
-from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
+from vembed_fs2.models.family import CheckpointFormat
 
 _PREFIX: Final = "wrapped."
 
@@ -83,25 +83,33 @@ class AutoCheckpointFormat(CheckpointFormat):
             )
         elif not backbone.is_dual:
             config.image_head = default_image_head(trace_image(backbone))
+
         if errors := config.validate().errors:
             raise ModelLoadError(" ".join(map(str, errors)))
+
         return config
 
     @override
     def from_hf_state_dict(self, state_dict: dict[str, object], config: AutoModelConfig) -> dict[str, object]:
         backbone = config.backbone()
+
         if any(key.startswith(_PREFIX) for key in state_dict):
             return state_dict
+
         own = {k: v for k, v in state_dict.items() if _HEAD_KEY.fullmatch(k) and config.head is not None}
+
         tensors = {k: v for k, v in state_dict.items() if k not in own}
         try:
             wrapped, info = backbone.load(tensors, _common_dtype(tensors.values()))
         except (RuntimeError, ValueError) as ex:
             raise ModelLoadError(f"The checkpoint does not fit transformers' {backbone.kls.__name__}. {ex}") from ex
+
         _check_unexpected(info["unexpected_keys"], backbone)
+
         # Only for the names and shapes that this gives the tensors; they stay where they are, mapped files included.
         model = AutoEmbeddingModel(wrapped, backbone)
         _check_missing(info["missing_keys"], config, model)
+
         return {**model.state_dict(), **own}
 
     @override
@@ -111,19 +119,23 @@ class AutoCheckpointFormat(CheckpointFormat):
         data = {k: v for k, v in values if not k.startswith("_") or k in _PRIVATE_FIELDS}
         kls = type(backbone.config)
         name = declare_hf_config(f"Vembed_{kls.__name__}", kls.model_type, data, kls)
+
         return HuggingFaceConfig(data, kls_name=name, arch=backbone.kls.__name__)
 
     @override
     def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
         backbone = cast_config_type(config, AutoModelConfig).backbone()
+
         shapes = {name: tensor.shape for name, tensor in backbone.create_empty().state_dict().items()}
         tensors: dict[str, object] = {}
         for key, value in state_dict.items():
             name = key.removeprefix(_PREFIX)
-            if key in LEARNED_PARTS and name not in shapes:
-                continue  # transformers has no place for it.
+            if "." not in key and name not in shapes:
+                continue  # An objective learned it; transformers has no place for it.
+
             is_scalar = isinstance(value, Tensor) and name in shapes and len(shapes[name]) == 0
             tensors[name] = value.reshape(()) if is_scalar else value  # type: ignore[attr-defined]
+
         return tensors
 
     @override
@@ -147,6 +159,7 @@ def _has_pooler(config: AutoModelConfig, keys: frozenset[str]) -> bool | None:
     backbone = find_backbone(config.hf_config, pooler=True, code=config.code())
     if not (keys and backbone.options):
         return None
+
     names = [name for name in backbone.create_empty().state_dict() if name.startswith("pooler.")]
     return all(any(key.endswith(name) for key in keys) for name in names) if names else None
 
@@ -162,27 +175,32 @@ def _check_unexpected(keys: Iterable[str], backbone: Backbone) -> None:
     keys = [key for key in keys if not _STALE_KEY.fullmatch(key)]
     if not keys:
         return
+
     of_heads: set[str] = set()
     for name in backbone.config.architectures or ():
         kls = getattr(transformers, name, None)
         if isinstance(kls, type) and issubclass(kls, transformers.PreTrainedModel):
             of_heads |= Backbone(kls, backbone.config, backbone.modalities).create_empty().state_dict().keys()
+
     if unknown := [key for key in keys if key not in of_heads]:
         raise ModelLoadError(
             f"The checkpoint has tensors that transformers' {backbone.kls.__name__} does not know: {_list(unknown)}."
         )
+
     log.info("Left out what %s does not have: %s.", backbone.kls.__name__, _list(keys))
 
 
 def _check_missing(keys: Iterable[str], config: AutoModelConfig, model: AutoEmbeddingModel) -> None:
     """Allow only what no embedding depends on, and buffers that are the same in all models."""
     counted = {name for name, buffer in model.wrapped.named_buffers() if not buffer.is_floating_point()}
-    missing = [key for key in keys if key not in counted and key not in MOVED]
+
+    missing = [key for key in keys if key not in counted and key not in OWN_PARAMETERS]
     if missing:
         with torch.device("meta"):
             blank = create_auto_model(config)
         unused = {name for name, parameter in blank.wrapped.named_parameters() if not parameter.requires_grad}
         missing = [key for key in missing if key not in unused]
+
     if missing:
         kls = type(model.wrapped).__name__
         raise ModelLoadError(f"The checkpoint lacks tensors of transformers' {kls}: {_list(missing)}.")

@@ -9,7 +9,7 @@ from torch.nn import Module, ModuleList, Sequential
 
 
 def find_layer_stacks(model: Module, calls: Counter[str]) -> Iterator[ModuleList]:
-    """Find the lists of layers: those of what transformers itself does not split between devices.
+    """Find the lists of layers: lists of modules that transformers itself does not split between devices.
 
     Where it names nothing, they are the outermost lists of modules of one class.
 
@@ -33,8 +33,10 @@ def _find_stacks(module: Module, path: str, unsplit: set[str], calls: Counter[st
 def _is_stack(module: Module, path: str, calls: Counter[str]) -> bool:
     if not isinstance(module, (ModuleList, Sequential)) or len(module) == 0:
         return False
+
     are_called = all(calls[f"{path}{name}"] > 0 for name, _ in module.named_children())
-    # A layer has several modules with parameters; a list of projections is none.
+
+    # A layer has several modules with parameters; a list of projections is not a list of layers.
     are_layers = all(sum(bool(m._parameters) for m in layer.modules()) > 1 for layer in module)
     return are_called and are_layers and len({type(layer) for layer in module}) == 1
 

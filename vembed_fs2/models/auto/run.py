@@ -25,7 +25,7 @@ class Outputs(NamedTuple):
     """What its own pooler or projection gives. *Shape:* ``[N, M]``."""
 
     is_map: bool = False
-    """Whether the states are those of convolutions: of patches only."""
+    """Whether the states come from convolutions, so that all of them belong to patches."""
 
 
 def run_text(
@@ -33,9 +33,11 @@ def run_text(
 ) -> Outputs:
     """Run the model on texts. *Shape:* all ``[T, L]``; the mask is True for tokens."""
     mask = torch.ones_like(ids_TL) if mask_TL is None else mask_TL.to(ids_TL.dtype)
+
     inputs: dict[str, Any] = {"input_ids": ids_TL, "attention_mask": mask, "return_dict": True}
     if types_TL is not None:
         inputs["token_type_ids"] = types_TL
+
     # Past states would grow a second time where activation checkpointing runs a layer again.
     inputs["use_cache"] = False
     inputs = {name: value for name, value in inputs.items() if name in backbone.text_arguments}
@@ -43,6 +45,7 @@ def run_text(
         return Outputs(None, _chinese_text_features(wrapped, inputs))
     if backbone.is_dual:
         return Outputs(None, _features(wrapped.get_text_features(**inputs)))  # type: ignore[operator]
+
     return _read(wrapped(**inputs))
 
 
@@ -57,9 +60,11 @@ def run_image(wrapped: Module, backbone: Backbone, x_PCHW: Tensor) -> Outputs:
     inputs: dict[str, Any] = {"pixel_values": x_PCHW, "return_dict": True}
     if tuple(x_PCHW.shape[2:]) != backbone.image_size:
         inputs["interpolate_pos_encoding"] = True
+
     inputs = {name: value for name, value in inputs.items() if name in backbone.image_arguments}
     if backbone.is_dual:
         return Outputs(None, _features(wrapped.get_image_features(**inputs)))  # type: ignore[operator]
+
     return _read(wrapped(**inputs))
 
 
@@ -68,11 +73,13 @@ def _read(output: Any) -> Outputs:
         states, pooled = output[0], None
     else:
         states, pooled = getattr(output, "last_hidden_state", None), getattr(output, "pooler_output", None)
+
     is_map = isinstance(states, Tensor) and states.ndim == 4
     if isinstance(states, Tensor):
         states = states.flatten(2).transpose(1, 2) if is_map else states if states.ndim == 3 else None
     if isinstance(pooled, Tensor):
         pooled = pooled.flatten(1)
+
     return Outputs(states, pooled, is_map)
 
 

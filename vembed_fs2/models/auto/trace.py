@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import pad
 
+from vembed_fs2.embedding.head import HeadConfig
 from vembed_fs2.models.auto.backbone import Backbone, unfit
 from vembed_fs2.models.auto.run import Outputs, run_image, run_text
 
@@ -43,24 +44,28 @@ class Trace:
     """How often each module was called, by its name."""
 
     num_prefix_tokens: int
-    """The states of an image before those of its patches."""
+    """The number of an image's states before its patches' states."""
 
     @property
     def has_class_token(self) -> bool:
-        """Whether the first state of an image is that of a class token."""
+        """Whether the first state of an image belongs to a class token."""
         names = self.parameters.values()
         return not self.outputs.is_map and any(name.rpartition(".")[2] in _CLASS_TOKENS for name in names)
 
-    def used_parameters(self, *, pooled: bool) -> frozenset[str]:
-        """The parameters that an output depends on: what the model's own pooler gives, or its states."""
-        output = self.outputs.pooled if pooled else self.outputs.states
-        assert output is not None
-        seen, waiting = set(), [output.grad_fn]
+    def used_parameters(self, head: HeadConfig) -> frozenset[str]:
+        """The parameters that embeddings depend on, through the states, the model's own pooler, or both."""
+        outputs = (
+            self.outputs.states if head.reads_states else None,
+            self.outputs.pooled if head.reads_pooler else None,
+        )
+
+        seen, waiting = set(), [output.grad_fn for output in outputs if output is not None]
         while waiting:
             function = waiting.pop()
             if function is not None and function not in seen:
                 seen.add(function)
                 waiting += [f for f, _ in function.next_functions]
+
         variables = (getattr(function, "variable", None) for function in seen)
         return frozenset(self.parameters[id(v)] for v in variables if id(v) in self.parameters)
 
@@ -74,16 +79,19 @@ def trace_text(backbone: Backbone, wrapped: Module) -> Trace:
     with _failing(backbone):
         trace = _trace(wrapped, lambda: run_text(wrapped, backbone, ids, None, None))
         other = torch.cat([ids[:, :_PADDING], ids], dim=1)
+
         both = torch.cat([pad(ids, (0, _PADDING), value=pad_id), other])
         mask = torch.ones_like(both)
         mask[0, -_PADDING:] = 0
         with torch.no_grad():
             padded = run_text(wrapped, backbone, both, mask, None)
+
     states = trace.outputs.states
     if states is not None and states.size(1) != ids.size(1):
         raise unfit(backbone.kls, f"it has {states.size(1)} states for {ids.size(1)} tokens")
     if not (_is_first(states, padded.states) and _is_first(trace.outputs.pooled, padded.pooled)):
         raise unfit(backbone.kls, "what it makes of a text depends on the padding after it")
+
     return trace
 
 
@@ -103,10 +111,12 @@ def _probe_ids(backbone: Backbone) -> tuple[Tensor, int]:
     size = int(getattr(config, "vocab_size", 32))
     plain = [i for i in range(min(size, 1000)) if i not in special.values()] or [0]
     length = min(_LENGTH, (backbone.max_text_length or _LENGTH + _PADDING) - _PADDING)
+
     ids = [plain[(7 * i + 5) % len(plain)] for i in range(length)]
     end, padding = special["eos_token_id"], special["pad_token_id"]
     if isinstance(end, int) and 0 <= end < size:
         ids[-1] = end  # Some pool the state of this token.
+
     return torch.tensor([ids]), padding if isinstance(padding, int) and 0 <= padding < size else 0
 
 
@@ -122,6 +132,7 @@ def trace_image(backbone: Backbone, wrapped: Module | None = None) -> Trace:
         return _trace(empty, lambda: run_image(empty, backbone, torch.zeros(shape, device="meta")))
     except Exception:  # What the model does depends on values, which are not there.
         model = wrapped or backbone.create().eval()
+
     with _failing(backbone):
         return _trace(model, lambda: run_image(model, backbone, torch.zeros(shape)))
 
@@ -139,6 +150,7 @@ def _trace(model: Module, run: Callable[[], Outputs]) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
+
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return Trace(outputs, names, calls, 0 if outputs.is_map else _count_prefix_tokens(model))
 
@@ -151,6 +163,7 @@ def _count_prefix_tokens(model: Module) -> int:
             count += 1
         elif kind in _OTHER_PREFIX_TOKENS:
             count += parameter.size(-2)
+
     return count
 
 

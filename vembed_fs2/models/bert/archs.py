@@ -1,20 +1,22 @@
+"""The named architectures of BERT and its relatives."""
+
 from __future__ import annotations
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.bert.config import BertConfig
 
 
 def register_bert_archs(container: DependencyContainer) -> None:
-    """Register the named architectures."""
+    """Register the architectures, the base first; the others say how they differ from it."""
     _register_bert(container)
     _register_roberta(container)
     _register_others(container)
 
 
 def _register_bert(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, BertConfig)
+    arch = ArchRegistrar(container, BertConfig)
 
     @arch("bert_base")
     def bert_base() -> BertConfig:
@@ -94,11 +96,12 @@ def _register_bert(container: DependencyContainer) -> None:
         config.num_layers = 2
         config.num_attn_heads = 2
         config.ffn_inner_dim = 64
+
         return config
 
 
 def _register_roberta(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, BertConfig)
+    arch = ArchRegistrar(container, BertConfig)
 
     @arch("roberta_base")
     def roberta_base() -> BertConfig:
@@ -163,7 +166,7 @@ def _register_roberta(container: DependencyContainer) -> None:
 
 
 def _register_others(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, BertConfig)
+    arch = ArchRegistrar(container, BertConfig)
 
     @arch("distilbert_base")
     def distilbert_base() -> BertConfig:

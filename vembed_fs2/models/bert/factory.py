@@ -1,3 +1,5 @@
+"""How the modules of BERT models are put together."""
+
 from __future__ import annotations
 
 import torch
@@ -11,43 +13,32 @@ from fairseq2.models.transformer import (
 from fairseq2.nn import LayerNorm, Linear, StandardEmbedding, StandardLayerNorm
 from torch.nn import Module
 
-from vembed_fs2.embedding.activations import create_activation
-from vembed_fs2.errors import ConfigError
 from vembed_fs2.models.bert.config import BertConfig
 from vembed_fs2.models.bert.model import BertFrontend, BertModel, UnusedPooler
 from vembed_fs2.models.bert.relative import RelativePositions, RelativeSDPA
 from vembed_fs2.models.common.attention import create_sdpa
-from vembed_fs2.models.common.dropout import Dropout
+from vembed_fs2.models.common.checks import require_valid
+from vembed_fs2.models.common.factory import ModelFactory, create_embedding, normal_init
 from vembed_fs2.models.common.feed_forward import FusedFeedForwardNetwork
+from vembed_fs2.models.common.layers import create_ffn, create_layer
 
 
-def create_bert_model(config: BertConfig) -> BertModel:
-    """Create a BERT model.
-
-    :raises ConfigError: ``config`` is not valid.
-    """
-    result = config.validate()
-    if result.has_error():
-        raise ConfigError(list(result.errors), where="The BERT configuration")
-    return BertFactory(config).create_model()
-
-
-class BertFactory:
+class BertFactory(ModelFactory[BertConfig]):
     """Creates the modules of a BERT model."""
-
-    def __init__(self, config: BertConfig) -> None:
-        self._config = config
 
     def create_model(self) -> BertModel:
         config = self._config
         frontend = self.create_frontend()
+
         model = BertModel(frontend, self.create_encoder(), self.create_pooler(), self.create_relative_positions())
         model.set_head(config.head, config.model_dim)
         model.max_text_length = frontend.max_length
+
         return model
 
     def create_frontend(self) -> BertFrontend:
         config = self._config
+
         return BertFrontend(
             self.create_embedding(config.vocab_size, config.pad_idx),
             self.create_embedding(config.type_vocab_size) if config.variant.has_segments else None,
@@ -57,7 +48,7 @@ class BertFactory:
         )
 
     def create_embedding(self, num_embeddings: int, pad_idx: int | None = None) -> StandardEmbedding:
-        return StandardEmbedding(num_embeddings, self._config.model_dim, pad_idx, init_fn=self.init_embedding)
+        return create_embedding(num_embeddings, self._config.model_dim, self._config.init_std, pad_idx)
 
     def create_position_embedding(self) -> StandardEmbedding:
         config = self._config
@@ -71,34 +62,32 @@ class BertFactory:
         config = self._config
         if config.num_relative_buckets == 0:
             return None
-        return RelativePositions(config.num_relative_buckets, config.num_attn_heads, self.init_embedding)
+        return RelativePositions(create_embedding(config.num_relative_buckets, config.num_attn_heads, config.init_std))
 
     def create_encoder(self) -> StandardTransformerEncoder:
         return StandardTransformerEncoder([self.create_encoder_layer() for _ in range(self._config.num_layers)])
 
     def create_encoder_layer(self) -> StandardTransformerEncoderLayer:
         config = self._config
-        layer = StandardTransformerEncoderLayer(
+
+        return create_layer(
             self.create_self_attention(),
-            self.create_layer_norm(),
             self.create_ffn(),
-            self.create_layer_norm(),
+            self.create_layer_norm,
             norm_order=TransformerNormOrder.POST,
+            attn_dropout_p=config.dropout_p if config.variant.drops_attention else 0.0,
+            ffn_dropout_p=config.dropout_p,
         )
-        if config.dropout_p > 0.0:
-            layer.ffn_dropout = Dropout(config.dropout_p)
-            if config.variant.drops_attention:
-                layer.self_attn_dropout = Dropout(config.dropout_p)
-        return layer
 
     def create_self_attention(self) -> StandardMultiheadAttention:
         config = self._config
+
         return StandardMultiheadAttention(
             config.model_dim,
             config.num_attn_heads,
             self.create_sdpa(),
-            qkv_proj_init_fn=self.init_projection,
-            output_proj_init_fn=self.init_projection,
+            qkv_proj_init_fn=normal_init(config.init_std),
+            output_proj_init_fn=normal_init(config.init_std),
         )
 
     def create_sdpa(self) -> SDPA:
@@ -109,13 +98,8 @@ class BertFactory:
 
     def create_ffn(self) -> FusedFeedForwardNetwork:
         config = self._config
-        return FusedFeedForwardNetwork(
-            config.model_dim,
-            config.ffn_inner_dim,
-            bias=True,
-            inner_activation=create_activation(config.activation, field="activation"),
-            proj_init_fn=self.init_projection,
-        )
+
+        return create_ffn(config.model_dim, config.ffn_inner_dim, config.activation, normal_init(config.init_std))
 
     def create_layer_norm(self) -> LayerNorm:
         return StandardLayerNorm(self._config.model_dim, bias=True, eps=self._config.layer_norm_eps)
@@ -124,23 +108,26 @@ class BertFactory:
         config = self._config
         if not config.pooler:
             return None
-        if config.head.pooling != "pooler":
+        if not config.head.reads_pooler:
             return UnusedPooler(config.model_dim)
-        return Linear(config.model_dim, config.model_dim, bias=True, init_fn=self.init_projection)
+        return Linear(config.model_dim, config.model_dim, bias=True, init_fn=normal_init(config.init_std))
 
-    def init_embedding(self, embed: StandardEmbedding) -> None:
-        torch.nn.init.normal_(embed.weight, std=self._config.init_std)
 
-    def init_projection(self, proj: Linear) -> None:
-        torch.nn.init.normal_(proj.weight, std=self._config.init_std)
-        if proj.bias is not None:
-            torch.nn.init.zeros_(proj.bias)
+def create_bert_model(config: BertConfig) -> BertModel:
+    """Create a BERT model with initial weights as transformers draws them.
+
+    :raises ConfigError: ``config`` is not valid.
+    """
+    require_valid(config, "BERT")
+
+    return BertFactory(config).create_model()
 
 
 def init_sinusoidal(embed: StandardEmbedding) -> None:
     """Initialize ``embed`` with the sines and cosines of Vaswani et al., 2017 (https://arxiv.org/abs/1706.03762)."""
     device = embed.weight.device
     steps = torch.arange(embed.num_embeddings, dtype=torch.float64, device=device).unsqueeze(1)
+
     dims = torch.arange(embed.embed_dim, dtype=torch.float64, device=device)
     angles = steps / 10_000 ** (2 * (dims // 2) / embed.embed_dim)
     with torch.no_grad():

@@ -1,6 +1,8 @@
+"""Checkpoints of transformers' BERT and of its relatives, read and written."""
+
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, final
 
 from fairseq2.models import ModelHubAccessor
@@ -15,7 +17,8 @@ from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Rule
 from vembed_fs2.models.bert.config import BERT_FAMILY, BertConfig
 from vembed_fs2.models.bert.model import BertModel
 from vembed_fs2.models.bert.variants import VARIANTS
-from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
+from vembed_fs2.models.common.interop import BackboneCheckpointFormat
+from vembed_fs2.models.family import drop_learned
 
 # Fields that change what transformers' models compute, and the values at which they do not.
 _FIXED: Final[dict[str, tuple[object, ...]]] = {
@@ -34,7 +37,7 @@ _OLD_NAMES: Final = {r"\.gamma$": ".weight", r"\.beta$": ".bias"}
 
 
 @final
-class BertCheckpointFormat(CheckpointFormat):
+class BertCheckpointFormat(BackboneCheckpointFormat):
     """Reads and writes checkpoints of ``transformers.BertModel`` and of its relatives."""
 
     model_types = tuple(VARIANTS)
@@ -46,35 +49,37 @@ class BertCheckpointFormat(CheckpointFormat):
         model_type = hf_config.get("model_type", "bert")
         if model_type not in VARIANTS:
             raise ModelLoadError(f"config.json: `model_type` '{model_type}' is not supported.")
+
         variant = VARIANTS[model_type]
         resolved = resolve_hf_config(hf_config, f"{variant.name}Config")
         refuse_other_values(resolved, _FIXED)
+
         values = {
             ours: read_field(resolved, name, kls, optional=ours == "pad_idx")
             for name, (ours, kls) in variant.fields.items()
         }
         if not variant.has_segments:
             values["type_vocab_size"] = 0
+
         has_pooler = not keys or any(key.removeprefix(f"{variant.prefix}.").startswith("pooler.") for key in keys)
         config = BertConfig(
             **values, model_type=model_type, pooler=has_pooler and variant.has_pooler, head=head or HeadConfig()
         )
         validate_hf_config(config, {ours: name for name, (ours, _) in variant.fields.items()})
+
         return config
 
     @override
     def key_map(self, config: BertConfig) -> KeyMap:
         variant = VARIANTS[config.model_type]
-        rules: list[Rule] = [Drop(theirs=rf"({variant.heads}).*|{_BUFFERS}"), Drop(ours="|".join(LEARNED_PARTS))]
+
+        rules: list[Rule] = [Drop(theirs=rf"({variant.heads}).*|{_BUFFERS}"), drop_learned(config)]
         if not config.pooler:
             # An architecture can leave out what the checkpoint has.
             rules.append(Drop(theirs=r"pooler\..*"))
+
         rules += [Rename(theirs, ours) for theirs, ours in variant.names.items()]
         return KeyMap(*rules, prefixes=[f"{variant.prefix}."], old_names=_OLD_NAMES)
-
-    @override
-    def has_our_names(self, keys: Collection[str], config: object) -> bool:
-        return any(key.startswith("frontend.") for key in keys)
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:

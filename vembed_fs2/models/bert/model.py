@@ -51,18 +51,21 @@ class BertModel(TextBackboneModel):
     @override
     def encode_tokens(self, batch: EncoderBatch) -> Tensor:
         assert batch.text is not None
+
         mask = batch.text.attention_mask
         seqs = self.frontend(batch.text.input_ids, mask, batch.text.token_type_ids)
         if self.relative_positions is not None:
             return self.encoder(seqs, RelativeLayout(seqs, mask, self.relative_positions(seqs.size(1))))
+
         if mask is not None and should_pack(mask, needed=self.needs_packing):
             layout = PackedLayout(mask)
             return layout.pad(self.encoder(layout.pack(seqs), layout))
+
         return self.encoder(seqs, PaddedLayout(seqs, mask))
 
     @override
     def pool_tokens(self, seqs: Tensor) -> Tensor | None:
-        if self.head.pooling != "pooler":
+        if not self.head.config.reads_pooler:
             return None
         assert self.pooler is not None
         return torch.tanh(self.pooler(seqs[:, 0]))
@@ -111,10 +114,12 @@ class BertFrontend(Module):
         length = input_ids.size(1)
         if length > self.max_length:
             raise DataError(f"A text has {length} tokens, but the model takes at most {self.max_length}. Truncate it.")
+
         # In the order in which transformers adds them, for equal rounding.
         seqs = self.embed(input_ids)
         if self.type_embed is not None:
             seqs = seqs + self.type_embed(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
+
         seqs = seqs + self.pos_embed(self._positions(input_ids, mask))
         states: Tensor = self.dropout(self.layer_norm(seqs))
         return states
@@ -124,7 +129,8 @@ class BertFrontend(Module):
         pad_idx = self.pos_embed.pad_idx
         if pad_idx is None:
             return torch.arange(input_ids.size(1), device=input_ids.device)
-        # What is padded may have any id: batches are joined with another one.
+
+        # Padding may have any id: batches are joined with another one.
         counts = input_ids != pad_idx if mask is None else (input_ids != pad_idx) & mask.bool()
         return counts.cumsum(1) * counts + pad_idx
 

@@ -6,20 +6,18 @@ Shapes: T texts, L tokens, H heads (of this tensor parallel rank), A all heads, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, final
 
 import torch
 from fairseq2.error import NotSupportedError
 from fairseq2.gang import get_current_gangs
-from fairseq2.models.transformer import SDPA, AttentionBiasCache
 from fairseq2.nn import BatchLayout, StandardEmbedding
 from fairseq2.ops.tensor_parallel import reduce_on_backward
 from torch import Tensor
 from torch.nn import Module
 from typing_extensions import override
 
-from vembed_fs2.models.common.attention import PaddedLayout, attend
+from vembed_fs2.models.common.attention import EncoderSDPA, PaddedLayout, attend
 
 NUM_BUCKETS: Final = 32
 """The buckets that transformers' MPNet puts distances in, whatever its configuration says."""
@@ -35,9 +33,12 @@ class RelativePositions(Module):
     one bucket each for the near ones, then wider and wider ones.
     """
 
-    def __init__(self, num_buckets: int, num_heads: int, init_fn: Callable[[StandardEmbedding], None]) -> None:
+    def __init__(self, embed: StandardEmbedding) -> None:
+        """
+        :param embed: the bias of each head for each bucket of distances.
+        """
         super().__init__()
-        self.embed = StandardEmbedding(num_buckets, num_heads, init_fn=init_fn)
+        self.embed = embed
         self.tp_gang = get_current_gangs().tp
 
     @override
@@ -47,10 +48,12 @@ class RelativePositions(Module):
         :returns: what to add to the attention weights. *Shape:* ``[H, L, L]``.
         """
         distances = torch.arange(1 - length, length, device=self.embed.weight.device)
+
         bias_AR = self.embed(_bucket_of(distances)).transpose(0, 1)
         if self.tp_gang.size > 1:
             # Each rank has some of the heads, and so the gradient of only these.
             bias_AR = reduce_on_backward(bias_AR, self.tp_gang).chunk(self.tp_gang.size)[self.tp_gang.rank]
+
         # Token i is (length - 1 - i) distances away from the first column of the last row.
         return bias_AR.unfold(1, length, 1).flip(1)
 
@@ -63,9 +66,11 @@ def _bucket_of(distances: Tensor) -> Tensor:
     half = NUM_BUCKETS // 2
     exact = half // 2
     size = distances.abs()
+
     # In the order of transformers' operations, for equal rounding.
     wide = torch.log(size.clamp(min=1).float() / exact) / math.log(_MAX_DISTANCE / exact) * (half - exact)
     wide = (exact + wide.long()).clamp(max=half - 1)
+
     return torch.where(size < exact, size, wide) + (distances > 0) * half
 
 
@@ -82,6 +87,7 @@ class RelativeLayout(PaddedLayout):  # type: ignore[misc]  # final in fairseq2
         :param bias: *Shape:* ``[H, L, L]``.
         """
         super().__init__(seqs, mask)
+
         self.bias = bias.unsqueeze(0)
         if self.mask is not None:
             padding = bias.new_zeros(self.mask.shape).masked_fill_(~self.mask, -torch.inf)
@@ -89,32 +95,15 @@ class RelativeLayout(PaddedLayout):  # type: ignore[misc]  # final in fairseq2
 
 
 @final
-class RelativeSDPA(SDPA):
+class RelativeSDPA(EncoderSDPA):
     """Scaled dot-product attention with the bias of a :class:`RelativeLayout`.
 
-    It is used whatever default the user set in fairseq2, where no other takes a bias that is learned.
+    It is used whatever default the user set in fairseq2, because no other takes a learned bias.
     """
 
-    def __init__(self, *, dropout_p: float = 0.0) -> None:
-        super().__init__()
-        self.dropout_p = dropout_p
-
     @override
-    def forward(
-        self,
-        q: Tensor,
-        q_layout: BatchLayout,
-        k: Tensor,
-        k_layout: BatchLayout,
-        v: Tensor,
-        bias_cache: AttentionBiasCache,
-        *,
-        needs_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        if needs_weights or not isinstance(k_layout, RelativeLayout):
-            raise NotSupportedError(f"`{RelativeSDPA}` needs a `{RelativeLayout}`, and does not return weights.")
-        return attend(q, k, v, k_layout.bias, dropout_p=self.dropout_p if self.training else 0.0), None
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout, dropout_p: float) -> Tensor:
+        if not isinstance(layout, RelativeLayout):
+            raise NotSupportedError(f"`{RelativeSDPA}` needs a `{RelativeLayout}`.")
 
-    @override
-    def extra_repr(self) -> str:
-        return f"dropout_p={self.dropout_p:G}"
+        return attend(q, k, v, layout.bias, dropout_p=dropout_p)

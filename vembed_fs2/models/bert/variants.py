@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from vembed_fs2.models.common.interop import TEXT_FIELDS
+
 
 @dataclass(frozen=True, kw_only=True)
 class BertVariant:
@@ -40,13 +42,7 @@ class BertVariant:
 
 
 _FIELDS: Final[dict[str, tuple[str, type]]] = {
-    "hidden_size": ("model_dim", int),
-    "max_position_embeddings": ("max_seq_len", int),
-    "vocab_size": ("vocab_size", int),
-    "pad_token_id": ("pad_idx", int),
-    "num_hidden_layers": ("num_layers", int),
-    "num_attention_heads": ("num_attn_heads", int),
-    "intermediate_size": ("ffn_inner_dim", int),
+    **TEXT_FIELDS,
     "hidden_act": ("activation", str),
     "hidden_dropout_prob": ("dropout_p", float),
     "attention_probs_dropout_prob": ("attn_dropout_p", float),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.clip.config import ClipConfig
 
 
 def register_clip_archs(container: DependencyContainer) -> None:
     """Register the architectures, the base first; the others say how they differ from it."""
-    arch = ConfigRegistrar(container, ClipConfig)
+    arch = ArchRegistrar(container, ClipConfig)
 
     @arch("vit_base_patch32")
     def vit_base_patch32() -> ClipConfig:
@@ -39,6 +39,7 @@ def register_clip_archs(container: DependencyContainer) -> None:
         config.vision.ffn_inner_dim = 4096
         config.vision.patch_size = 14
         config.vision.single_tower_dim = 768
+
         return config
 
     @arch("vit_large_patch14_336")
@@ -88,6 +89,7 @@ def register_clip_archs(container: DependencyContainer) -> None:
         config.vision.ffn_inner_dim = 5120
         config.vision.patch_size = 14
         config.vision.single_tower_dim = 1024
+
         return config
 
     @arch("vit_huge_patch14")
@@ -130,6 +132,7 @@ def register_clip_archs(container: DependencyContainer) -> None:
             tower.num_attn_heads = 4
             tower.ffn_inner_dim = 128
             tower.single_tower_dim = 64
+
         config.text.vocab_size = 128
         config.text.max_seq_len = 32
         config.text.pad_idx = 0
@@ -137,6 +140,7 @@ def register_clip_archs(container: DependencyContainer) -> None:
         config.text.eos_idx = 127
         config.vision.image_size = 16
         config.vision.patch_size = 4
+
         return config
 
 
@@ -157,4 +161,5 @@ def _as_clipa(config: ClipConfig) -> ClipConfig:
     config.text.causal = False
     config.vision.pre_norm = False
     config.vision.pooling = "mean"
+
     return config

@@ -8,9 +8,9 @@ from typing import Final, get_args
 from fairseq2.utils.validation import ValidationResult
 from typing_extensions import override
 
-from vembed_fs2.embedding.model import EmbeddingModelConfig
+from vembed_fs2.embedding.model import EmbeddingModelConfig, HeadConfig
 from vembed_fs2.models.clip.model import TextPooling, VisionPooling
-from vembed_fs2.models.common.checks import check_choice, check_positive, check_probabilities, to_result
+from vembed_fs2.models.common.checks import check_choice, check_head, check_positive, check_probabilities, to_result
 from vembed_fs2.models.common.dual import DualTowerConfig
 from vembed_fs2.models.common.vision import as_pair
 
@@ -178,7 +178,7 @@ class ClipVisionConfig(ClipTowerConfig):
 
 @dataclass(kw_only=True)
 class ClipConfig(EmbeddingModelConfig):
-    """The configuration of a CLIP model. The defaults are those of ViT-B/32."""
+    """The configuration of a CLIP model. The defaults describe ViT-B/32."""
 
     text: ClipTextConfig = field(default_factory=ClipTextConfig)
     """The text Transformer."""
@@ -189,6 +189,12 @@ class ClipConfig(EmbeddingModelConfig):
     projection_dim: int = 512
     """The dimensionality of embeddings."""
 
+    head: HeadConfig | None = None
+    """
+    What follows the projected states of texts and of images, if not the pooling
+    of each Transformer itself (``pooler`` means that one).
+    """
+
     logit_scale_init: float = 2.6592
     """The initial log inverse temperature."""
 
@@ -196,4 +202,4 @@ class ClipConfig(EmbeddingModelConfig):
     """If ``False``, the temperature keeps its value in training."""
 
     def validate(self) -> ValidationResult:
-        return to_result(check_positive(self, "projection_dim"))
+        return to_result(check_positive(self, "projection_dim"), check_head(self.head, self.projection_dim))

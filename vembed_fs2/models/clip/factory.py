@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch.nn as nn
 from fairseq2.nn import Linear, ResidualConnect
-from torch.nn import Conv2d
 
 from vembed_fs2.models.clip.config import ClipConfig, ClipTextConfig, ClipTowerConfig
 from vembed_fs2.models.clip.model import ClipModel, ClipTextTower, ClipVisionFrontend, ClipVisionTower
 from vembed_fs2.models.common.checks import require_valid
-from vembed_fs2.models.common.dual import TowerBuilder, create_embedding, create_text_frontend
-from vembed_fs2.models.common.factory import ModelFactory
+from vembed_fs2.models.common.dual import TowerBuilder, create_text_frontend
+from vembed_fs2.models.common.factory import ModelFactory, create_embedding, normal_init
 from vembed_fs2.models.common.vision import BranchResidual, LayerScale, PatchProjection, as_pair
 
 
@@ -23,7 +19,9 @@ class ClipFactory(ModelFactory[ClipConfig]):
         config = self._config
         text = create_text_tower(config.text, config.projection_dim)
 
-        model = ClipModel(text, self.create_vision_tower(), config.logit_scale_init, config.train_logit_scale)
+        model = ClipModel(
+            text, self.create_vision_tower(), config.logit_scale_init, config.train_logit_scale, config.head
+        )
         model.tokens_per_image = config.vision.num_patches + 1
         model.image_shape = (config.vision.num_channels, *as_pair(config.vision.image_size))
 
@@ -49,7 +47,7 @@ class ClipFactory(ModelFactory[ClipConfig]):
 
         # fairseq2's patch extractor always has a bias, and CLIP's has none.
         patch_proj = PatchProjection(
-            config.num_channels, config.model_dim, config.patch_size, bias=False, init_fn=_normal(std)
+            config.num_channels, config.model_dim, config.patch_size, bias=False, init_fn=normal_init(std)
         )
         pos_embed = create_embedding(config.num_patches + 1, config.model_dim, std)
 
@@ -99,7 +97,7 @@ def _create_builder(config: ClipTowerConfig, *, causal: bool = False) -> TowerBu
 
     def init_ffn(proj: Linear) -> None:
         # One function initialises both; the input size tells them apart.
-        _normal(inner_std if proj.input_dim == config.model_dim else std * depth_scale)(proj)
+        normal_init(inner_std if proj.input_dim == config.model_dim else std * depth_scale)(proj)
 
     def create_residual() -> ResidualConnect | None:
         if config.layer_scale_init is None:
@@ -109,8 +107,8 @@ def _create_builder(config: ClipTowerConfig, *, causal: bool = False) -> TowerBu
 
     return TowerBuilder(
         config,
-        init_qkv=_normal(std * depth_scale),
-        init_output=_normal(std),
+        init_qkv=normal_init(std * depth_scale),
+        init_output=normal_init(std),
         init_ffn=init_ffn,
         causal=causal,
         create_residual=create_residual,
@@ -118,13 +116,4 @@ def _create_builder(config: ClipTowerConfig, *, causal: bool = False) -> TowerBu
 
 
 def _create_projection(model_dim: int, projection_dim: int, *, bias: bool = False) -> Linear:
-    return Linear(model_dim, projection_dim, bias=bias, init_fn=_normal(model_dim**-0.5))
-
-
-def _normal(std: float) -> Callable[[Linear | Conv2d], None]:
-    def init_projection(proj: Linear | Conv2d) -> None:
-        nn.init.normal_(proj.weight, std=std)
-        if proj.bias is not None:
-            nn.init.zeros_(proj.bias)
-
-    return init_projection
+    return Linear(model_dim, projection_dim, bias=bias, init_fn=normal_init(model_dim**-0.5))

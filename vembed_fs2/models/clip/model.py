@@ -21,10 +21,11 @@ from torch.nn import Conv2d, Module, ModuleList, Parameter
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from vembed_fs2.embedding.head import pool
+from vembed_fs2.embedding.head import Head, HeadConfig, States, pool
+from vembed_fs2.embedding.learned import LOGIT_SCALE, LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.models.common.attention import PaddedLayout
-from vembed_fs2.models.common.dual import TextFrontend
+from vembed_fs2.models.common.dual import TextFrontend, counted_tokens
 from vembed_fs2.models.common.vision import resize_positions
 
 TextPooling: TypeAlias = Literal["clip", "eos", "first", "last"]
@@ -51,7 +52,7 @@ class ClipTextTower(Module):
     ) -> None:
         """
         :param pooling: which position; see :class:`~vembed_fs2.models.clip.ClipTextConfig`.
-        :param pad_id: what fills each text up to the full length, where the model sees padding; else ``None``.
+        :param pad_id: the token that fills each text up to the full length, if the model sees padding; else ``None``.
         """
         super().__init__()
         self.frontend = frontend
@@ -62,8 +63,8 @@ class ClipTextTower(Module):
         self.pad_id = pad_id
 
     @override
-    def forward(self, ids_TL: Tensor, mask_TL: Tensor | None) -> Tensor:
-        """Encode texts; return ``[T, D]``.
+    def forward(self, ids_TL: Tensor, mask_TL: Tensor | None, head: HeadConfig) -> States:
+        """Encode texts; return what ``head`` reads, projected: token states ``[T, L, D]``, the text's ``[T, D]``.
 
         :param mask_TL: True for tokens, which come before the padding. It only
             keeps padding from being taken for the end token: causal attention
@@ -74,9 +75,13 @@ class ClipTextTower(Module):
             raise ValueError(f"Texts must have at most {max_length} tokens, but one has {ids_TL.size(1)} instead.")
         if self.pad_id is not None:
             ids_TL, mask_TL = _fill(ids_TL, mask_TL, max_length, self.pad_id), None
+
         seqs_TLM, layout = self.frontend(ids_TL, PaddedLayout(ids_TL, None))
         seqs_TLM = self.encoder(seqs_TLM, layout)
-        return self.proj(self._pool(seqs_TLM, ids_TL, mask_TL))
+        tokens_TLD = self.proj(seqs_TLM) if head.reads_states else None
+        pooled_TD = self.proj(self._pool(seqs_TLM, ids_TL, mask_TL)) if head.reads_pooler else None
+
+        return States(tokens_TLD, None, pooled_TD)
 
     def _pool(self, seqs_TLM: Tensor, ids_TL: Tensor, mask_TL: Tensor | None) -> Tensor:
         """The state that stands for each text. *Returns:* ``[T, M]``."""
@@ -84,6 +89,7 @@ class ClipTextTower(Module):
             return seqs_TLM[:, 0]
         if self.pooling == "last":
             return seqs_TLM[:, -1]
+
         rows = torch.arange(ids_TL.size(0), device=ids_TL.device, dtype=torch.int64)
         return seqs_TLM[rows, self._end_positions(ids_TL, mask_TL)]
 
@@ -147,16 +153,19 @@ class ClipVisionFrontend(Module):
         x_PMhw = self.patch_proj(x_PCHW.to(self.patch_proj.weight.dtype))
         positions_SM = self._positions(x_PMhw.size(2), x_PMhw.size(3))
         class_P1M = self.class_embed.expand(x_PMhw.size(0), 1, -1)
+
         seqs_PSM = torch.cat([class_P1M, x_PMhw.flatten(2).transpose(1, 2)], dim=1) + positions_SM
         if self.training and self.patch_dropout_p > 0.0:
             seqs_PSM = self._drop_patches(seqs_PSM)
+
         return seqs_PSM if self.layer_norm is None else self.layer_norm(seqs_PSM)
 
     def _positions(self, height: int, width: int) -> Tensor:
-        """Positions of a grid of ``height`` x ``width`` patches, resized from the trained grid where it differs."""
+        """Positions of a grid of ``height`` x ``width`` patches, resized from the trained grid if that differs."""
         table_SM = self.pos_embed.weight
         if (height, width) == self.grid:
             return table_SM
+
         grid_hwM = table_SM[1:].reshape(*self.grid, -1)
         return torch.cat([table_SM[:1], resize_positions(grid_hwM, height, width)])
 
@@ -167,28 +176,32 @@ class ClipVisionFrontend(Module):
         draws_PS = torch.rand((num_images, size - 1), device=seqs_PSM.device, dtype=torch.float32)
         index_PS = draws_PS.topk(num_kept, dim=1).indices + 1
         patches_PSM = seqs_PSM.gather(1, index_PS.unsqueeze(2).expand(-1, -1, model_dim))
+
         return torch.cat([seqs_PSM[:, :1], patches_PSM], dim=1)
 
     if TYPE_CHECKING:
         __call__ = forward
 
 
-class ImageTower(Module, ABC):
+class VisionTower(Module, ABC):
     """An image Transformer that projects to the space of a :class:`ClipModel`."""
 
     encoder: StandardTransformerEncoder
 
     @abstractmethod
     @override
-    def forward(self, x_PCHW: Tensor) -> Tensor:
-        """Encode images of any size; return ``[P, D]``."""
+    def forward(self, x_PCHW: Tensor, head: HeadConfig) -> States:
+        """Encode images of any size; return what ``head`` reads, projected.
+
+        Class token and patches have states ``[P, S, D]``, and the image has one of its own, ``[P, D]``.
+        """
 
     if TYPE_CHECKING:
         __call__ = forward
 
 
 @final
-class ClipVisionTower(ImageTower):
+class ClipVisionTower(VisionTower):
     """A Vision Transformer; the state of the class token, or the mean of the patches', is the image."""
 
     def __init__(
@@ -210,11 +223,12 @@ class ClipVisionTower(ImageTower):
         self.norm_after_pooling = norm_after_pooling
 
     @override
-    def forward(self, x_PCHW: Tensor) -> Tensor:
-        """Encode images of any size; return ``[P, D]``."""
+    def forward(self, x_PCHW: Tensor, head: HeadConfig) -> States:
         seqs_PSM = self.frontend(x_PCHW)
         seqs_PSM = self.encoder(seqs_PSM, PaddedLayout(seqs_PSM, None))
-        return self.proj(self._pool(seqs_PSM))
+        tokens_PSD = self.proj(self.layer_norm(seqs_PSM)) if head.reads_states else None
+        pooled_PD = self.proj(self._pool(seqs_PSM)) if head.reads_pooler else None
+        return States(tokens_PSD, None, pooled_PD, num_prefix_tokens=1)
 
     def _pool(self, seqs_PSM: Tensor) -> Tensor:
         """The normalised state that stands for each image. *Returns:* ``[P, M]``."""
@@ -234,44 +248,43 @@ class ClipModel(EmbeddingModel):
     modalities = frozenset({"text", "image"})
 
     def __init__(
-        self, text: ClipTextTower, vision: ImageTower, logit_scale_init: float, train_logit_scale: bool
+        self,
+        text: ClipTextTower,
+        vision: VisionTower,
+        logit_scale_init: float,
+        train_logit_scale: bool,
+        head: HeadConfig | None = None,
     ) -> None:
         """
         :param logit_scale_init: The initial log inverse temperature.
         :param train_logit_scale: If ``False``, it is a buffer, which no recipe can train by accident.
+        :param head: the head after the towers; ``None`` for their own poolings.
         """
         super().__init__()
         self.text = text
         self.vision = vision
-        self.embedding_dim = text.proj.output_dim
+        self.towers = {"text": ["text"], "image": ["vision"]}
+        self.head = Head(head or HeadConfig(pooling="pooler"), text.proj.output_dim)
         self.max_text_length = text.frontend.pos_embed.num_embeddings
-        self._logit_scale_init = logit_scale_init
-        if train_logit_scale:
-            self.logit_scale = Parameter(torch.empty(1))
-        else:
-            del self.logit_scale
-            self.register_buffer("logit_scale", torch.empty(1))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        assert self.logit_scale is not None
-        nn.init.constant_(self.logit_scale, self._logit_scale_init)
+        self.add_learned_parts([LearnedPart(name=LOGIT_SCALE, mean=logit_scale_init, is_trained=train_logit_scale)])
 
     @override
-    def encode_text(self, batch: EncoderBatch) -> Tensor:
-        """Encode the texts of ``batch``. *Returns:* ``[T, D]``.
+    def encode_text_states(self, batch: EncoderBatch) -> States:
+        """Encode the texts of ``batch``.
 
         Texts must hold the end token of the configuration, as CLIP's tokenizers
         write it; like in transformers, the first token stands for a text without.
         """
-        assert batch.text is not None
-        return self.text(batch.text.input_ids, batch.text.attention_mask)
+        text = batch.text
+        assert text is not None
+        states = self.text(text.input_ids, text.attention_mask, self.head.config)
+        return states if states.tokens is None else states._replace(mask=counted_tokens(text, states.tokens.size(1)))
 
     @override
-    def encode_image(self, batch: EncoderBatch) -> Tensor:
-        """Encode the images of ``batch``, of any size of at least one patch. *Returns:* ``[P, D]``."""
+    def encode_image_states(self, batch: EncoderBatch) -> States:
+        """Encode the images of ``batch``, of any size of at least one patch."""
         assert batch.images is not None
-        return self.vision(batch.images.values)
+        return self.vision(batch.images.values, self.head.config)
 
     @override
     def layer_stacks(self) -> list[ModuleList]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.formats.key_map import SCALAR, TRANSPOSED, Drop, KeyMap, Rename, Reshape, Rule, Split
+from vembed_fs2.formats.checkpoint import config_errors, drop_learned
+from vembed_fs2.formats.key_map import SCALAR, TRANSPOSED, KeyMap, Rename, Reshape, Rule, Split
 from vembed_fs2.formats.open_clip import (
     BLOCK_OPTIONS,
     OpenClipFormat,
@@ -21,7 +23,6 @@ from vembed_fs2.formats.open_clip import (
 )
 from vembed_fs2.models.clip.config import ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig
 from vembed_fs2.models.clip.model import LEGACY_EOS_ID
-from vembed_fs2.models.family import config_errors
 
 _TOWER_DEFAULTS: Final = {
     "width": 512,
@@ -123,18 +124,29 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> ClipConfig:
         logit_scale_init=options["init_logit_scale"],
         logit_bias_init=read_number(options["init_logit_bias"], "init_logit_bias"),
     )
+    check_config(config)
+
+    return config
+
+
+def check_config(config: object) -> None:
+    """Check a configuration that was made of ``model_cfg``.
+
+    :raises ModelLoadError: it is not valid; the message has our names of the fields.
+    """
     if errors := config_errors(config):
         raise ModelLoadError(f"`model_cfg` is not valid. {' '.join(errors)}")
-    return config
 
 
 def text_config_from_open_clip(model_cfg: Mapping[str, Any]) -> ClipTextConfig:
     """Convert ``text_cfg`` of ``model_cfg``. See :func:`config_from_open_clip`."""
     options = read_model_options(model_cfg)
     values = read_options(options["text_cfg"], "text_cfg.", _TEXT_DEFAULTS, fixed=_TEXT_FIXED, ignored=_TEXT_IGNORED)
+
     pooling = values["pool_type"]
     if pooling not in ("argmax", "eos", "first", "last"):
         raise ModelLoadError(f"`text_cfg.pool_type` is '{pooling}', which is not supported.")
+
     return ClipTextConfig(
         **_read_tower(values, "text_cfg.", options),
         num_attn_heads=values["heads"],
@@ -153,11 +165,13 @@ def _read_vision(options: Mapping[str, Any]) -> ClipVisionConfig:
     values = read_options(
         options["vision_cfg"], "vision_cfg.", _VISION_DEFAULTS, fixed=_VISION_FIXED, ignored=_VISION_IGNORED
     )
+
     pooling = values["pool_type"]
     if pooling not in ("tok", "avg"):
         raise ModelLoadError(f"`vision_cfg.pool_type` is '{pooling}', which is not supported.")
     if values["head_width"] < 1:
         raise ModelLoadError("`vision_cfg.head_width` must be at least 1.")
+
     return ClipVisionConfig(
         **_read_tower(values, "vision_cfg.", options),
         num_attn_heads=values["width"] // values["head_width"],
@@ -193,6 +207,7 @@ def config_to_open_clip(config: ClipConfig) -> dict[str, Any]:
         raise VembedError(f"open_clip has no models of {vision.num_channels} image channels (`vision.num_channels`).")
     if (config.text.activation == "quick_gelu") != (vision.activation == "quick_gelu"):
         raise VembedError("open_clip has no models with `quick_gelu` as the `activation` of one Transformer only.")
+
     vision_cfg = _write_tower(vision) | {
         "head_width": vision.model_dim // vision.num_attn_heads,
         "image_size": vision.image_size,
@@ -202,6 +217,7 @@ def config_to_open_clip(config: ClipConfig) -> dict[str, Any]:
         "pool_type": "tok" if vision.pooling == "cls" else "avg",
         "final_ln_after_pool": vision.pooling == "mean" and vision.norm_after_pooling,
     }
+
     model_cfg = {
         "embed_dim": config.projection_dim,
         "quick_gelu": vision.activation == "quick_gelu",
@@ -211,6 +227,7 @@ def config_to_open_clip(config: ClipConfig) -> dict[str, Any]:
     }
     if config.logit_bias_init is not None:
         model_cfg["init_logit_bias"] = config.logit_bias_init
+
     return model_cfg
 
 
@@ -218,6 +235,7 @@ def text_config_to_open_clip(config: ClipTextConfig) -> dict[str, Any]:
     """Convert to ``text_cfg``. See :func:`config_to_open_clip`."""
     is_highest = config.pooling == "clip" and config.eos_idx == LEGACY_EOS_ID
     pooling = "eos" if config.pooling == "clip" else config.pooling
+
     return _write_tower(config) | {
         "context_length": config.max_seq_len,
         "vocab_size": config.vocab_size,
@@ -240,17 +258,19 @@ def _write_tower(config: ClipTowerConfig) -> dict[str, Any]:
         values["ls_init_value"] = config.layer_scale_init
     if config.layer_norm_eps != 1e-5:
         values["norm_kwargs"] = {"eps": config.layer_norm_eps}
+
     if config.activation == "gelu_pytorch_tanh":
         values["act_kwargs"] = {"approximate": "tanh"}
     elif config.activation not in ("gelu", "quick_gelu"):
         raise VembedError(f"open_clip has no models whose `activation` is '{config.activation}'.")
+
     return values
 
 
 def key_map_of_open_clip(config: ClipConfig) -> KeyMap:
     """Return how the tensors of open_clip become ours. Those that are not known stay as they are."""
     return KeyMap(
-        *LEARNED_RULES,
+        *list_learned_rules(config),
         *list_text_rules("", has_bias=config.text.proj_bias),
         *(Rename(theirs, ours) for theirs, ours in _VISION_KEYS.items()),
         *_list_layer_rules("visual.", "vision"),
@@ -260,13 +280,10 @@ def key_map_of_open_clip(config: ClipConfig) -> KeyMap:
     )
 
 
-LEARNED_RULES: Final[Sequence[Rule]] = (
-    Reshape("logit_scale", "logit_scale", SCALAR),
-    Reshape("logit_bias", "logit_bias", SCALAR),
-    # Of no use without the teacher.
-    Drop(ours="teacher_projection"),
-)
-"""The rules of what objectives learn."""
+def list_learned_rules(config: object) -> list[Rule]:
+    """Return the rules of what objectives learn."""
+    kept = (LOGIT_SCALE, LOGIT_BIAS)
+    return [*(Reshape(name, name, SCALAR) for name in kept), drop_learned(config, kept=kept)]
 
 
 def list_text_rules(prefix: str, *, has_bias: bool) -> list[Rule]:
@@ -284,6 +301,7 @@ def list_text_rules(prefix: str, *, has_bias: bool) -> list[Rule]:
 
 def _list_layer_rules(prefix: str, tower: str) -> list[Rule]:
     theirs, ours = f"{prefix}transformer.resblocks.*", f"{tower}.encoder.layers.*"
+
     return [
         *(
             # torch's own attention holds the three projections in one tensor.

@@ -5,6 +5,7 @@ Shapes: N sequences, S tokens, H heads, K head size.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Final, final
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
 
+from vembed_fs2.fairseq2_seams import OpenBatchLayout
 from vembed_fs2.models.common.dropout import Masks, has_fast_masks
 from vembed_fs2.models.common.dropout_attention import attend_with_dropout
 
@@ -36,14 +38,28 @@ _MATMUL_WIDTH: Final = 1024
 _PACKED_FROM: Final = 0.1
 
 
-class PaddedLayout(BatchLayout):  # type: ignore[misc]  # final in fairseq2
+def _of_full(name: str) -> Any:
+    """Make a property that is the one of that name of the full layout."""
+    return property(lambda self: getattr(self.full(), name))
+
+
+class PaddedLayout(OpenBatchLayout):  # type: ignore[misc]  # its base is final
     """A batch layout that is known by its mask.
 
     fairseq2's layout holds the lengths as Python integers, for which the host
     has to wait for the device, and writes its position table one row at a time.
-    Attention needs neither where it has the mask, so this layout works them out
-    when something first asks for them (Flash Attention does).
+    Attention needs neither if it has the mask, so this layout wraps a full one,
+    which it makes when something first asks for it (Flash Attention does).
     """
+
+    seq_begin_indices = _of_full("seq_begin_indices")
+    seq_begin_indices_pt = _of_full("seq_begin_indices_pt")
+    seq_lens = _of_full("seq_lens")
+    seq_lens_pt = _of_full("seq_lens_pt")
+    min_seq_len = _of_full("min_seq_len")
+    max_seq_len = _of_full("max_seq_len")
+    position_indices = _of_full("position_indices")
+    padded = _of_full("padded")
 
     mask: Tensor | None
     """True for tokens; ``None`` if nothing is padded. *Shape:* ``[N, S]``, bool."""
@@ -53,25 +69,43 @@ class PaddedLayout(BatchLayout):  # type: ignore[misc]  # final in fairseq2
         :param seqs: the padded sequences. *Shape:* ``[N, S, *]``.
         :param mask: True for tokens, which precede the padding. *Shape:* ``[N, S]``.
         """
+        # Not the constructor of the base class, which waits for the device.
         self._shape = (seqs.size(0), seqs.size(1))
         self._device = seqs.device
+        self._full: BatchLayout | None = None
+
         if mask is not None:
             mask = mask.bool()
             # Free on the CPU, and worth a faster kernel.
             if mask.device == CPU and bool(mask.all()):
                 mask = None
+
         self.mask = mask
 
-    def __getattr__(self, name: str) -> Any:
-        # The attributes of the base class, at their first use.
-        if not name.startswith("_") or name.startswith("__") or "_width" in self.__dict__:
-            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-        seq_lens = None if self.mask is None else self.mask.sum(1).tolist()
-        super().__init__(self._shape, seq_lens, device=self._device)
-        return getattr(self, name)
+    def full(self) -> BatchLayout:
+        """Return fairseq2's own layout, the same one each time."""
+        if self._full is None:
+            seq_lens = None if self.mask is None else self.mask.sum(1).tolist()
+            self._full = BatchLayout(self._shape, seq_lens, device=self._device)
+
+        return self._full
+
+    @property
+    @override
+    def width(self) -> int:
+        return self._shape[1]
+
+    @property
+    @override
+    def packed(self) -> bool:
+        return False
+
+    @override
+    def __repr__(self) -> str:
+        return repr(self.full())
 
 
-class PackedLayout(BatchLayout):  # type: ignore[misc]  # final in fairseq2
+class PackedLayout(OpenBatchLayout):  # type: ignore[misc]  # its base is final
     """The layout of sequences that stand one after the other, without padding.
 
     What is done to each token by itself, nearly all of a Transformer's work, is
@@ -82,7 +116,7 @@ class PackedLayout(BatchLayout):  # type: ignore[misc]  # final in fairseq2
     """True for tokens of the padded batch. *Shape:* ``[N, S]``, bool."""
 
     indices: Tensor
-    """Where the tokens stand in the padded batch, row after row. *Shape:* ``[tokens]``."""
+    """The positions of the tokens in the padded batch, row after row. *Shape:* ``[tokens]``."""
 
     def __init__(self, mask: Tensor) -> None:
         """
@@ -124,14 +158,18 @@ def should_pack(mask: Tensor, *, needed: bool) -> bool:
     return int(mask.sum()) < (1.0 - _PACKED_FROM) * mask.numel()
 
 
-@final
-class PaddedSDPA(SDPA):
-    """Scaled dot-product attention of every token to all tokens of its sequence, or (causal) to those before it."""
+class EncoderSDPA(SDPA):
+    """Base of the attention of encoders, which looks at the layout of the keys and gives no weights."""
 
-    def __init__(self, *, dropout_p: float = 0.0, causal: bool = False) -> None:
+    takes_packed: bool = False
+    """If ``True``, :meth:`attend` takes packed sequences; else they are padded before it and packed after it."""
+
+    def __init__(self, *, dropout_p: float = 0.0) -> None:
+        """
+        :param dropout_p: the dropout probability on attention weights.
+        """
         super().__init__()
         self.dropout_p = dropout_p
-        self.causal = causal
 
     @override
     def forward(
@@ -146,31 +184,53 @@ class PaddedSDPA(SDPA):
         needs_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         if needs_weights:
-            raise NotSupportedError(f"`{PaddedSDPA}` does not support `needs_weights`.")
-        if isinstance(k_layout, PackedLayout):
-            return attend_padded(self, q, k, v, k_layout, bias_cache), None
-        # Padding follows the tokens, so a causal token does not see it anyway.
-        mask = None if self.causal else _key_mask(k, k_layout)
+            raise NotSupportedError(f"`{type(self)}` does not support `needs_weights`.")
+
         dropout_p = self.dropout_p if self.training else 0.0
-        bias = None if mask is None else mask[:, None, None, :]
-        return attend(q, k, v, bias, dropout_p=dropout_p, causal=self.causal), None
+        if not isinstance(k_layout, PackedLayout) or self.takes_packed:
+            return self.attend(q, k, v, k_layout, dropout_p), None
+
+        q, k, v = (k_layout.pad(x) for x in (q, k, v))
+        attns = self.attend(q, k, v, PaddedLayout(q, k_layout.mask), dropout_p)
+
+        return k_layout.pack(attns), None
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout, dropout_p: float) -> Tensor:
+        """Compute scaled dot-product attention.
+
+        :param q: *Shape:* ``[N, S, H, K]``; ``[tokens, H, K]`` if the batch is packed.
+        :param k: as is ``v``, *Shape:* ``[N, S_kv, H, K]``; ``[tokens, H, K]`` if the batch is packed.
+        :param layout: the layout of the keys.
+        :param dropout_p: 0 unless the module is in training.
+        :returns: *Shape:* as is ``q``.
+        :raises NotSupportedError: the attention does not take the layout.
+        """
 
     @override
     def extra_repr(self) -> str:
-        return f"dropout_p={self.dropout_p:G}, causal={self.causal}"
+        return f"dropout_p={self.dropout_p:G}"
 
 
-def attend_padded(
-    sdpa: SDPA, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, bias_cache: AttentionBiasCache
-) -> Tensor:
-    """Compute the attention of packed sequences by one that takes padded ones.
+@final
+class PaddedSDPA(EncoderSDPA):
+    """Scaled dot-product attention of every token to all tokens of its sequence, or (causal) to those before it."""
 
-    :param q: as are ``k`` and ``v``, *Shape:* ``[tokens, H, K]``.
-    :returns: *Shape:* the same.
-    """
-    q, k, v = (layout.pad(x) for x in (q, k, v))
-    padded = PaddedLayout(q, layout.mask)
-    return layout.pack(sdpa(q, padded, k, padded, v, bias_cache)[0])
+    def __init__(self, *, dropout_p: float = 0.0, causal: bool = False) -> None:
+        super().__init__(dropout_p=dropout_p)
+        self.causal = causal
+
+    @override
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout, dropout_p: float) -> Tensor:
+        # Padding follows the tokens, so a causal token does not see it anyway.
+        mask = None if self.causal else _key_mask(k, layout)
+        bias = None if mask is None else mask[:, None, None, :]
+
+        return attend(q, k, v, bias, dropout_p=dropout_p, causal=self.causal)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, causal={self.causal}"
 
 
 def attend(
@@ -181,19 +241,21 @@ def attend(
     :param q: *Shape:* ``[N, S, H, K]``.
     :param k: as is ``v``, *Shape:* ``[N, S_kv, H, K]``.
     :param bias: True where a key counts, or what is added to the weights before the softmax.
-        *Shape:* ``[N, H, S, S_kv]``, where 1 stands for all.
+        *Shape:* ``[N, H, S, S_kv]``; a size of 1 stands for all.
     :param causal: if ``True``, the keys after a query do not count.
     :returns: *Shape:* ``[N, S, H, K]``.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.to(q.dtype)
+
     if has_fast_masks(q, dropout_p):
         attns = attend_with_dropout(q, k, v, bias, Masks(dropout_p), causal=causal)
     elif dropout_p == 0.0 and _is_slow_on_cpu(q):
         attns = _attend_by_matmul(q, k, v, bias, causal)
     else:
         attns = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, is_causal=causal)
+
     return attns.transpose(1, 2)
 
 
@@ -213,9 +275,11 @@ def _attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, caus
             bias = weights.new_zeros(bias.shape).masked_fill_(~bias, -torch.inf)
         if bias is not None:
             weights = weights + bias
+
         if causal:
             size = weights.size(-1)
             weights = weights + weights.new_full((size, size), -torch.inf).triu_(1)
+
         attns: Tensor = weights.softmax(-1) @ v
         return attns
 
@@ -227,6 +291,7 @@ def _key_mask(keys: Tensor, layout: BatchLayout) -> Tensor | None:
         raise NotSupportedError(f"`{PaddedSDPA}` does not support packed batches.")
     if not layout.padded:
         return None
+
     return torch.arange(keys.size(1), device=keys.device) < layout.seq_lens_pt.unsqueeze(1)
 
 

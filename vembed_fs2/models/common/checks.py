@@ -1,6 +1,6 @@
-"""What the configurations of all families check, and the sentences that say what is wrong.
+"""The checks that the configurations of all families share.
 
-Each function yields one sentence per error. The names are those of fields of ``config``.
+Each function yields one sentence per error. Names are names of fields of ``config``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 from fairseq2.utils.validation import ValidationResult
 
 from vembed_fs2.embedding.activations import create_activation
+from vembed_fs2.embedding.head import HeadConfig, validate_head
 from vembed_fs2.errors import ConfigError, ModelLoadError
 from vembed_fs2.formats.checkpoint import config_errors
 
@@ -94,3 +95,14 @@ def check_activation(config: object, name: str = "activation") -> Iterator[str]:
         create_activation(getattr(config, name), field=name)
     except ModelLoadError as ex:
         yield str(ex)
+
+
+def check_head(head: HeadConfig | None, embedding_dim: int, *, has_class_token: bool = True) -> list[str]:
+    """Check the head of a model of texts and images, if it has one.
+
+    :param embedding_dim: the size of the projected states.
+    :param has_class_token: whether images have a class token.
+    """
+    if head is None:
+        return []
+    return validate_head(head, embedding_dim, multi_vector=True, has_class_token=has_class_token)

@@ -1,4 +1,4 @@
-"""Dropout that is fast on CPUs, where torch spends a quarter of a training step on drawing masks."""
+"""Dropout that is fast on CPUs; torch spends a quarter of a training step there on drawing masks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Set elements to zero with probability ``p``, and scale the others to keep the mean.
 
     On CPUs four elements share one 64-bit random number, so ``p`` is rounded to
-    a multiple of 2^-15; the scale is that of the rounded value. Which elements
+    a multiple of 2^-15; the scale belongs to the rounded value. Which elements
     are dropped does not depend on the data type. The mask is not kept for the
     backward pass, but drawn again.
     """
@@ -75,8 +75,10 @@ class Masks:
         count = like.numel()
         words = self._generator.random_raw((count + 3) // 4)
         draws = torch.from_numpy(words.view(np.int16))[:count]
+
         # The low 15 bits minus the threshold are negative for dropped elements: their sign, repeated, is the mask.
         draws.bitwise_and_(2**15 - 1).sub_(self._threshold).bitwise_right_shift_(15)
+
         return draws.to(_BITS[like.dtype]).view(like.shape)
 
 
@@ -100,6 +102,7 @@ def _drop(x: Tensor, masks: Masks) -> Tensor:
         torch.mul(source, masks.scale, out=target)
         dropped = masks.draw(target)
         target.view(dropped.dtype).bitwise_and_(dropped.bitwise_not_())
+
     return y
 
 

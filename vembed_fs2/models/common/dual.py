@@ -10,20 +10,19 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-import torch.nn as nn
 from fairseq2.models.transformer import (
     StandardMultiheadAttention,
     StandardTransformerEncoder,
     StandardTransformerEncoderLayer,
     TransformerFrontend,
-    TransformerNormOrder,
 )
 from fairseq2.nn import BatchLayout, IncrementalStateBag, Linear, ResidualConnect, StandardEmbedding, StandardLayerNorm
 from fairseq2.utils.validation import ValidationResult
 from torch import Tensor
+from torch.nn.functional import pad
 from typing_extensions import override
 
-from vembed_fs2.embedding.activations import create_activation
+from vembed_fs2.embedding.inputs import TextInputs
 from vembed_fs2.models.common.attention import create_sdpa
 from vembed_fs2.models.common.checks import (
     check_activation,
@@ -33,27 +32,10 @@ from vembed_fs2.models.common.checks import (
     check_probabilities,
     to_result,
 )
+from vembed_fs2.models.common.config import TransformerSizes
+from vembed_fs2.models.common.factory import create_embedding
 from vembed_fs2.models.common.feed_forward import FusedFeedForwardNetwork
-
-
-@dataclass(kw_only=True)
-class TransformerSizes:
-    """The sizes of a Transformer."""
-
-    model_dim: int = 768
-    """The dimensionality of the Transformer."""
-
-    num_layers: int = 12
-    """The number of Transformer layers."""
-
-    num_attn_heads: int = 12
-    """The number of attention heads in Transformer layers."""
-
-    ffn_inner_dim: int = 3072
-    """The dimensionality of inner projection layers in feed-forward networks."""
-
-    def _positive_fields(self) -> tuple[str, ...]:
-        return ("model_dim", "num_layers", "num_attn_heads", "ffn_inner_dim")
+from vembed_fs2.models.common.layers import create_ffn, create_layer
 
 
 @dataclass(kw_only=True)
@@ -118,14 +100,11 @@ class TowerBuilder:
         return StandardTransformerEncoder(layers, self.create_layer_norm() if norm else None)
 
     def create_layer(self) -> StandardTransformerEncoderLayer:
-        return StandardTransformerEncoderLayer(
+        return create_layer(
             self.create_self_attention(),
-            self.create_layer_norm(),
             self.create_ffn(),
-            self.create_layer_norm(),
-            norm_order=TransformerNormOrder.PRE,
-            self_attn_residual=self._create_residual(),
-            ffn_residual=self._create_residual(),
+            self.create_layer_norm,
+            create_residual=self._create_residual,
         )
 
     def create_self_attention(self) -> StandardMultiheadAttention:
@@ -142,13 +121,7 @@ class TowerBuilder:
     def create_ffn(self) -> FusedFeedForwardNetwork:
         config = self._config
 
-        return FusedFeedForwardNetwork(
-            config.model_dim,
-            config.ffn_inner_dim,
-            bias=True,
-            inner_activation=create_activation(config.activation, field="activation"),
-            proj_init_fn=self._init_ffn,
-        )
+        return create_ffn(config.model_dim, config.ffn_inner_dim, config.activation, self._init_ffn)
 
     def create_layer_norm(self) -> StandardLayerNorm:
         return StandardLayerNorm(self._config.model_dim, bias=True, eps=self._config.layer_norm_eps)
@@ -186,12 +159,13 @@ def create_text_frontend(vocab_size: int, max_seq_len: int, model_dim: int, std:
     )
 
 
-def create_embedding(num_embeddings: int, model_dim: int, std: float) -> StandardEmbedding:
-    """
-    :param std: the standard deviation of the initial values.
-    """
+def counted_tokens(text: TextInputs, length: int) -> Tensor | None:
+    """True for the tokens that pooling looks at, in texts that the model has padded to ``length``.
 
-    def init_embed(embed: StandardEmbedding) -> None:
-        nn.init.normal_(embed.weight, std=std)
+    *Returns:* ``None`` if all count. ``[T, length]``.
+    """
+    mask, missing = text.pooled_tokens, length - text.input_ids.size(1)
+    if missing == 0:
+        return mask
 
-    return StandardEmbedding(num_embeddings, model_dim, init_fn=init_embed)
+    return pad(torch.ones_like(text.input_ids, dtype=torch.bool) if mask is None else mask, (0, missing))

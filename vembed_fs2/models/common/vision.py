@@ -1,17 +1,18 @@
 """What image Transformers share: patches, positions, residual branches, pooling.
 
-Shapes: P images, S prefix tokens (class, registers) and patches, K chosen
-patches, M model size, D embedding size, C x H x W pixels, h x w patches.
+Shapes: P images, S prefix tokens (class, registers) and patches, M model size,
+H heads, C x H x W pixels, h x w patches.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal, final
 
 import torch
 import torch.nn as nn
-from fairseq2.nn import ResidualConnect
+from fairseq2.nn import BatchLayout, IncrementalStateBag, PositionEncoder, ResidualConnect
 from torch import Tensor
 from torch.nn import Conv2d, Module, Parameter
 from torch.nn.functional import interpolate
@@ -31,7 +32,7 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 @final
 class PatchProjection(Conv2d):
-    """Cuts images into patches that do not overlap, and projects each. What does not fill a patch is left out."""
+    """Cuts images into patches that do not overlap, and projects each. Pixels that do not fill a patch are left out."""
 
     def __init__(
         self,
@@ -73,6 +74,26 @@ class PatchLayout(PaddedLayout):  # type: ignore[misc]  # final in fairseq2
     def __init__(self, seqs: Tensor, rotation: tuple[Tensor, Tensor]) -> None:
         super().__init__(seqs, None)
         self.rotation = rotation
+
+
+class PatchPositionEncoder(PositionEncoder):
+    """Base of rotary encoders of patches, whose angles the layout of the batch holds (:class:`PatchLayout`)."""
+
+    @override
+    def forward(
+        self, seqs: Tensor, seqs_layout: BatchLayout, *, state_bag: IncrementalStateBag | None = None
+    ) -> Tensor:
+        """
+        :param seqs: queries or keys. *Shape:* ``[P, S, H, head size]``.
+        :returns: *Shape:* the same, of the same data type.
+        """
+        assert isinstance(seqs_layout, PatchLayout)
+
+        return self.rotate(seqs, *seqs_layout.rotation).type_as(seqs)
+
+    @abstractmethod
+    def rotate(self, seqs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate queries or keys. *Shape:* as ``seqs``; cosines and sines ``[S, 1, head size]``."""
 
 
 @final
@@ -125,6 +146,7 @@ class BranchResidual(ResidualConnect):
             seqs = self.scale(seqs)
         if drops:
             seqs = seqs * self._draw_factors(seqs)
+
         return seqs + residual
 
     def _draw_factors(self, seqs: Tensor) -> Tensor:
@@ -154,6 +176,7 @@ def resize_positions(
     """
     if table_hwM.shape[:2] == (height, width):
         return table_hwM.flatten(0, 1)
+
     grid_1Mhw = table_hwM.permute(2, 0, 1).unsqueeze(0).float()
     grid_1Mhw = interpolate(grid_1Mhw, size=(height, width), mode=mode, align_corners=False, antialias=antialias)
     return grid_1Mhw.squeeze(0).flatten(1).transpose(0, 1).to(table_hwM.dtype)

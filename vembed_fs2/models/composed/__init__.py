@@ -7,7 +7,7 @@ from fairseq2.runtime.dependency import DependencyContainer
 from vembed_fs2.models.composed.archs import register_composed_archs
 from vembed_fs2.models.composed.config import COMPOSED_FAMILY, ComposedConfig, ProjectionConfig, TowerConfig
 from vembed_fs2.models.composed.factory import create_composed_model
-from vembed_fs2.models.composed.interop import ComposedCheckpointFormat
+from vembed_fs2.models.composed.interop import ComposedCheckpointFormat, get_composed_model_hub
 from vembed_fs2.models.composed.model import ComposedModel
 from vembed_fs2.models.family import register_family
 from vembed_fs2.models.support import get_family_support
@@ -21,12 +21,13 @@ __all__ = [
     "ProjectionConfig",
     "TowerConfig",
     "create_composed_model",
+    "get_composed_model_hub",
     "register_composed",
 ]
 
 
 def register_composed(container: DependencyContainer) -> None:
-    """Register the family, its architectures and the format of its folders."""
+    """Register the family, its architectures and its format."""
     register_family(
         container,
         COMPOSED_FAMILY,

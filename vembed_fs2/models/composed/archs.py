@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.bert import BERT_FAMILY
 from vembed_fs2.models.clip import CLIP_FAMILY
 from vembed_fs2.models.composed.config import ComposedConfig, TowerConfig
@@ -13,7 +13,7 @@ from vembed_fs2.models.vit import VIT_FAMILY
 
 def register_composed_archs(container: DependencyContainer) -> None:
     """Register the architectures, the base first; the others say how they differ from it."""
-    arch = ConfigRegistrar(container, ComposedConfig)
+    arch = ArchRegistrar(container, ComposedConfig)
 
     @arch("bert_base_dinov2_base")
     def bert_base_dinov2_base() -> ComposedConfig:

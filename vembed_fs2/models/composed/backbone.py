@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from fairseq2.nn.utils.module import to_device
@@ -13,15 +12,12 @@ from torch.nn import Module
 
 from vembed_fs2.embedding.model import EmbeddingModel, Modality
 from vembed_fs2.errors import ConfigError
-from vembed_fs2.models.family import LEARNED_PARTS, FamilyFactory
+from vembed_fs2.models.family import FamilyFactory
 from vembed_fs2.resolver import get_resolver
-
-_OTHER_TOWER: Final[dict[Modality, tuple[str, ...]]] = {"text": ("vision", "visual", "image"), "image": ("text",)}
-"""How the names of the modules begin that encode the other modality."""
 
 
 @dataclass(frozen=True)
-class Backbone:
+class TowerEncoder:
     """An encoder of one modality."""
 
     model: EmbeddingModel
@@ -36,10 +32,10 @@ class Backbone:
     """The names of the modules that encode another modality, which it has no more."""
 
     constants: Mapping[str, Tensor]
-    """The values of non-persistent buffers, by name, where the model itself cannot set them again."""
+    """The values of non-persistent buffers, by name, if the model itself cannot set them again."""
 
 
-def create_backbone(family: str, config: object, modality: Modality) -> Backbone:
+def create_backbone(family: str, config: object, modality: Modality) -> TowerEncoder:
     """Create an encoder of ``modality``.
 
     Of a model of texts and images, only the tower that is asked for gets memory.
@@ -49,11 +45,14 @@ def create_backbone(family: str, config: object, modality: Modality) -> Backbone
     """
     factory = get_resolver().resolve(FamilyFactory, key=family)
     device = torch.get_default_device()
+
     # A family that does not work on the meta device makes its values when it creates a model.
     with torch.device("meta" if factory.supports_meta else "cpu"):
         model = factory.create(config)
+
     _check(model, family, modality)
     stacks = _stack_names(model)
+
     left_out = _drop_other_tower(model, family, modality) if len(model.modalities) > 1 else []
     constants: dict[str, Tensor] = {}
     if not factory.supports_meta:
@@ -63,19 +62,18 @@ def create_backbone(family: str, config: object, modality: Modality) -> Backbone
         to_device(model, device)
     elif device.type != "meta":
         model = factory.create(config)
-    for name, parameter in model.named_parameters():
+
+    for name in model.learned:
         # They belong to the objective that the model was trained with.
-        if name.rpartition(".")[2] in LEARNED_PARTS:
-            parameter.requires_grad_(False)
+        getattr(model, name).requires_grad_(False)
+
     stacks = [name for name in stacks if not name.startswith(tuple(f"{part}." for part in left_out))]
-    return Backbone(model, family, config, stacks, left_out, constants)
+    return TowerEncoder(model, family, config, stacks, left_out, constants)
 
 
 def _check(model: EmbeddingModel, family: str, modality: Modality) -> None:
     if modality not in model.modalities:
         raise ConfigError(f"`family` must encode {modality}s, but {family} models do not.")
-    if model.similarity == "maxsim":
-        raise ConfigError(f"`config` must give one vector per {modality}, but gives several: change its pooling.")
 
 
 def _stack_names(model: EmbeddingModel) -> list[str]:
@@ -89,15 +87,22 @@ def _copy_constants(model: Module) -> dict[str, Tensor]:
 
 
 def _drop_other_tower(model: EmbeddingModel, family: str, modality: Modality) -> list[str]:
-    """Delete the modules that encode the other modality; return their names."""
-    prefixes = _OTHER_TOWER[modality]
-    dropped: list[str] = []
-    for name, _ in list(model.named_modules()):
+    """Delete the modules that encode the other modality alone; return their names.
+
+    :raises ConfigError: the family does not say which these are.
+    """
+    if model.towers is None or modality not in model.towers:
+        raise ConfigError(
+            f"The {modality} encoder of {family} models cannot be used alone: they are joint encoders, or the family "
+            f"does not say which modules encode {modality}s. If they have towers, declare their modules as `towers` of "
+            f"{type(model).__name__}."
+        )
+
+    own = model.towers[modality]
+
+    dropped = [name for names in model.towers.values() for name in names if name not in own]
+    for name in dropped:
         parent, _, child = name.rpartition(".")
-        if child.startswith(prefixes) and not name.startswith(tuple(f"{part}." for part in dropped)):
-            delattr(model.get_submodule(parent), child)
-            dropped.append(name)
-    if not dropped:
-        text = f"The {modality} encoder of {family} models cannot be used alone: none of their parts has a name"
-        raise ConfigError(f"{text} that begins with {' or '.join(prefixes)}.")
+        delattr(model.get_submodule(parent), child)
+
     return dropped

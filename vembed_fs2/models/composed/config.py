@@ -14,17 +14,20 @@ from fairseq2.runtime.dependency import DependencyLookup
 from fairseq2.utils.structured import StandardValueConverter
 from fairseq2.utils.validation import ValidationResult
 
-from vembed_fs2.embedding.activations import create_activation
 from vembed_fs2.embedding.model import EmbeddingModelConfig
-from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.models.common.checks import (
+    check_activation,
+    check_choice,
+    check_positive,
+    check_probabilities,
+    to_result,
+)
 from vembed_fs2.models.family import FamilyFactory
 from vembed_fs2.resolver import get_resolver
 
 COMPOSED_FAMILY: Final = "vembed_composed"
 
-
 ProjectionKind: TypeAlias = Literal["linear", "mlp", "none"]
-
 
 Freeze: TypeAlias = Literal["none", "all", "all_but_last"]
 
@@ -37,7 +40,7 @@ class ProjectionConfig:
     """A linear map, one with a hidden layer before it (``mlp``), or nothing."""
 
     hidden_dim: int | None = None
-    """The size of the hidden layer of ``mlp``; that of its inputs if ``None``."""
+    """The size of the hidden layer of ``mlp``; the size of its inputs if ``None``."""
 
     activation: str = "gelu"
     """The activation function of the hidden layer, by transformers' name."""
@@ -49,23 +52,20 @@ class ProjectionConfig:
     """The dropout probability on the inputs of the last linear map."""
 
     def validate(self) -> ValidationResult:
-        result = ValidationResult()
-        if self.kind not in get_args(ProjectionKind):
-            known = ", ".join(get_args(ProjectionKind))
-            result.add_error(f"`kind` must be one of {known}, but is '{self.kind}' instead.")
+        return to_result(
+            check_choice(self, "kind", get_args(ProjectionKind)),
+            self._kind_errors(),
+            check_positive(self, "hidden_dim"),
+            check_probabilities(self, "dropout_p"),
+            check_activation(self),
+        )
+
+    def _kind_errors(self) -> Iterator[str]:
         if self.hidden_dim is not None and self.kind != "mlp":
-            result.add_error(f"`hidden_dim` is set, but a projection of kind '{self.kind}' has no hidden layer.")
-        if self.hidden_dim is not None and self.hidden_dim < 1:
-            result.add_error(f"`hidden_dim` must be at least 1, but is {self.hidden_dim} instead.")
+            yield f"`hidden_dim` is set, but a projection of kind '{self.kind}' has no hidden layer."
+
         if self.kind == "none" and (self.bias or self.dropout_p):
-            result.add_error("`bias` or `dropout_p` is set, but the kind 'none' is no projection.")
-        if not 0.0 <= self.dropout_p < 1.0:
-            result.add_error(f"`dropout_p` must be in [0, 1), but is {self.dropout_p} instead.")
-        try:
-            create_activation(self.activation, field="activation")
-        except ModelLoadError as ex:
-            result.add_error(str(ex))
-        return result
+            yield "`bias` or `dropout_p` is set, but the kind 'none' is no projection."
 
 
 @dataclass(kw_only=True)
@@ -85,12 +85,12 @@ class TowerConfig:
     """The architecture that ``config`` starts from, for random weights."""
 
     config: object = None
-    """The configuration of the encoder, of the family's own class; that of ``arch`` if ``None``."""
+    """The configuration of the encoder, of the family's own class; the configuration of ``arch`` if ``None``."""
 
     freeze: Freeze = "none"
     """
     Which parameters of the encoder keep their values in training: none, all,
-    or with ``all_but_last`` those of all layers before the last
+    or with ``all_but_last`` all layers before the last
     ``trained_layers``, and of what comes before them.
     """
 
@@ -98,16 +98,17 @@ class TowerConfig:
     """The number of last layers that ``all_but_last`` trains."""
 
     frozen_params: Sequence[str] = field(default_factory=list)
-    """Regular expressions: parameters of the encoder that are frozen, too, by the beginnings of their names."""
+    """Regular expressions: more parameters of the encoder that are frozen, by the beginnings of their names."""
 
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     """What follows the encoder."""
 
     def __post_init__(self) -> None:
-        # What is read from a file is nested keys; only the family knows the class that they are of.
+        # A file holds nested keys; only the family knows their class.
         family = maybe_get_family(self.family)
         if family is None:
             return
+
         if self.config is None:
             self.config = family.maybe_get_arch_config(self.arch) if self.arch is not None else family.config_kls()
         elif isinstance(self.config, Mapping):
@@ -115,22 +116,21 @@ class TowerConfig:
 
     @property
     def source(self) -> str | Path | None:
-        """Where the initial weights come from; ``None`` if they are random."""
+        """The source of the initial weights; ``None`` if they are random."""
         return self.path if self.path is not None else self.name
 
     def validate(self) -> ValidationResult:
-        result = ValidationResult()
-        for error in (*self._encoder_errors(), *self._freeze_errors()):
-            result.add_error(error)
-        return result
+        return to_result(self._encoder_errors(), self._freeze_errors())
 
     def _encoder_errors(self) -> Iterator[str]:
         if self.name is not None and self.path is not None:
             yield "`name` and `path` must not be specified at the same time."
+
         if not self.family:
             given = "`path` (a folder), `name` (a card) or `family`" if self.source is None else "`family`"
             yield f"{given} must be specified."
             return
+
         family = maybe_get_family(self.family)
         if family is None:
             yield unknown_family("family", self.family)
@@ -143,16 +143,18 @@ class TowerConfig:
             yield f"`config.trust_remote_code` must not be set. {NO_CODE}"
 
     def _freeze_errors(self) -> Iterator[str]:
-        if self.freeze not in get_args(Freeze):
-            yield f"`freeze` must be one of {', '.join(get_args(Freeze))}, but is '{self.freeze}' instead."
+        yield from check_choice(self, "freeze", get_args(Freeze))
+
         if self.freeze == "all_but_last" and self.trained_layers is None:
             yield "`trained_layers` must be set for `freeze` 'all_but_last'."
         if self.freeze != "all_but_last" and self.trained_layers is not None:
             yield f"`trained_layers` is set, but `freeze` is '{self.freeze}' and not 'all_but_last'."
-        if self.trained_layers is not None and self.trained_layers < 1:
-            yield f"`trained_layers` must be at least 1, but is {self.trained_layers} instead."
+
+        yield from check_positive(self, "trained_layers")
+
         if self.frozen_params and self.freeze == "all":
             yield "`frozen_params` is set, but `freeze` is 'all'."
+
         for pattern in self.frozen_params:
             try:
                 re.compile(pattern)
@@ -177,10 +179,7 @@ class ComposedConfig(EmbeddingModelConfig):
     """If ``True``, embeddings are of unit length (applied by ``Embedder`` and the objectives, not by the model)."""
 
     def validate(self) -> ValidationResult:
-        result = ValidationResult()
-        if self.embedding_dim < 1:
-            result.add_error(f"`embedding_dim` must be at least 1, but is {self.embedding_dim} instead.")
-        return result
+        return to_result(check_positive(self, "embedding_dim"))
 
 
 NO_CODE: Final = "Composed models do not support encoders with code, because their folders could not be loaded again."

@@ -35,20 +35,25 @@ def find_frozen(
         frozen.update(names)
     elif freeze == "all_but_last":
         assert trained_layers is not None
+
         layers = _layer_names(encoder, stacks)
         if trained_layers > len(layers):
             errors.append(f"`trained_layers` must be at most {len(layers)}, but is {trained_layers} instead.")
         else:
             frozen.update(_before(names, layers, trained_layers))
+
     for pattern in patterns:
         matches = [name for name in names if re.match(pattern, name)]
         frozen.update(matches)
+
         if not matches:
             errors.append(
                 f"`frozen_params`: '{pattern}' matches no parameter of the encoder; the first one is '{names[0]}'."
             )
+
     if errors:
         raise ConfigError(errors)
+
     return frozenset(frozen)
 
 

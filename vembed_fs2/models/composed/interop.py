@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
+from fairseq2.models import ModelHubAccessor
 from fairseq2.models.hg import HuggingFaceConfig
 from fairseq2.utils.config import cast_config_type
 from typing_extensions import override
@@ -14,6 +15,7 @@ from typing_extensions import override
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.formats.key_map import KeyMap
 from vembed_fs2.models.composed.config import COMPOSED_FAMILY, ComposedConfig
+from vembed_fs2.models.composed.model import ComposedModel
 from vembed_fs2.models.family import CheckpointFormat, PlainCheckpointFormat
 
 
@@ -42,7 +44,7 @@ class ComposedCheckpointFormat(CheckpointFormat):
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
-        # Where the encoders came from says nothing elsewhere, and may be private.
+        # The places that the encoders came from mean nothing elsewhere, and may be private.
         return self._plain.to_hg_config(forget_sources(cast_config_type(config, ComposedConfig)))
 
     @override
@@ -54,3 +56,6 @@ def forget_sources(config: ComposedConfig) -> ComposedConfig:
     """Return the configuration of a model that has its weights: without where they first came from."""
     text, image = (replace(tower, path=None, name=None, arch=None) for tower in (config.text, config.image))
     return replace(config, text=text, image=image)
+
+
+get_composed_model_hub = ModelHubAccessor(COMPOSED_FAMILY, kls=ComposedModel, config_kls=ComposedConfig)

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 from typing_extensions import Self, override
 
+from vembed_fs2.embedding.head import Head, States
 from vembed_fs2.embedding.inputs import ImageInputs
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch, Modality
 from vembed_fs2.models.common.dropout import Dropout
-from vembed_fs2.models.composed.backbone import Backbone
+from vembed_fs2.models.composed.backbone import TowerEncoder
 from vembed_fs2.models.composed.freezing import plain_name, stop_dropout
 
 MODALITIES: Final[tuple[Modality, ...]] = ("text", "image")
@@ -44,11 +45,13 @@ class Projection(Module):
         :param hidden_dim: the size of the hidden layer; ``None`` if there is none.
         """
         super().__init__()
+
         self.inner_proj: Linear | None = None
         self.activation: Module | None = None
         if hidden_dim is not None:
             self.inner_proj = Linear(input_dim, hidden_dim, bias, init_fn=_init_projection)
             self.activation = activation
+
         self.dropout = Dropout(dropout_p)
         self.output_proj = Linear(hidden_dim or input_dim, output_dim, bias, init_fn=_init_projection)
 
@@ -75,7 +78,7 @@ class Tower(Module):
     """An encoder of texts or images, and the projection of its embeddings."""
 
     def __init__(
-        self, backbone: Backbone, projection: Module, frozen: frozenset[str], source: str | Path | None
+        self, backbone: TowerEncoder, projection: Module, frozen: frozenset[str], source: str | Path | None
     ) -> None:
         """
         :param frozen: the names of the encoder's parameters that keep their values.
@@ -105,6 +108,11 @@ class Tower(Module):
         stop_dropout(self.backbone, self.frozen)
         return self
 
+    def project_vectors(self, states: States) -> States:
+        """Project the vectors of a multi-vector encoder, each one."""
+        vectors, mask = self.backbone.head(states)
+        return States(self.projection(vectors), mask)
+
     def layer_stacks(self) -> list[ModuleList]:
         """The encoder's stacks of layers."""
         # By name: without its other tower, the encoder itself may not find them.
@@ -118,11 +126,12 @@ class ComposedModel(EmbeddingModel):
 
     modalities = frozenset({"text", "image"})
 
-    def __init__(self, text: Tower, image: Tower, embedding_dim: int) -> None:
+    def __init__(self, text: Tower, image: Tower, head: Head) -> None:
         super().__init__()
         self.text = text
         self.image = image
-        self.embedding_dim = embedding_dim
+        self.towers = {"text": ["text"], "image": ["image"]}
+        self.head = head
         self.max_text_length = text.backbone.max_text_length
         self.text_padding = text.backbone.text_padding
         self.tokens_per_image = image.backbone.tokens_per_image
@@ -135,16 +144,18 @@ class ComposedModel(EmbeddingModel):
         return self.image.backbone.blank_image()
 
     @override
-    def encode_text(self, batch: EncoderBatch) -> Tensor:
-        """Encode the texts of ``batch``. *Returns:* ``[T, D]``."""
-        x_TM = self.text.backbone.encode_text(batch)
-        return self.text.projection(x_TM)  # type: ignore[no-any-return]
+    def encode_text_states(self, batch: EncoderBatch) -> States:
+        backbone = self.text.backbone
+        if self.is_multi_vector:
+            return self.text.project_vectors(backbone.encode_text_states(batch))
+        return States(pooled=self.text.projection(backbone.encode_text(batch)))
 
     @override
-    def encode_image(self, batch: EncoderBatch) -> Tensor:
-        """Encode the images of ``batch``. *Returns:* ``[P, D]``."""
-        x_PM = self.image.backbone.encode_image(batch)
-        return self.image.projection(x_PM)  # type: ignore[no-any-return]
+    def encode_image_states(self, batch: EncoderBatch) -> States:
+        backbone = self.image.backbone
+        if self.is_multi_vector:
+            return self.image.project_vectors(backbone.encode_image_states(batch))
+        return States(pooled=self.image.projection(backbone.encode_image(batch)))
 
     @override
     def layer_stacks(self) -> list[ModuleList]:

@@ -6,7 +6,7 @@ from fairseq2.runtime.dependency import DependencyContainer
 
 from vembed_fs2.models.eva.archs import register_eva_archs
 from vembed_fs2.models.eva.config import EVA_FAMILY, EvaConfig, EvaVisionConfig
-from vembed_fs2.models.eva.factory import create_eva_model
+from vembed_fs2.models.eva.factory import EvaFactory, create_eva_model
 from vembed_fs2.models.eva.interop import EVA_FORMAT, get_eva_model_hub
 from vembed_fs2.models.eva.model import EvaModel
 from vembed_fs2.models.eva.open_clip import OPEN_CLIP
@@ -16,6 +16,7 @@ __all__ = [
     "EVA_FAMILY",
     "EVA_FORMAT",
     "EvaConfig",
+    "EvaFactory",
     "EvaModel",
     "EvaVisionConfig",
     "create_eva_model",
@@ -25,7 +26,7 @@ __all__ = [
 
 
 def register_eva(container: DependencyContainer) -> None:
-    """Register the family, its architectures and its format."""
+    """Register the family, its architectures and its formats."""
     register_family(
         container,
         EVA_FAMILY,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.eva.config import EvaConfig
 
 
 def register_eva_archs(container: DependencyContainer) -> None:
     """Register the architectures, the base first; the others say how they differ from it."""
-    arch = ConfigRegistrar(container, EvaConfig)
+    arch = ArchRegistrar(container, EvaConfig)
 
     @arch("eva02_base_patch16")
     def eva02_base_patch16() -> EvaConfig:
@@ -28,6 +28,7 @@ def register_eva_archs(container: DependencyContainer) -> None:
         config.vision.num_attn_heads = 16
         config.vision.ffn_inner_dim = 2730
         config.vision.patch_size = 14
+
         return config
 
     @arch("eva02_large_patch14_336")
@@ -54,6 +55,7 @@ def register_eva_archs(container: DependencyContainer) -> None:
         config.vision.ffn_norm = False
         config.vision.rope = False
         config.vision.rope_ref_size = None
+
         return config
 
     @arch("eva01_giant_patch14_plus")
@@ -71,6 +73,7 @@ def register_eva_archs(container: DependencyContainer) -> None:
         config.vision.num_layers = 64
         config.vision.ffn_inner_dim = 15360
         config.vision.post_norm = True
+
         return config
 
     @arch("eva02_enormous_patch14_plus")
@@ -95,6 +98,7 @@ def register_eva_archs(container: DependencyContainer) -> None:
         config.vision.image_size = 16
         config.vision.patch_size = 4
         config.vision.rope_ref_size = 4
+
         return config
 
 

@@ -10,17 +10,18 @@ from typing import Final, Literal, TypeAlias, get_args
 from fairseq2.utils.validation import ValidationResult
 from typing_extensions import override
 
-from vembed_fs2.embedding.model import EmbeddingModelConfig
+from vembed_fs2.embedding.model import EmbeddingModelConfig, HeadConfig
 from vembed_fs2.models.clip.config import ClipTextConfig
 from vembed_fs2.models.common.checks import (
     check_choice,
+    check_head,
     check_heads,
     check_not_negative,
     check_positive,
     check_probabilities,
     to_result,
 )
-from vembed_fs2.models.common.dual import TransformerSizes
+from vembed_fs2.models.common.config import TransformerSizes
 from vembed_fs2.models.eva.model import EvaPooling
 
 EVA_FAMILY: Final = "vembed_eva"
@@ -30,7 +31,7 @@ EvaProjection: TypeAlias = Literal["classifier", "linear", "mlp", "none"]
 
 @dataclass(kw_only=True)
 class EvaVisionConfig(TransformerSizes):
-    """The image Transformer. The defaults are those of EVA02-CLIP-B/16."""
+    """The image Transformer. The defaults describe EVA02-CLIP-B/16."""
 
     ffn_inner_dim: int = 2048
     """The dimensionality of inner projection layers in feed-forward networks."""
@@ -45,7 +46,7 @@ class EvaVisionConfig(TransformerSizes):
     """The height and width of patches in pixels."""
 
     qkv_bias: bool = True
-    """If ``True``, the projections of queries and values have a bias. That of keys has none."""
+    """If ``True``, the projections of queries and values have a bias. The projection of keys has none."""
 
     fused_qkv: bool = False
     """If ``True``, timm holds the projections of queries, keys and values in one tensor. Kept for export."""
@@ -92,7 +93,7 @@ class EvaVisionConfig(TransformerSizes):
     projection: EvaProjection = "classifier"
     """
     How the pooled state becomes an embedding: by a linear layer (``classifier``,
-    timm's own; ``linear``, that of open_clip), by two (``mlp``) or as it is (``none``).
+    timm's own; ``linear``, open_clip's), by two (``mlp``) or as it is (``none``).
     """
 
     projection_bias: bool = True
@@ -108,7 +109,7 @@ class EvaVisionConfig(TransformerSizes):
     """The probability that an image skips a part of the last layer; it grows from 0 over the layers before."""
 
     head_dropout_p: float = 0.0
-    """The dropout probability on the inputs of the projection; of ``mlp``, on those of its last layer."""
+    """The dropout probability on the inputs of the projection; with ``mlp``, on the inputs of its last layer."""
 
     @property
     def num_patches(self) -> int:
@@ -153,7 +154,7 @@ def _default_text() -> ClipTextConfig:
 
 @dataclass(kw_only=True)
 class EvaConfig(EmbeddingModelConfig):
-    """The configuration of an EVA-CLIP model. The defaults are those of EVA02-CLIP-B/16."""
+    """The configuration of an EVA-CLIP model. The defaults describe EVA02-CLIP-B/16."""
 
     text: ClipTextConfig = field(default_factory=_default_text)
     """The text Transformer."""
@@ -164,6 +165,12 @@ class EvaConfig(EmbeddingModelConfig):
     projection_dim: int = 512
     """The dimensionality of embeddings."""
 
+    head: HeadConfig | None = None
+    """
+    What follows the projected states of texts and of images, if not the pooling
+    of each Transformer itself (``pooler`` means that one).
+    """
+
     logit_scale_init: float = log(1 / 0.07)
     """The initial log inverse temperature."""
 
@@ -171,7 +178,7 @@ class EvaConfig(EmbeddingModelConfig):
     """If ``False``, the temperature keeps its value in training."""
 
     def validate(self) -> ValidationResult:
-        result = to_result(check_positive(self, "projection_dim"))
+        result = to_result(check_positive(self, "projection_dim"), check_head(self.head, self.projection_dim))
 
         if self.vision.projection == "none" and self.projection_dim != self.vision.model_dim:
             result.add_error(

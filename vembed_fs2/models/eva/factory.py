@@ -10,9 +10,7 @@ from fairseq2.models.transformer import (
     GLUFeedForwardNetwork,
     StandardMultiheadAttention,
     StandardTransformerEncoder,
-    StandardTransformerEncoderLayer,
     TransformerEncoderLayer,
-    TransformerNormOrder,
 )
 from fairseq2.nn import (
     ColumnShardedLinear,
@@ -25,12 +23,11 @@ from fairseq2.nn import (
 )
 from torch.nn import Conv2d
 
-from vembed_fs2.embedding.activations import create_activation
 from vembed_fs2.models.clip.factory import create_text_tower
 from vembed_fs2.models.common.attention import create_sdpa
 from vembed_fs2.models.common.checks import require_valid
 from vembed_fs2.models.common.factory import ModelFactory
-from vembed_fs2.models.common.feed_forward import FusedFeedForwardNetwork
+from vembed_fs2.models.common.layers import create_ffn, create_layer
 from vembed_fs2.models.common.vision import BranchResidual, LayerScale, PatchProjection
 from vembed_fs2.models.eva.config import EvaConfig, EvaVisionConfig
 from vembed_fs2.models.eva.model import (
@@ -55,7 +52,7 @@ class EvaFactory(ModelFactory[EvaConfig]):
         text = create_text_tower(config.text, config.projection_dim)
         vision = EvaVisionFactory(config.vision, config.projection_dim).create_tower()
 
-        model = EvaModel(text, vision, config.logit_scale_init, config.train_logit_scale)
+        model = EvaModel(text, vision, config.logit_scale_init, config.train_logit_scale, config.head)
         model.tokens_per_image = config.vision.num_patches + 1
         model.image_shape = (config.vision.num_channels, config.vision.image_size, config.vision.image_size)
 
@@ -83,32 +80,37 @@ class EvaVisionFactory(ModelFactory[EvaVisionConfig]):
             bias=not config.input_norm,
             init_fn=Conv2d.reset_parameters,
         )
+
         pos_embed = rotations = None
         if config.learned_positions:
             pos_embed = StandardEmbedding(config.num_patches + 1, config.model_dim, init_fn=_init_positions)
         if config.rope:
             rotations = GridRotations(self._head_dim, config.rope_ref_size)
+
         layer_norm = self.create_layer_norm(config.model_dim) if config.input_norm else None
         return EvaFrontend(patch_proj, pos_embed, layer_norm, rotations)
 
     def create_layer(self, idx: int) -> TransformerEncoderLayer:
         config = self._config
-        norms = [self.create_layer_norm(config.model_dim) for _ in range(2)]
         drop_p = config.drop_path_p * idx / max(config.num_layers - 1, 1)
-        residuals = [BranchResidual(self.create_scale(), drop_p) for _ in range(2)]
         self_attn, ffn = self.create_self_attention(idx), self.create_ffn(idx)
-        if config.post_norm:
-            return PostNormLayer(
-                self_attn, norms[0], ffn, norms[1], self_attn_residual=residuals[0], ffn_residual=residuals[1]
-            )
-        return StandardTransformerEncoderLayer(
+
+        def create_layer_norm() -> LayerNorm:
+            return self.create_layer_norm(config.model_dim)
+
+        def create_residual() -> BranchResidual:
+            return BranchResidual(self.create_scale(), drop_p)
+
+        if not config.post_norm:
+            return create_layer(self_attn, ffn, create_layer_norm, create_residual=create_residual)
+
+        return PostNormLayer(
             self_attn,
-            norms[0],
+            create_layer_norm(),
             ffn,
-            norms[1],
-            norm_order=TransformerNormOrder.PRE,
-            self_attn_residual=residuals[0],
-            ffn_residual=residuals[1],
+            create_layer_norm(),
+            self_attn_residual=create_residual(),
+            ffn_residual=create_residual(),
         )
 
     def create_scale(self) -> LayerScale | None:
@@ -130,6 +132,7 @@ class EvaVisionFactory(ModelFactory[EvaVisionConfig]):
             config.model_dim, config.model_dim, bias=False, gather_output=False, init_fn=_init_linear(INIT_STD)
         )
         attn.output_proj = self.create_output_proj(config.model_dim, idx, normalized=config.attn_norm)
+
         return attn
 
     def create_ffn(self, idx: int) -> FeedForwardNetwork:
@@ -141,13 +144,8 @@ class EvaVisionFactory(ModelFactory[EvaVisionConfig]):
                 config.model_dim, config.ffn_inner_dim, bias=True, inner_dim_scale=1.0, proj_init_fn=init_fn
             )
         else:
-            ffn = FusedFeedForwardNetwork(
-                config.model_dim,
-                config.ffn_inner_dim,
-                bias=True,
-                inner_activation=create_activation("gelu"),
-                proj_init_fn=init_fn,
-            )
+            ffn = create_ffn(config.model_dim, config.ffn_inner_dim, "gelu", init_fn)
+
         ffn.register_module(
             "output_proj", self.create_output_proj(config.ffn_inner_dim, idx, normalized=config.ffn_norm)
         )
@@ -163,6 +161,7 @@ class EvaVisionFactory(ModelFactory[EvaVisionConfig]):
 
     def create_head(self) -> EvaHead:
         config = self._config
+
         return EvaHead(
             self.create_layer_norm(config.model_dim),
             config.pooling,

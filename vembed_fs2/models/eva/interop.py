@@ -1,4 +1,4 @@
-"""EVA-CLIP checkpoints in our own layout; those of open_clip are in ``open_clip.py``."""
+"""EVA-CLIP checkpoints in our own layout; ``open_clip.py`` has open_clip's."""
 
 from __future__ import annotations
 

@@ -26,10 +26,8 @@ from fairseq2.models.transformer import (
 )
 from fairseq2.nn import (
     BatchLayout,
-    IncrementalStateBag,
     LayerNorm,
     Linear,
-    PositionEncoder,
     Projection,
     ResidualConnect,
     RowShardedLinear,
@@ -42,11 +40,11 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from vembed_fs2.embedding.activations import create_activation
-from vembed_fs2.embedding.head import pool
-from vembed_fs2.models.clip.model import ClipModel, ImageTower
+from vembed_fs2.embedding.head import HeadConfig, States, pool
+from vembed_fs2.models.clip.model import ClipModel, VisionTower
 from vembed_fs2.models.common.attention import PaddedLayout
 from vembed_fs2.models.common.dropout import Dropout
-from vembed_fs2.models.common.vision import PatchLayout, PatchProjection, resize_positions
+from vembed_fs2.models.common.vision import PatchLayout, PatchPositionEncoder, PatchProjection, resize_positions
 
 EvaPooling: TypeAlias = Literal["cls", "mean", "max", "mean_max"]
 
@@ -57,19 +55,15 @@ _ROPE_THETA: Final = 10_000.0
 
 
 @final
-class GridRotaryEncoder(PositionEncoder):
-    """Rotates pairs of neighbouring elements of queries and keys by the angles that the layout of the batch holds."""
+class GridRotaryEncoder(PatchPositionEncoder):
+    """Rotates pairs of neighbouring elements of queries and keys, in float32."""
 
     @override
-    def forward(
-        self, seqs: Tensor, seqs_layout: BatchLayout, *, state_bag: IncrementalStateBag | None = None
-    ) -> Tensor:
-        assert isinstance(seqs_layout, PatchLayout)
-        cos_S1K, sin_S1K = seqs_layout.rotation
+    def rotate(self, seqs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x_PSHK = seqs.float()
         turned_PSHK = torch.stack([-x_PSHK[..., 1::2], x_PSHK[..., ::2]], dim=-1).flatten(-2)
-        x_PSHK = x_PSHK * cos_S1K + turned_PSHK * sin_S1K
-        return x_PSHK.type_as(seqs)
+
+        return x_PSHK * cos + turned_PSHK * sin
 
 
 @final
@@ -96,6 +90,7 @@ class GridRotations:
         shape = (height, width, num_bands)
         angles_hwK = torch.cat([rows.expand(shape), columns.expand(shape)], dim=2).repeat_interleave(2, dim=2)
         angles_S1K = pad(angles_hwK.flatten(0, 1), (0, 0, 1, 0)).unsqueeze(1)
+
         return angles_S1K.cos(), angles_S1K.sin()
 
     def _number(self, size: int, device: torch.device) -> Tensor:
@@ -189,6 +184,7 @@ class EvaFrontend(Module):
         x_PMhw = self.patch_proj(x_PCHW)
         height, width = x_PMhw.shape[2:]
         class_P1M = self.class_embed.expand(x_PMhw.size(0), 1, -1)
+
         seqs_PSM = torch.cat([class_P1M, x_PMhw.flatten(2).transpose(1, 2)], dim=1)
         if self.pos_embed is not None:
             seqs_PSM = seqs_PSM + _positions(self.pos_embed.weight, height, width)
@@ -196,6 +192,7 @@ class EvaFrontend(Module):
             seqs_PSM = self.layer_norm(seqs_PSM)
         if self.rotations is None:
             return seqs_PSM, PaddedLayout(seqs_PSM, None)
+
         return seqs_PSM, PatchLayout(seqs_PSM, self.rotations(height, width, seqs_PSM.device))
 
     if TYPE_CHECKING:
@@ -203,10 +200,11 @@ class EvaFrontend(Module):
 
 
 def _positions(table_SM: Tensor, height: int, width: int) -> Tensor:
-    """Positions of the class token and of a grid of patches, resized from the trained grid where it differs."""
+    """Positions of the class token and of a grid of patches, resized from the trained grid if that differs."""
     side = isqrt(table_SM.size(0) - 1)
     if (height, width) == (side, side):
         return table_SM
+
     grid_hwM = table_SM[1:].reshape(side, side, -1)
     return torch.cat([table_SM[:1], resize_positions(grid_hwM, height, width, antialias=True)])
 
@@ -235,15 +233,22 @@ class EvaHead(Module):
 
     @override
     def forward(self, seqs_PSM: Tensor) -> Tensor:
-        """Make embeddings of the final states. *Returns:* ``[P, D]``."""
+        """Make one state of the final states of an image. *Returns:* ``[P, D]``."""
         # Only what is pooled is normalised: states do not take part in each other's norms.
         seqs_PSM = seqs_PSM[:, :1] if self.pooling == "cls" else seqs_PSM[:, 1:]
         if self.norm_after_pooling:
             x_PM = self.layer_norm(self._pool(seqs_PSM))
         else:
             x_PM = self._pool(self.layer_norm(seqs_PSM))
-        x_PM = self.dropout(x_PM)
-        return x_PM if self.proj is None else self.proj(x_PM)
+        return self._project(x_PM)
+
+    def project(self, seqs_PSM: Tensor) -> Tensor:
+        """Normalise and project each state. *Returns:* ``[P, S, D]``."""
+        return self._project(self.layer_norm(seqs_PSM))
+
+    def _project(self, x: Tensor) -> Tensor:
+        x = self.dropout(x)
+        return x if self.proj is None else self.proj(x)
 
     def _pool(self, seqs_PSM: Tensor) -> Tensor:
         if self.pooling == "mean_max":
@@ -274,7 +279,7 @@ class MlpProjection(Projection):
 
 
 @final
-class EvaVisionTower(ImageTower):
+class EvaVisionTower(VisionTower):
     """The image Transformer of EVA or EVA-02."""
 
     def __init__(self, frontend: EvaFrontend, encoder: StandardTransformerEncoder, head: EvaHead) -> None:
@@ -284,10 +289,11 @@ class EvaVisionTower(ImageTower):
         self.head = head
 
     @override
-    def forward(self, x_PCHW: Tensor) -> Tensor:
-        """Encode images of any size; return ``[P, D]``."""
-        seqs_PSM, layout = self.frontend(x_PCHW)
-        return self.head(self.encoder(seqs_PSM, layout))
+    def forward(self, x_PCHW: Tensor, head: HeadConfig) -> States:
+        seqs_PSM = self.encoder(*self.frontend(x_PCHW))
+        tokens_PSD = self.head.project(seqs_PSM) if head.reads_states else None
+        pooled_PD = self.head(seqs_PSM) if head.reads_pooler else None
+        return States(tokens_PSD, None, pooled_PD, num_prefix_tokens=1)
 
 
 @final

@@ -18,14 +18,14 @@ from vembed_fs2.formats.open_clip import (
     timm_name,
 )
 from vembed_fs2.models.clip.open_clip import (
-    LEARNED_RULES,
+    check_config,
+    list_learned_rules,
     list_text_rules,
     text_config_from_open_clip,
     text_config_to_open_clip,
 )
 from vembed_fs2.models.eva.config import EvaConfig, EvaVisionConfig
 from vembed_fs2.models.eva.model import EvaPooling
-from vembed_fs2.models.family import config_errors
 
 _BASE: Final = EvaVisionConfig()
 
@@ -165,8 +165,8 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> EvaConfig:
         logit_scale_init=options["init_logit_scale"],
         logit_bias_init=None if options["init_logit_bias"] is None else float(options["init_logit_bias"]),
     )
-    if errors := config_errors(config):
-        raise ModelLoadError(f"`model_cfg` is not valid. {' '.join(errors)}")
+    check_config(config)
+
     return config
 
 
@@ -185,16 +185,20 @@ def _read_vision(vision_cfg: Mapping[str, Any]) -> EvaVisionConfig:
             f"`vision_cfg.image_size` is {image_size}, which is not supported: "
             f"the images of {values['timm_model_name']} are of {config.image_size} pixels."
         )
+
     projection: Any = values["timm_proj"] or "classifier"
     if projection not in ("classifier", "linear", "mlp", "none"):
         raise ModelLoadError(f"`vision_cfg.timm_proj` is '{projection}', which is not supported.")
+
     if values["timm_pool"] or projection in ("classifier", "none"):
         pooling = _POOLINGS.get(values["timm_pool"])
         if pooling is None:
             raise ModelLoadError(f"`vision_cfg.timm_pool` is '{values['timm_pool']}', which is not supported.")
+
         # timm chooses the norm when it makes the Transformer, and open_clip sets the pooling of some only later.
         norm_after_pooling = config.norm_after_pooling if projection in ("linear", "mlp") else pooling == "mean"
         config = replace(config, pooling=pooling, norm_after_pooling=norm_after_pooling)
+
     return replace(
         config,
         projection=projection,
@@ -213,6 +217,7 @@ def _find_timm_model(name: str) -> EvaVisionConfig:
             f"`vision_cfg.timm_model_name` is '{name}', which is not supported.{hint} "
             f"Supported are: {', '.join(TIMM_MODELS)}."
         )
+
     return config
 
 
@@ -231,6 +236,7 @@ def config_to_open_clip(config: EvaConfig) -> dict[str, Any]:
     }
     if config.logit_bias_init is not None:
         model_cfg["init_logit_bias"] = config.logit_bias_init
+
     return model_cfg
 
 
@@ -250,8 +256,10 @@ def _write_vision(config: EvaVisionConfig) -> dict[str, Any]:
             differences.append(_list_differences(_read_vision(vision_cfg), config))
             if not differences[-1]:
                 return vision_cfg
+
     if not differences:
         raise VembedError(f"timm has no EVA of the `image_size` {config.image_size} of `vision`.")
+
     fields = ", ".join(f"`{name}`" for name in min(differences, key=len))
     raise VembedError(f"open_clip cannot express {fields} of `vision`: it has only what timm has a name for.")
 
@@ -267,8 +275,9 @@ def key_map_of_open_clip(config: EvaConfig) -> KeyMap:
     """
     vision = config.vision
     norm = "fc_norm" if vision.norm_after_pooling else "norm"
+
     return KeyMap(
-        *LEARNED_RULES,
+        *list_learned_rules(config),
         # timm's have the dimensions of a batch of one.
         Reshape(f"{_TRUNK}cls_token", "vision.frontend.class_embed", leading_dims(2)),
         Reshape(f"{_TRUNK}pos_embed", "vision.frontend.pos_embed.weight", leading_dims(1)),
@@ -292,8 +301,10 @@ def _list_layer_keys(config: EvaVisionConfig) -> dict[str, str]:
         keys[f"{module}.{proj}."] = f"{name}.proj." if has_norm else f"{name}."
         if has_norm:
             keys[f"{module}.norm."] = f"{name}.layer_norm."
+
     if config.gated_ffn:
         return keys | {"mlp.fc1_g.": "ffn.gate_proj.", "mlp.fc1_x.": "ffn.inner_proj."}
+
     return keys | {"mlp.fc1.": "ffn.inner_proj."}
 
 
@@ -306,8 +317,10 @@ def _list_fused(config: EvaVisionConfig) -> list[Rule]:
             Rename(f"{_BLOCK}attn.q_bias", f"{_LAYER}self_attn.q_proj.bias"),
             Rename(f"{_BLOCK}attn.v_bias", f"{_LAYER}self_attn.v_proj.bias"),
         ]
+
     if config.gated_ffn and not config.ffn_norm:
         rules.append(Split(f"{_BLOCK}mlp.fc1.", [f"{_LAYER}ffn.gate_proj.", f"{_LAYER}ffn.inner_proj."]))
+
     return rules
 
 

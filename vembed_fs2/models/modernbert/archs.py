@@ -1,14 +1,16 @@
+"""The named architectures of ModernBERT models."""
+
 from __future__ import annotations
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.modernbert.config import ModernBertConfig
 
 
 def register_modernbert_archs(container: DependencyContainer) -> None:
-    """Register the named architectures."""
-    arch = ConfigRegistrar(container, ModernBertConfig)
+    """Register the architectures, the base first; the others say how they differ from it."""
+    arch = ArchRegistrar(container, ModernBertConfig)
 
     @arch("modernbert_base")
     def modernbert_base() -> ModernBertConfig:
@@ -23,6 +25,7 @@ def register_modernbert_archs(container: DependencyContainer) -> None:
         config.num_layers = 28
         config.num_attn_heads = 16
         config.ffn_inner_dim = 2624
+
         return config
 
     @arch("modernbert_base_mean")
@@ -53,4 +56,5 @@ def register_modernbert_archs(container: DependencyContainer) -> None:
         config.num_attn_heads = 2
         config.ffn_inner_dim = 48
         config.local_attn_window = 8
+
         return config

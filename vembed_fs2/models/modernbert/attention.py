@@ -15,7 +15,6 @@ from fairseq2.error import NotSupportedError, OperationalError
 from fairseq2.models.transformer import (
     SDPA,
     AttentionBias,
-    AttentionBiasCache,
     Flash2SDPA,
     TorchSDPA,
     create_default_sdpa,
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from vembed_fs2.models.common.attention import PackedLayout, PaddedLayout, attend, attend_padded
+from vembed_fs2.models.common.attention import EncoderSDPA, PackedLayout, PaddedLayout, attend
 
 _MIN_BLOCK: Final = 32
 
@@ -95,9 +94,11 @@ class RotaryPositions(PositionEncoder):
         """
         if not isinstance(seqs_layout, (RotaryLayout, PackedRotaryLayout)):
             raise NotSupportedError(f"`{RotaryPositions}` needs a `{RotaryLayout}`.")
+
         rotation = seqs_layout.local_rotation if self.local else seqs_layout.global_rotation
         cos, sin = rotation.to(seqs.dtype)
         left, right = seqs.chunk(2, dim=-1)
+
         return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
     if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class LocalAttentionBias(AttentionBias):
 
 
 @final
-class LocalSDPA(SDPA):
+class LocalSDPA(EncoderSDPA):
     """Scaled dot-product attention of every token to the tokens on both sides of it, up to a distance.
 
     Long sequences are cut into blocks of queries, each with the keys that they can reach: the cost grows with the
@@ -152,94 +153,79 @@ class LocalSDPA(SDPA):
     """
 
     def __init__(self, reach: int, *, dropout_p: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(dropout_p=dropout_p)
         self.reach = reach
-        self.dropout_p = dropout_p
 
     @override
-    def forward(
-        self,
-        q: Tensor,
-        q_layout: BatchLayout,
-        k: Tensor,
-        k_layout: BatchLayout,
-        v: Tensor,
-        bias_cache: AttentionBiasCache,
-        *,
-        needs_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        if isinstance(k_layout, PackedLayout) and not needs_weights:
-            return attend_padded(self, q, k, v, k_layout, bias_cache), None
-        if needs_weights or not isinstance(k_layout, PaddedLayout):
-            raise NotSupportedError(f"`{LocalSDPA}` needs a `{PaddedLayout}`, and does not return weights.")
-        dropout_p = self.dropout_p if self.training else 0.0
-        mask, length = k_layout.mask, k.size(1)
-        # Compiled, each way of computing the same counts against the limit of torch.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout, dropout_p: float) -> Tensor:
+        if not isinstance(layout, PaddedLayout):
+            raise NotSupportedError(f"`{LocalSDPA}` needs a `{PaddedLayout}`.")
+
+        mask, length = layout.mask, k.size(1)
+
+        # Under `torch.compile` every branch is a recompilation, and torch limits those.
         if length <= self.reach + 1 and not torch.compiler.is_compiling():
             bias = None if mask is None else mask[:, None, None, :]
-            return attend(q, k, v, bias, dropout_p=dropout_p), None
+            return attend(q, k, v, bias, dropout_p=dropout_p)
+
         block = max(self.reach, _MIN_BLOCK)
         if length > 4 * block:
-            return _attend_in_blocks(q, k, v, mask, self.reach, block, dropout_p), None
+            return _attend_in_blocks(q, k, v, mask, self.reach, block, dropout_p)
+
         positions = torch.arange(length, device=q.device)
+
         bias = _near(positions, positions, self.reach)[None, None]
         if mask is not None:
-            # A token sees itself even where it is padding: without any key its state would not be a number.
+            # A token sees itself even if it is padding: without any key its state would not be a number.
             own = torch.eye(length, dtype=torch.bool, device=q.device)
             bias = bias & mask[:, None, None, :] | own
-        return attend(q, k, v, bias, dropout_p=dropout_p), None
+
+        return attend(q, k, v, bias, dropout_p=dropout_p)
 
     @override
     def extra_repr(self) -> str:
-        return f"reach={self.reach}, dropout_p={self.dropout_p:G}"
+        return f"reach={self.reach}, {super().extra_repr()}"
 
 
 @final
-class FlashLocalSDPA(SDPA):
+class FlashLocalSDPA(EncoderSDPA):
     """:class:`LocalSDPA` by FlashAttention 2 (Dao, 2023, https://arxiv.org/abs/2307.08691), which takes no padding.
 
     fairseq2's own ``Flash2SDPA`` has windows only before a token.
     """
 
+    takes_packed = True
+
     def __init__(self, reach: int, *, dropout_p: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(dropout_p=dropout_p)
         self.reach = reach
-        self.dropout_p = dropout_p
 
     @override
-    def forward(
-        self,
-        q: Tensor,
-        q_layout: BatchLayout,
-        k: Tensor,
-        k_layout: BatchLayout,
-        v: Tensor,
-        bias_cache: AttentionBiasCache,
-        *,
-        needs_weights: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        if needs_weights or k_layout.padded:
-            raise NotSupportedError(f"`{FlashLocalSDPA}` takes no padding, and does not return weights.")
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout, dropout_p: float) -> Tensor:
+        if layout.padded:
+            raise NotSupportedError(f"`{FlashLocalSDPA}` takes no padding.")
+
         try:
             from flash_attn import flash_attn_func, flash_attn_varlen_func
         except ImportError:
             raise OperationalError("FlashAttention is not found. Install it with `pip install flash-attn`.") from None
+
         if torch.is_autocast_enabled(q.device.type):
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-        options = {
-            "dropout_p": self.dropout_p if self.training else 0.0,
-            "window_size": (self.reach, self.reach),
-        }
-        if k_layout.packed:
-            begins, longest = k_layout.seq_begin_indices_pt, k_layout.max_seq_len
-            attns: Tensor = flash_attn_varlen_func(q, k, v, begins, begins, longest, longest, **options)
+
+        options = {"dropout_p": dropout_p, "window_size": (self.reach, self.reach)}
+        attns: Tensor
+        if layout.packed:
+            begins, longest = layout.seq_begin_indices_pt, layout.max_seq_len
+            attns = flash_attn_varlen_func(q, k, v, begins, begins, longest, longest, **options)
         else:
             attns = flash_attn_func(q, k, v, **options)
-        return attns, None
+
+        return attns
 
     @override
     def extra_repr(self) -> str:
-        return f"reach={self.reach}, dropout_p={self.dropout_p:G}"
+        return f"reach={self.reach}, {super().extra_repr()}"
 
 
 def _near(queries: Tensor, keys: Tensor, reach: int) -> Tensor:
@@ -259,16 +245,21 @@ def _attend_in_blocks(
     size, length = q.shape[:2]
     count = -(-length // block)
     tail = count * block - length
+
     # Blocks become rows: [N * B, C, H, K] and, with their neighbours, [N * B, 3 * C, H, K].
     q = pad(q, (0, 0, 0, 0, 0, tail)).reshape(size * count, block, *q.shape[2:])
     k, v = (_with_neighbours(x, block, tail).flatten(0, 1) for x in (k, v))
+
     if mask is None:
         mask = torch.ones((1, length), dtype=torch.bool, device=q.device).expand(size, -1)
+
     known = pad(mask, (block, block + tail)).unfold(1, 3 * block, block).flatten(0, 1)
     queries, keys = torch.arange(block, device=q.device), torch.arange(-block, 2 * block, device=q.device)
-    # A token sees itself even where it is padding: without any key its state would not be a number.
+
+    # A token sees itself even if it is padding: without any key its state would not be a number.
     bias = _near(queries, keys, reach) & known[:, None, None, :] | _near(queries, keys, 0)
     attns = attend(q, k, v, bias, dropout_p=dropout_p)
+
     return attns.reshape(size, count * block, *attns.shape[2:])[:, :length]
 
 

@@ -1,3 +1,5 @@
+"""How the modules of ModernBERT models are put together."""
+
 from __future__ import annotations
 
 import math
@@ -13,34 +15,22 @@ from fairseq2.models.transformer import (
 from fairseq2.nn import LayerNorm, Linear, RowShardedLinear, StandardEmbedding, StandardLayerNorm
 
 from vembed_fs2.embedding.activations import create_activation
-from vembed_fs2.errors import ConfigError
 from vembed_fs2.models.common.attention import create_sdpa
+from vembed_fs2.models.common.checks import require_valid
 from vembed_fs2.models.common.dropout import Dropout
+from vembed_fs2.models.common.factory import ModelFactory
 from vembed_fs2.models.modernbert.attention import RotaryPositions, create_local_sdpa
 from vembed_fs2.models.modernbert.config import ModernBertConfig
 from vembed_fs2.models.modernbert.model import ModernBertFrontend, ModernBertModel, NoNorm
 
 
-def create_modernbert_model(config: ModernBertConfig) -> ModernBertModel:
-    """Create a ModernBERT model.
-
-    :raises ConfigError: ``config`` is not valid.
-    """
-    result = config.validate()
-    if result.has_error():
-        raise ConfigError(list(result.errors), where="The ModernBERT configuration")
-    return ModernBertFactory(config).create_model()
-
-
-class ModernBertFactory:
+class ModernBertFactory(ModelFactory[ModernBertConfig]):
     """Creates the modules of a ModernBERT model."""
-
-    def __init__(self, config: ModernBertConfig) -> None:
-        self._config = config
 
     def create_model(self) -> ModernBertModel:
         config = self._config
         local_theta = config.global_rope_theta if config.local_rope_theta is None else config.local_rope_theta
+
         model = ModernBertModel(
             self.create_frontend(),
             self.create_encoder(),
@@ -50,6 +40,7 @@ class ModernBertFactory:
         )
         model.set_head(config.head, config.model_dim)
         model.max_text_length = config.max_seq_len
+
         return model
 
     def create_frontend(self) -> ModernBertFrontend:
@@ -72,6 +63,7 @@ class ModernBertFactory:
         )
         if config.attn_dropout_p > 0.0:
             layer.self_attn_dropout = Dropout(config.attn_dropout_p)
+
         return layer
 
     def create_self_attention(self, *, local: bool) -> StandardMultiheadAttention:
@@ -80,6 +72,7 @@ class ModernBertFactory:
             sdpa = create_local_sdpa(config.local_attn_window // 2, dropout_p=config.attn_dropout_p)
         else:
             sdpa = create_sdpa(dropout_p=config.attn_dropout_p)
+
         return StandardMultiheadAttention(
             config.model_dim,
             config.num_attn_heads,
@@ -103,8 +96,10 @@ class ModernBertFactory:
         assert isinstance(ffn.output_proj, RowShardedLinear)
         ffn.output_proj.init_fn = self.init_output_projection
         ffn.output_proj.reset_parameters()
+
         if config.ffn_dropout_p > 0.0:
             ffn.inner_dropout = Dropout(config.ffn_dropout_p)
+
         return ffn
 
     def create_layer_norm(self) -> LayerNorm:
@@ -124,3 +119,13 @@ class ModernBertFactory:
     def init_output_projection(self, proj: Linear) -> None:
         # What all layers add to a state together stays as large as what one would.
         self.init_projection(proj, 1.0 / math.sqrt(2.0 * self._config.num_layers))
+
+
+def create_modernbert_model(config: ModernBertConfig) -> ModernBertModel:
+    """Create a ModernBERT model with initial weights as transformers draws them.
+
+    :raises ConfigError: ``config`` is not valid.
+    """
+    require_valid(config, "ModernBERT")
+
+    return ModernBertFactory(config).create_model()

@@ -1,6 +1,8 @@
+"""Checkpoints of transformers' ModernBERT, read and written."""
+
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, final
 
 from fairseq2.models import ModelHubAccessor
@@ -11,18 +13,17 @@ from typing_extensions import override
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.hf_config import read_field, refuse_other_values, resolve_hf_config, validate_hf_config
-from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Split
-from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
+from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Rule, Split
+from vembed_fs2.models.common.interop import TEXT_FIELDS, BackboneCheckpointFormat
+from vembed_fs2.models.family import drop_learned
 from vembed_fs2.models.modernbert.config import MODERNBERT_FAMILY, ModernBertConfig
 from vembed_fs2.models.modernbert.model import ModernBertModel
 
 _LAYER: Final = "encoder.layers.*"
 
-_KEY_MAP: Final = KeyMap(
-    # Of the heads for pretraining and classification. `head.dense.0.weight` is a dense layer of our own head.
+_RULES: Final[Sequence[Rule]] = (
+    # The heads for pretraining and classification. `head.dense.0.weight` is a dense layer of our own head.
     Drop(theirs=r"(head\.(dense|norm)|decoder|classifier)\.(weight|bias)"),
-    # transformers' ModernBERT has no place for what only objectives need.
-    Drop(ours="|".join(LEARNED_PARTS)),
     Rename("embeddings.tok_embeddings.", "frontend.embed."),
     Rename("embeddings.norm.", "frontend.layer_norm."),
     Rename("layers.*.attn_norm.", f"{_LAYER}.self_attn_layer_norm."),
@@ -33,18 +34,11 @@ _KEY_MAP: Final = KeyMap(
     Split("layers.*.mlp.Wi.", [f"{_LAYER}.ffn.{name}_proj." for name in ("gate", "inner")]),
     Rename("layers.*.mlp.Wo.", f"{_LAYER}.ffn.output_proj."),
     Rename("final_norm.", "encoder.layer_norm."),
-    prefixes=["model."],
 )
 
 # The fields of config.json, what they are called here, and their types.
 _FIELDS: Final[dict[str, tuple[str, type]]] = {
-    "hidden_size": ("model_dim", int),
-    "max_position_embeddings": ("max_seq_len", int),
-    "vocab_size": ("vocab_size", int),
-    "pad_token_id": ("pad_idx", int),
-    "num_hidden_layers": ("num_layers", int),
-    "num_attention_heads": ("num_attn_heads", int),
-    "intermediate_size": ("ffn_inner_dim", int),
+    **TEXT_FIELDS,
     "hidden_activation": ("activation", str),
     "global_attn_every_n_layers": ("global_attn_interval", int),
     "local_attention": ("local_attn_window", int),
@@ -78,7 +72,7 @@ _FIXED: Final[dict[str, tuple[object, ...]]] = {
 
 
 @final
-class ModernBertCheckpointFormat(CheckpointFormat):
+class ModernBertCheckpointFormat(BackboneCheckpointFormat):
     """Reads and writes checkpoints of ``transformers.ModernBertModel``."""
 
     model_types = ("modernbert",)
@@ -96,15 +90,13 @@ class ModernBertCheckpointFormat(CheckpointFormat):
         validate_hf_config(config, {ours: name for name, (ours, _) in _FIELDS.items()})
         head_dim = config.model_dim // config.num_attn_heads
         refuse_other_values(hf_config, {"head_dim": (None, head_dim), "rope_theta": (config.global_rope_theta,)})
+
         return config
 
     @override
     def key_map(self, config: object) -> KeyMap:
-        return _KEY_MAP
-
-    @override
-    def has_our_names(self, keys: Collection[str], config: object) -> bool:
-        return any(key.startswith("frontend.") for key in keys)
+        # transformers' ModernBERT has no place for what only objectives need.
+        return KeyMap(*_RULES, drop_learned(config), prefixes=["model."])
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
@@ -123,18 +115,22 @@ def _with_old_names(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     if kinds is not None:
         interval = next((idx for idx, kind in enumerate(kinds) if idx > 0 and kind == "full_attention"), len(kinds))
         interval = values.setdefault("global_attn_every_n_layers", max(interval, 1))
+
         known = ["sliding_attention" if idx % interval else "full_attention" for idx in range(len(kinds))]
         if list(kinds) != known:
             raise ModelLoadError(f"config.json: `layer_types` is {kinds!r}, which is not supported.")
+
     parameters = values.pop("rope_parameters", None)
     for kind, name in (("full_attention", "global_rope_theta"), ("sliding_attention", "local_rope_theta")):
         if parameters is None:
             continue
+
         rope = parameters.get(kind) or {}
         if rope.keys() - {"rope_type", "rope_theta"} or rope.get("rope_type", "default") != "default":
             raise ModelLoadError(f"config.json: `rope_parameters` is {parameters!r}, which is not supported.")
         if "rope_theta" in rope:
             values[name] = rope["rope_theta"]
+
     return values
 
 

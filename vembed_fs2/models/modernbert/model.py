@@ -52,12 +52,14 @@ class ModernBertModel(TextBackboneModel):
     @override
     def encode_tokens(self, batch: EncoderBatch) -> Tensor:
         assert batch.text is not None
+
         seqs = self.frontend(batch.text.input_ids)
         mask = batch.text.attention_mask
         rotations = [create_rotation(seqs.size(1), self.head_dim, t, seqs.device) for t in self.thetas]
         if mask is not None and should_pack(mask, needed=self.needs_packing):
             layout = PackedRotaryLayout(mask, rotations)
             return layout.pad(self.encoder(layout.pack(seqs), layout))
+
         return self.encoder(seqs, RotaryLayout(seqs, mask, rotations))
 
     @override

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.siglip.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
 _GEMMA_VOCAB: Final = 256_000
@@ -17,7 +17,7 @@ def register_siglip_archs(container: DependencyContainer) -> None:
     """Register the architectures, the base first; the others say how they differ from it."""
     _register_siglip(container)
     _register_siglip2(container)
-    arch = ConfigRegistrar(container, SiglipConfig)
+    arch = ArchRegistrar(container, SiglipConfig)
 
     @arch("tiny")
     def tiny() -> SiglipConfig:
@@ -31,7 +31,7 @@ def register_siglip_archs(container: DependencyContainer) -> None:
 
 
 def _register_siglip(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, SiglipConfig)
+    arch = ArchRegistrar(container, SiglipConfig)
 
     @arch("base_patch16_224")
     def base_patch16_224() -> SiglipConfig:
@@ -80,7 +80,7 @@ def _register_siglip(container: DependencyContainer) -> None:
 
 
 def _register_siglip2(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, SiglipConfig)
+    arch = ArchRegistrar(container, SiglipConfig)
 
     @arch("siglip2_base_patch32_256")
     def siglip2_base_patch32_256() -> SiglipConfig:
@@ -185,6 +185,7 @@ def _so400m(image_size: int, patch_size: int, *, vocab_size: int = 32_000, max_s
     assert config.vision is not None
     config.text.max_seq_len = max_seq_len
     config.vision.patch_size = patch_size
+
     return config
 
 
@@ -196,6 +197,7 @@ def _giant(image_size: int) -> SiglipConfig:
     config.vision.model_dim = 1536
     config.vision.num_layers = 40
     config.vision.ffn_inner_dim = 6144
+
     return config
 
 
@@ -203,11 +205,13 @@ def _sized(config: SiglipConfig, model_dim: int, num_layers: int, ffn_inner_dim:
     """Make both Transformers larger; both have 16 heads."""
     assert config.text is not None
     assert config.vision is not None
+
     for tower in (config.text, config.vision):
         tower.model_dim = model_dim
         tower.num_layers = num_layers
         tower.num_attn_heads = 16
         tower.ffn_inner_dim = ffn_inner_dim
+
     config.text.projection_dim = model_dim
     return config
 

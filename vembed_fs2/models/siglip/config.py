@@ -9,7 +9,8 @@ from typing import Final
 from fairseq2.utils.validation import ValidationResult
 from typing_extensions import override
 
-from vembed_fs2.embedding.model import EmbeddingModelConfig
+from vembed_fs2.embedding.model import EmbeddingModelConfig, HeadConfig
+from vembed_fs2.models.common.checks import check_head, to_result
 from vembed_fs2.models.common.dual import DualTowerConfig
 
 SIGLIP_FAMILY: Final = "vembed_siglip"
@@ -71,7 +72,7 @@ class SiglipVisionConfig(SiglipTowerConfig):
 
     num_patches: int = 256
     """
-    The number of positions that are learned, a square; those of an image are
+    The number of positions that are learned, a square; an image's positions are
     interpolated. Used with ``naflex`` only.
     """
 
@@ -96,7 +97,7 @@ class SiglipVisionConfig(SiglipTowerConfig):
 
 @dataclass(kw_only=True)
 class SiglipConfig(EmbeddingModelConfig):
-    """The configuration of a SigLIP model. The defaults are those of SigLIP base, 224 pixels."""
+    """The configuration of a SigLIP model. The defaults describe SigLIP base, 224 pixels."""
 
     text: SiglipTextConfig | None = field(default_factory=SiglipTextConfig)
     """The text Transformer; ``None`` for a model of images only."""
@@ -111,6 +112,12 @@ class SiglipConfig(EmbeddingModelConfig):
     one image size are ``siglip`` there).
     """
 
+    head: HeadConfig | None = None
+    """
+    What follows the projected states of texts and of images, if not the pooling
+    of each Transformer itself (``pooler`` means that one).
+    """
+
     logit_scale_init: float | None = math.log(10.0)
     """The initial log inverse temperature, as in the paper; transformers starts from 0."""
 
@@ -118,7 +125,9 @@ class SiglipConfig(EmbeddingModelConfig):
     """The initial bias of the logits, as in the paper; transformers starts from 0."""
 
     def validate(self) -> ValidationResult:
-        result = ValidationResult()
+        dim = self.text.projection_dim if self.text is not None else self.vision.model_dim if self.vision else 0
+
+        result = to_result(check_head(self.head, dim, has_class_token=self.vision is None))
 
         if self.text is None and self.vision is None:
             result.add_error("`text` and `vision` must not both be `None`.")

@@ -13,8 +13,8 @@ from torch.nn import Conv2d
 
 from vembed_fs2.models.common.attention import create_sdpa
 from vembed_fs2.models.common.checks import require_valid
-from vembed_fs2.models.common.dual import TowerBuilder, create_embedding, create_text_frontend
-from vembed_fs2.models.common.factory import ModelFactory
+from vembed_fs2.models.common.dual import TowerBuilder, create_text_frontend
+from vembed_fs2.models.common.factory import ModelFactory, create_embedding
 from vembed_fs2.models.common.vision import PatchProjection
 from vembed_fs2.models.siglip.config import SiglipConfig, SiglipTextConfig, SiglipTowerConfig, SiglipVisionConfig
 from vembed_fs2.models.siglip.model import (
@@ -38,7 +38,7 @@ class SiglipFactory(ModelFactory[SiglipConfig]):
         text = None if config.text is None else self.create_text_tower(config.text)
         vision = None if config.vision is None else self.create_vision_tower(config.vision)
 
-        model = SiglipModel(text, vision, config.logit_scale_init, config.logit_bias_init)
+        model = SiglipModel(text, vision, config.logit_scale_init, config.logit_bias_init, config.head)
         if config.vision is not None:
             model.tokens_per_image = self.num_positions(config.vision)
             model.image_shape = (config.vision.num_channels, config.vision.image_size, config.vision.image_size)
@@ -92,7 +92,10 @@ class SiglipFactory(ModelFactory[SiglipConfig]):
             output_proj_init_fn=_init_lecun,
         )
 
-        return SiglipAttentionPool(config.model_dim, attention, builder.create_layer_norm(), builder.create_ffn())
+        pool = SiglipAttentionPool(config.model_dim, attention, builder.create_layer_norm(), builder.create_ffn())
+
+        # A parameter without a gradient is an error under DDP.
+        return pool.requires_grad_(self._config.head is None or self._config.head.reads_pooler)
 
 
 def create_siglip_model(config: SiglipConfig) -> SiglipModel:

@@ -1,55 +1,56 @@
-"""SigLIP checkpoints of Hugging Face transformers, read and written."""
+"""Checkpoints of transformers' SigLIP and SigLIP 2, read and written."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping
 from typing import Any, Final, final
 
+from fairseq2.models import ModelHubAccessor
 from fairseq2.models.hg import HuggingFaceConfig
 from fairseq2.utils.config import cast_config_type
 from typing_extensions import override
 
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.formats.hf_config import create_dual_rules, read_fields, refuse_dual_options, write_fields
+from vembed_fs2.formats.hf_config import (
+    create_dual_rules,
+    read_fields,
+    refuse_dual_options,
+    resolve_hf_config,
+    validate_hf_config,
+    write_fields,
+)
 from vembed_fs2.formats.key_map import Drop, KeyMap, Split
-from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat, config_errors
-from vembed_fs2.models.siglip.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+from vembed_fs2.models.common.interop import (
+    PIXEL_FIELDS,
+    TOKEN_FIELDS,
+    TOWER_FIELDS,
+    DualCheckpointFormat,
+    refuse_dense_layers,
+)
+from vembed_fs2.models.family import drop_learned
+from vembed_fs2.models.siglip.config import SIGLIP_FAMILY, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+from vembed_fs2.models.siglip.model import SiglipModel
 
-_TOWER_FIELDS: Final = {
-    "hidden_size": "model_dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_attn_heads",
-    "intermediate_size": "ffn_inner_dim",
-    "hidden_act": "activation",
-    "layer_norm_eps": "layer_norm_eps",
-    "attention_dropout": "attn_dropout_p",
-}
+_TEXT_FIELDS: Final = TOWER_FIELDS | TOKEN_FIELDS | {"projection_size": "projection_dim"}
 
-_TEXT_FIELDS: Final = _TOWER_FIELDS | {
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_seq_len",
-    "projection_size": "projection_dim",
-    "pad_token_id": "pad_idx",
-    "bos_token_id": "bos_idx",
-    "eos_token_id": "eos_idx",
-}
+_IMAGE_FIELDS: Final = TOWER_FIELDS | PIXEL_FIELDS
 
-_IMAGE_FIELDS: Final = _TOWER_FIELDS | {
-    "num_channels": "num_channels",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-}
-
-_PATCH_FIELDS: Final = _TOWER_FIELDS | {
+_PATCH_FIELDS: Final = TOWER_FIELDS | {
     "num_channels": "num_channels",
     "patch_size": "patch_size",
     "num_patches": "num_patches",
 }
 
 _OPTIONAL: Final = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+_OUR_NAMES: Final = {
+    **{ours: name for name, ours in (_TEXT_FIELDS | _IMAGE_FIELDS | _PATCH_FIELDS).items()},
+    "text": "text_config",
+    "vision": "vision_config",
+}
+"""What config.json calls our fields."""
 
 _KEYS: Final = {
     "text_model.embeddings.token_embedding.": "text.frontend.embed.",
@@ -67,14 +68,14 @@ _KEYS: Final = {
 }
 
 
-def _create_key_map(unknown: Sequence[str]) -> KeyMap:
+def _create_key_map(dropped: Drop) -> KeyMap:
     """
-    :param unknown: what objectives learn and transformers' model has no place for.
+    :param dropped: what objectives learn and transformers' model has no place for.
     """
     return KeyMap(
         # Buffers that old versions of transformers saved, and the head of `SiglipForImageClassification`.
         Drop(theirs=r"(text|vision)_model\.embeddings\.position_ids|classifier\..*"),
-        Drop(ours="|".join(unknown)),
+        dropped,
         # transformers holds the three projections of the pooling attention in one tensor; apart they can be sharded.
         *(
             Split(
@@ -87,7 +88,7 @@ def _create_key_map(unknown: Sequence[str]) -> KeyMap:
 
 
 @final
-class SiglipCheckpointFormat(CheckpointFormat):
+class SiglipCheckpointFormat(DualCheckpointFormat):
     """Reads and writes ``SiglipModel``, ``Siglip2Model`` and their text and vision models."""
 
     model_types = (
@@ -103,27 +104,33 @@ class SiglipCheckpointFormat(CheckpointFormat):
     def from_hf_config(
         self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
     ) -> SiglipConfig:
-        if head is not None and head.dense:
-            raise ModelLoadError("Dense modules after a SigLIP model are not supported.")
+        refuse_dense_layers(head, "SigLIP")
+
         generation, _, part = str(hf_config.get("model_type", "siglip")).partition("_")
+
         text, vision = _resolve(hf_config, generation, part.removesuffix("_model"))
         if keys and not any(key.startswith("text_model.") for key in keys):
             text = None  # `SiglipForImageClassification` has the configuration of both and the images' weights only.
+
         config = SiglipConfig(text=None, vision=None, naflex=generation == "siglip2")
         where = "" if part else "text_config."
         if text is not None:
             config.text = SiglipTextConfig(
                 **read_fields(text, _TEXT_FIELDS, SiglipTextConfig(), where, optional=_OPTIONAL)
             )
+
         where = "" if part else "vision_config."
         if vision is not None:
             if not vision.get("vision_use_head", True):
                 raise ModelLoadError(f"`{where}vision_use_head` must be true: without it there is no embedding.")
             fields = _PATCH_FIELDS if config.naflex else _IMAGE_FIELDS
             config.vision = SiglipVisionConfig(**read_fields(vision, fields, SiglipVisionConfig(), where))
+
         if text is None or vision is None:
             config.logit_scale_init = config.logit_bias_init = None
-        _validate(config)
+
+        validate_hf_config(config, _OUR_NAMES)
+
         return config
 
     @override
@@ -131,11 +138,7 @@ class SiglipCheckpointFormat(CheckpointFormat):
         config = cast_config_type(config, SiglipConfig)
         # transformers' SigLIP has a temperature and a bias, but only with both Transformers.
         is_whole = config.text is not None and config.vision is not None
-        return _create_key_map(("teacher_projection",) if is_whole else LEARNED_PARTS)
-
-    @override
-    def has_our_names(self, keys: Collection[str], config: object) -> bool:
-        return not any(key.startswith(("text_model.", "vision_model.")) for key in keys)
+        return _create_key_map(drop_learned(config, kept=(LOGIT_SCALE, LOGIT_BIAS) if is_whole else ()))
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
@@ -145,10 +148,12 @@ class SiglipCheckpointFormat(CheckpointFormat):
         name = "Siglip2" if config.naflex else "Siglip"
         text = {} if config.text is None else write_fields(config.text, _TEXT_FIELDS)
         fields = _PATCH_FIELDS if config.naflex else _IMAGE_FIELDS
+
         vision = {} if config.vision is None else write_fields(config.vision, fields)
         if not text or not vision:
             name += "Text" if text else "Vision"
             return HuggingFaceConfig(text or vision, kls_name=f"{name}Config", arch=f"{name}Model")
+
         data: dict[str, object] = {
             "text_config": getattr(transformers, f"{name}TextConfig")(**text),
             "vision_config": getattr(transformers, f"{name}VisionConfig")(**vision),
@@ -163,26 +168,16 @@ def _resolve(
 
     :param part: ``text``, ``vision``, or empty for both.
     """
-    import transformers
-
-    kls = getattr(transformers, f"{generation.capitalize()}{part.capitalize()}Config")
-    try:
-        resolved: dict[str, Any] = kls(**deepcopy(dict(hf_config))).to_dict()
-    except (TypeError, ValueError, AttributeError) as ex:
-        raise ModelLoadError(f"config.json is not a valid SigLIP configuration: {ex}.") from None
+    resolved = resolve_hf_config(hf_config, f"{generation.capitalize()}{part.capitalize()}Config", "SigLIP")
     refuse_dual_options("", resolved, "SigLIP")
+
     if part:
         return (resolved, None) if part == "text" else (None, resolved)
+
     for name in ("text_config", "vision_config"):
         refuse_dual_options(f"{name}.", resolved[name], "SigLIP")
+
     return resolved["text_config"], resolved["vision_config"]
 
 
-def _validate(config: SiglipConfig) -> None:
-    errors = " ".join(config_errors(config))
-    if not errors:
-        return
-    for hf_name, name in (_TEXT_FIELDS | _IMAGE_FIELDS | _PATCH_FIELDS).items():
-        errors = re.sub(rf"\b{name}`", f"{hf_name}`", errors)
-    errors = re.sub(r"`(text|vision)\b", r"`\1_config", errors)
-    raise ModelLoadError(f"config.json is not a valid SigLIP configuration: {errors}")
+get_siglip_model_hub = ModelHubAccessor(SIGLIP_FAMILY, kls=SiglipModel, config_kls=SiglipConfig)

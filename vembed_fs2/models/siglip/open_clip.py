@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.formats.key_map import KeyMap, Rename, Reshape, Split, leading_dims
+from vembed_fs2.formats.key_map import KeyMap, Rename, Reshape, Rule, Split, leading_dims
 from vembed_fs2.formats.open_clip import (
     OpenClipFormat,
     read_model_options,
@@ -17,12 +17,12 @@ from vembed_fs2.formats.open_clip import (
 )
 from vembed_fs2.models.clip.config import ClipTextConfig
 from vembed_fs2.models.clip.open_clip import (
-    LEARNED_RULES,
+    check_config,
+    list_learned_rules,
     list_text_rules,
     text_config_from_open_clip,
     text_config_to_open_clip,
 )
-from vembed_fs2.models.family import config_errors
 from vembed_fs2.models.siglip.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 
 _SIZES: Final = {
@@ -95,12 +95,23 @@ _KEYS: Final = {
     "attn_pool.mlp.fc2.": "vision.head.ffn.output_proj.",
 }
 
+_TEXT_FIELDS: Final = (
+    "model_dim",
+    "num_layers",
+    "num_attn_heads",
+    "ffn_inner_dim",
+    "activation",
+    "layer_norm_eps",
+    "vocab_size",
+    "max_seq_len",
+    "pad_idx",
+)
+
 _TRUNK: Final = "visual.trunk."
 
 _LAYER: Final = "vision.encoder.layers.*"
 
-_KEY_MAP: Final = KeyMap(
-    *LEARNED_RULES,
+_RULES: Final[Sequence[Rule]] = (
     # timm's positions have the dimension of a batch of one.
     Reshape(f"{_TRUNK}pos_embed", "vision.frontend.pos_embed.weight", leading_dims(1)),
     # timm holds these together; apart they can be sharded.
@@ -120,6 +131,7 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> SiglipConfig:
     :raises ModelLoadError: an option is not supported; the message names it.
     """
     options = read_model_options(model_cfg)
+
     config = SiglipConfig(
         vision=_read_vision(options["vision_cfg"]),
         text=_read_text(model_cfg),
@@ -128,8 +140,9 @@ def config_from_open_clip(model_cfg: Mapping[str, Any]) -> SiglipConfig:
     )
     if config.logit_bias_init is None:
         raise ModelLoadError("`init_logit_bias` must be set for a SigLIP model.")
-    if errors := config_errors(config):
-        raise ModelLoadError(f"`model_cfg` is not valid. {' '.join(errors)}")
+
+    check_config(config)
+
     return config
 
 
@@ -144,18 +157,13 @@ def _read_text(model_cfg: Mapping[str, Any]) -> SiglipTextConfig:
         if not is_supported:
             value = model_cfg["text_cfg"].get(name)
             raise ModelLoadError(f"`text_cfg.{name}` is {value!r}, which is not supported for SigLIP models.")
-    return SiglipTextConfig(
-        model_dim=text.model_dim,
-        num_layers=text.num_layers,
-        num_attn_heads=text.num_attn_heads,
-        ffn_inner_dim=text.ffn_inner_dim,
-        activation=text.activation,
-        layer_norm_eps=text.layer_norm_eps,
-        vocab_size=text.vocab_size,
-        max_seq_len=text.max_seq_len,
-        projection_dim=text.single_tower_dim,
-        pad_idx=text.pad_idx,
-    )
+
+    return SiglipTextConfig(**_text_values(text), projection_dim=text.single_tower_dim)
+
+
+def _text_values(text: ClipTextConfig | SiglipTextConfig) -> dict[str, Any]:
+    """The values of the fields that the text Transformers of CLIP and SigLIP share."""
+    return {name: getattr(text, name) for name in _TEXT_FIELDS}
 
 
 def _read_vision(vision_cfg: Mapping[str, Any]) -> SiglipVisionConfig:
@@ -163,12 +171,14 @@ def _read_vision(vision_cfg: Mapping[str, Any]) -> SiglipVisionConfig:
     tower = TIMM_TOWERS.get(values["timm_model_name"])
     if tower is None:
         raise ModelLoadError(f"`vision_cfg.timm_model_name` is '{values['timm_model_name']}', which is not supported.")
+
     values["image_size"] = read_pair(values["image_size"] or 224, "vision_cfg.image_size")
     for name, expected in {"timm_pool": "map", "timm_proj": "none", "image_size": tower["image_size"]}.items():
         if values[name] != expected:
             raise ModelLoadError(
                 f"`vision_cfg.{name}` is {values[name]!r}, which is not supported; it must be {expected!r}."
             )
+
     return SiglipVisionConfig(**tower)
 
 
@@ -180,22 +190,11 @@ def config_to_open_clip(config: SiglipConfig) -> dict[str, Any]:
     text, vision = config.text, config.vision
     if text is None or vision is None or config.naflex:
         raise VembedError("open_clip has no SigLIP models with `naflex`, nor with one Transformer only.")
+
     text_cfg = text_config_to_open_clip(
-        ClipTextConfig(
-            model_dim=text.model_dim,
-            num_layers=text.num_layers,
-            num_attn_heads=text.num_attn_heads,
-            ffn_inner_dim=text.ffn_inner_dim,
-            activation=text.activation,
-            layer_norm_eps=text.layer_norm_eps,
-            vocab_size=text.vocab_size,
-            max_seq_len=text.max_seq_len,
-            pad_idx=text.pad_idx,
-            pooling="last",
-            causal=False,
-            proj_bias=True,
-        )
+        ClipTextConfig(**_text_values(text), pooling="last", causal=False, proj_bias=True)
     )
+
     return {
         "embed_dim": vision.model_dim,
         "quick_gelu": text.activation == "quick_gelu",
@@ -218,6 +217,7 @@ def _find_timm_name(vision: SiglipVisionConfig) -> str:
     for name, tower in TIMM_TOWERS.items():
         if SiglipVisionConfig(**tower, attn_dropout_p=vision.attn_dropout_p) == vision:
             return name
+
     raise VembedError(
         "timm, which open_clip's SigLIP models are made of, has no image Transformer of this `vision`: its sizes, "
         f"`activation` ('{vision.activation}') or another of its options have no name there."
@@ -226,7 +226,7 @@ def _find_timm_name(vision: SiglipVisionConfig) -> str:
 
 def key_map_of_open_clip(config: SiglipConfig) -> KeyMap:
     """Return how the tensors of open_clip become ours. Those that are not known stay as they are."""
-    return _KEY_MAP
+    return KeyMap(*_RULES, *list_learned_rules(config))
 
 
 OPEN_CLIP: Final = OpenClipFormat(

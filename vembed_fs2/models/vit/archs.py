@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer
 
-from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.head import ImageHeadConfig
+from vembed_fs2.models.archs import ArchRegistrar
 from vembed_fs2.models.vit.config import VitConfig
 
 
@@ -19,7 +19,7 @@ def register_vit_archs(container: DependencyContainer) -> None:
 
 
 def _register_vit(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, VitConfig)
+    arch = ArchRegistrar(container, VitConfig)
 
     @arch("vit_base_patch16")
     def vit_base_patch16() -> VitConfig:
@@ -33,7 +33,7 @@ def _register_vit(container: DependencyContainer) -> None:
 
 
 def _register_mae(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, VitConfig)
+    arch = ArchRegistrar(container, VitConfig)
 
     @arch("mae_base_patch16")
     def mae_base_patch16() -> VitConfig:
@@ -54,11 +54,12 @@ def _register_mae(container: DependencyContainer) -> None:
         config.num_attn_heads = 16
         config.ffn_inner_dim = 5120
         config.patch_size = 14
+
         return config
 
 
 def _register_dinov2(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, VitConfig)
+    arch = ArchRegistrar(container, VitConfig)
 
     @arch("dinov2_small_patch14")
     def dinov2_small_patch14() -> VitConfig:
@@ -102,7 +103,7 @@ def _register_dinov2(container: DependencyContainer) -> None:
 
 
 def _register_dinov3(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, VitConfig)
+    arch = ArchRegistrar(container, VitConfig)
 
     @arch("dinov3_small_patch16")
     def dinov3_small_patch16() -> VitConfig:
@@ -132,6 +133,7 @@ def _register_dinov3(container: DependencyContainer) -> None:
         config.num_layers = 32
         config.num_attn_heads = 20
         config.ffn_inner_dim = 5120
+
         return config
 
     @arch("dinov3_7b_patch16")
@@ -144,11 +146,12 @@ def _register_dinov3(container: DependencyContainer) -> None:
         config.ffn_inner_dim = 8192
         config.query_bias = False
         config.value_bias = False
+
         return config
 
 
 def _register_tiny(container: DependencyContainer) -> None:
-    arch = ConfigRegistrar(container, VitConfig)
+    arch = ArchRegistrar(container, VitConfig)
 
     @arch("tiny")
     def tiny() -> VitConfig:
@@ -244,4 +247,5 @@ def _as_tiny(config: VitConfig) -> VitConfig:
     config.ffn_inner_dim = 128
     config.image_size = 16
     config.patch_size = 4
+
     return config

@@ -1,19 +1,30 @@
-"""What a Vision Transformer can be."""
+"""The configuration of Vision Transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias, get_args
 
 from fairseq2.utils.validation import ValidationResult
+from typing_extensions import override
 
-from vembed_fs2.embedding.activations import create_activation
-from vembed_fs2.embedding.image_head import ImageHeadConfig, validate_image_head
+from vembed_fs2.embedding.head import ImageHeadConfig, validate_head
 from vembed_fs2.embedding.model import EmbeddingModelConfig
-from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.models.common.checks import (
+    check_activation,
+    check_choice,
+    check_heads,
+    check_not_negative,
+    check_positive,
+    check_probabilities,
+    to_result,
+)
+from vembed_fs2.models.common.config import TransformerSizes
 from vembed_fs2.models.common.vision import as_pair
 from vembed_fs2.models.vit.model import PatchGrid
+
+VIT_FAMILY: Final = "vembed_vit"
 
 VitType: TypeAlias = Literal["vit", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit"]
 
@@ -59,23 +70,14 @@ _REQUIRED: Final[dict[str, tuple[str, ...]]] = {
 
 
 @dataclass(kw_only=True)
-class VitConfig(EmbeddingModelConfig):
-    """The configuration of a Vision Transformer. The defaults are those of ViT-B/16, without pooler."""
+class VitConfig(TransformerSizes, EmbeddingModelConfig):
+    """The configuration of a Vision Transformer. The defaults describe ViT-B/16, without pooler."""
 
     model_type: VitType = "vit"
     """
     Which of transformers' models it is. The options below are what the models
     can differ in; not each of them has each option.
     """
-
-    model_dim: int = 768
-    """The dimensionality of the model."""
-
-    num_layers: int = 12
-    """The number of Transformer layers."""
-
-    num_attn_heads: int = 12
-    """The number of attention heads in Transformer layers."""
 
     ffn_inner_dim: int = 3072
     """The dimensionality of inner projection layers in feed-forward networks; not used if ``mlp_ratio`` is set."""
@@ -162,7 +164,7 @@ class VitConfig(EmbeddingModelConfig):
     """The activation function of the pooler, by transformers' name."""
 
     head: ImageHeadConfig = field(default_factory=ImageHeadConfig)
-    """Pooling and normalisation."""
+    """What follows the encoder."""
 
     kept: Mapping[str, object] = field(default_factory=dict)
     """Fields of ``config.json`` that only pretraining or other tasks use, such as ``mask_ratio``. Kept for export."""
@@ -187,94 +189,76 @@ class VitConfig(EmbeddingModelConfig):
         return PatchGrid(height // patch[0], width // patch[1])
 
     def validate(self) -> ValidationResult:
-        result = ValidationResult()
         has_pooler = self.model_type == "vit" and self.pooler
-        for error in (
-            *self._type_errors(),
-            *self._dim_errors(),
-            *self._size_errors(),
-            *self._value_errors(),
-            *validate_image_head(self.head, has_pooler=has_pooler),
-        ):
-            result.add_error(error)
-        return result
+        head_errors = validate_head(
+            self.head, self.model_dim, multi_vector=True, has_pooler=has_pooler, pooler_dim=self.pooler_dim
+        )
 
-    def _type_errors(self) -> list[str]:
+        return to_result(
+            self._type_errors(), self._dim_errors(), self._size_errors(), self._value_errors(), head_errors
+        )
+
+    @override
+    def _positive_fields(self) -> tuple[str, ...]:
+        return (*super()._positive_fields(), "num_channels", "pooler_dim", "rope_theta")
+
+    def _type_errors(self) -> Iterator[str]:
         """What the model of ``model_type`` does not have in transformers, and so could not be written."""
-        if self.model_type not in get_args(VitType):
-            known = ", ".join(get_args(VitType))
-            return [f"`model_type` must be one of {known}, but is '{self.model_type}' instead."]
-        errors = []
+        errors = list(check_choice(self, "model_type", get_args(VitType)))
+        if errors:
+            yield from errors
+            return
+
         for name, fixed in _FIXED[self.model_type].items():
             value = getattr(self, name)
             if value != fixed:
-                errors.append(f"`{name}` of a {self.model_type} model must be {fixed}, but is {value} instead.")
+                yield f"`{name}` of a {self.model_type} model must be {fixed}, but is {value} instead."
+
         for name in _REQUIRED[self.model_type]:
             if getattr(self, name) is None:
-                errors.append(f"`{name}` of a {self.model_type} model must be set.")
+                yield f"`{name}` of a {self.model_type} model must be set."
+
         if self.model_type != "dinov3_vit" and not self.query_bias == self.key_bias == self.value_bias:
-            errors.append(f"`query_bias`, `key_bias` and `value_bias` of a {self.model_type} model must be the same.")
-        return errors
+            yield f"`query_bias`, `key_bias` and `value_bias` of a {self.model_type} model must be the same."
 
-    def _dim_errors(self) -> list[str]:
-        errors = []
-        for name in ("model_dim", "num_layers", "num_attn_heads", "ffn_inner_dim", "num_channels", "pooler_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                errors.append(f"`{name}` must be at least 1, but is {value} instead.")
-        if self.num_registers < 0:
-            errors.append(f"`num_registers` must not be negative, but is {self.num_registers} instead.")
+    def _dim_errors(self) -> Iterator[str]:
+        yield from check_positive(self, *self._positive_fields())
+        yield from check_not_negative(self, "num_registers")
+
         if self.mlp_ratio is not None and self.model_dim * self.mlp_ratio < 1.0:
-            errors.append(f"`mlp_ratio` must be at least 1 / `model_dim`, but is {self.mlp_ratio} instead.")
-        if self.num_attn_heads < 1:
-            return errors
-        if self.model_dim % self.num_attn_heads:
-            errors.append(
-                f"`model_dim` must be a multiple of `num_attn_heads` ({self.num_attn_heads}), "
-                f"but is {self.model_dim} instead."
-            )
-        elif self.rope_theta is not None and self.model_dim // self.num_attn_heads % 4:
-            head_dim = self.model_dim // self.num_attn_heads
-            errors.append(f"`model_dim` / `num_attn_heads` must be a multiple of 4, but is {head_dim} instead.")
-        if self.model_type == "vit_mae" and self.model_dim % 4:
-            errors.append(f"`model_dim` of a vit_mae model must be a multiple of 4, but is {self.model_dim} instead.")
-        return errors
+            yield f"`mlp_ratio` must be at least 1 / `model_dim`, but is {self.mlp_ratio} instead."
 
-    def _size_errors(self) -> list[str]:
+        # A head is rotated in pairs of elements, half of them by rows and half by columns.
+        yield from check_heads(self, multiple=4 if self.rope_theta is not None else 1)
+
+        if self.model_type == "vit_mae" and self.model_dim % 4:
+            yield f"`model_dim` of a vit_mae model must be a multiple of 4, but is {self.model_dim} instead."
+
+    def _size_errors(self) -> Iterator[str]:
         errors = []
         for name in ("image_size", "patch_size"):
             size = getattr(self, name)
             if not isinstance(size, int) and len(size) != 2:
                 errors.append(f"`{name}` must be one number or two, but is {size} instead.")
             elif min(as_pair(size)) < 1:
-                errors.append(f"`{name}` must be at least 1, but is {size} instead.")
+                errors.append(f"`{name}` must be positive, but is {size} instead.")
             elif self.model_type.startswith("dino") and len(set(as_pair(size))) > 1:
                 # transformers takes its table of positions for a square one.
                 errors.append(f"`{name}` of a {self.model_type} model must be square, but is {size} instead.")
+
+        yield from errors
+
         if not errors and min(self.grid) < 1:
-            errors.append(f"`image_size` must be at least `patch_size` ({self.patch_size}), but is {self.image_size}.")
-        return errors
+            yield f"`image_size` must be at least `patch_size` ({self.patch_size}), but is {self.image_size} instead."
 
-    def _value_errors(self) -> list[str]:
-        errors = []
-        for name in ("dropout_p", "attn_dropout_p", "drop_path_p"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                errors.append(f"`{name}` must be in [0, 1), but is {getattr(self, name)} instead.")
-        for name in ("layer_norm_eps", "init_std"):
-            if getattr(self, name) < 0.0:
-                errors.append(f"`{name}` must not be negative, but is {getattr(self, name)} instead.")
-        if self.rope_theta is not None and self.rope_theta <= 0.0:
-            errors.append(f"`rope_theta` must be positive, but is {self.rope_theta} instead.")
-        for name, least in (("rope_shift", 0.0), ("rope_jitter", 1.0), ("rope_rescale", 1.0)):
+    def _value_errors(self) -> Iterator[str]:
+        yield from check_probabilities(self, "dropout_p", "attn_dropout_p", "drop_path_p")
+        yield from check_not_negative(self, "layer_norm_eps", "init_std", "rope_shift")
+
+        for name in ("rope_jitter", "rope_rescale"):
             value = getattr(self, name)
-            if value is not None and value < least:
-                errors.append(f"`{name}` must be at least {least}, but is {value} instead.")
-        for name in ("activation", "pooler_activation"):
-            try:
-                create_activation(getattr(self, name), field=name)
-            except ModelLoadError as ex:
-                errors.append(str(ex))
-        return errors
+            if value is not None and value < 1.0:
+                yield f"`{name}` must be at least 1, but is {value} instead."
 
-
-VIT_FAMILY: Final = "vembed_vit"
+        yield from check_activation(self)
+        yield from check_activation(self, "pooler_activation")

@@ -10,17 +10,17 @@ from fairseq2.models.transformer import (
     StandardMultiheadAttention,
     StandardTransformerEncoder,
     StandardTransformerEncoderLayer,
-    TransformerNormOrder,
 )
 from fairseq2.nn import Linear, StandardLayerNorm
 from torch import Tensor
 from torch.nn import Conv2d
 
 from vembed_fs2.embedding.activations import create_activation
-from vembed_fs2.embedding.image_head import ImageHead, image_head_output_dim
+from vembed_fs2.embedding.head import Head
 from vembed_fs2.models.common.attention import create_sdpa
-from vembed_fs2.models.common.dropout import Dropout
-from vembed_fs2.models.common.feed_forward import FusedFeedForwardNetwork
+from vembed_fs2.models.common.checks import require_valid
+from vembed_fs2.models.common.factory import ModelFactory
+from vembed_fs2.models.common.layers import create_ffn, create_layer
 from vembed_fs2.models.common.vision import BranchResidual, LayerScale, PatchProjection, as_pair
 from vembed_fs2.models.vit.config import VitConfig
 from vembed_fs2.models.vit.model import (
@@ -33,16 +33,11 @@ from vembed_fs2.models.vit.model import (
 )
 
 
-def create_vit_model(config: VitConfig) -> VitModel:
-    """Create a Vision Transformer with initial weights as transformers draws them."""
-    return VitFactory(config).create_model()
-
-
-class VitFactory:
+class VitFactory(ModelFactory[VitConfig]):
     """Creates the modules of a Vision Transformer."""
 
     def __init__(self, config: VitConfig) -> None:
-        self._config = config
+        super().__init__(config)
         self._is_mae = config.model_type == "vit_mae"
         self._is_dino = config.model_type.startswith("dino")
 
@@ -55,13 +50,11 @@ class VitFactory:
             self.create_encoder(),
             self.create_pooler(),
             create_activation(config.pooler_activation, field="pooler_activation"),
-            ImageHead(config.head, num_prefix_tokens),
+            Head(config.head, config.model_dim, pooler_dim=config.pooler_dim),
         )
-        model.embedding_dim = image_head_output_dim(config.head, config.model_dim, config.pooler_dim)
-        model.normalize = config.head.normalize
-        model.similarity = "maxsim" if config.head.pooling == "none" else "cosine"
         model.tokens_per_image = config.grid.height * config.grid.width + num_prefix_tokens
         model.image_shape = (config.num_channels, *as_pair(config.image_size))
+
         return model
 
     def create_frontend(self) -> VitFrontend:
@@ -69,6 +62,7 @@ class VitFactory:
         patch_proj = PatchProjection(
             config.num_channels, config.model_dim, as_pair(config.patch_size), bias=True, init_fn=self.init_patch_proj
         )
+
         return VitFrontend(
             patch_proj,
             self.create_positions(),
@@ -82,6 +76,7 @@ class VitFactory:
         config = self._config
         if config.rope_theta is not None:
             return None
+
         return PositionTable(
             config.grid,
             config.model_dim,
@@ -94,6 +89,7 @@ class VitFactory:
         config = self._config
         if config.rope_theta is None:
             return None
+
         return PatchRotation(
             config.model_dim // config.num_attn_heads,
             config.rope_theta,
@@ -108,20 +104,16 @@ class VitFactory:
         return StandardTransformerEncoder(layers, self.create_layer_norm())
 
     def create_layer(self) -> StandardTransformerEncoderLayer:
-        layer = StandardTransformerEncoderLayer(
+        dropout_p = self._config.dropout_p
+
+        return create_layer(
             self.create_self_attention(),
-            self.create_layer_norm(),
             self.create_ffn(),
-            self.create_layer_norm(),
-            norm_order=TransformerNormOrder.PRE,
-            self_attn_residual=self.create_residual(),
-            ffn_residual=self.create_residual(),
+            self.create_layer_norm,
+            create_residual=self.create_residual,
+            attn_dropout_p=dropout_p,
+            ffn_dropout_p=0.0 if self._is_dino else dropout_p,
         )
-        if self._config.dropout_p > 0.0:
-            layer.self_attn_dropout = Dropout(self._config.dropout_p)
-            if not self._is_dino:
-                layer.ffn_dropout = Dropout(self._config.dropout_p)
-        return layer
 
     def create_residual(self) -> BranchResidual:
         config = self._config
@@ -131,6 +123,7 @@ class VitFactory:
     def create_self_attention(self) -> StandardMultiheadAttention:
         config = self._config
         head_dim = config.model_dim // config.num_attn_heads
+
         attention = StandardMultiheadAttention(
             config.model_dim,
             config.num_attn_heads,
@@ -141,30 +134,30 @@ class VitFactory:
             bias=True,
             output_proj_bias=config.proj_bias,
         )
+
         # fairseq2 has one switch for all three.
         biases = (config.query_bias, config.key_bias, config.value_bias)
         for proj, has_bias in zip((attention.q_proj, attention.k_proj, attention.v_proj), biases):
             if not has_bias:
                 proj.register_parameter("bias", None)
+
         return attention
 
     def create_ffn(self) -> FeedForwardNetwork:
         config = self._config
-        activation = create_activation(config.activation, field="activation")
         if not config.gated_ffn:
-            return FusedFeedForwardNetwork(
-                config.model_dim,
-                config.inner_dim,
-                config.ffn_bias,
-                inner_activation=activation,
-                proj_init_fn=self.init_projection,
+            return create_ffn(
+                config.model_dim, config.inner_dim, config.activation, self.init_projection, bias=config.ffn_bias
             )
+
+        # DINOv2's does not ask the configuration.
+        activation = config.activation if config.model_type == "dinov3_vit" else "silu"
+
         return GLUFeedForwardNetwork(
             config.model_dim,
             config.inner_dim,
             config.ffn_bias,
-            # DINOv2's does not ask the configuration.
-            gate_activation=activation if config.model_type == "dinov3_vit" else create_activation("silu"),
+            gate_activation=create_activation(activation, field="activation"),
             inner_dim_scale=1.0,
             proj_init_fn=self.init_projection,
         )
@@ -176,10 +169,12 @@ class VitFactory:
         config = self._config
         if not config.pooler:
             return None
+
         pooler_dim = config.pooler_dim or config.model_dim
         pooler = Linear(config.model_dim, pooler_dim, bias=True, init_fn=self.init_projection)
+
         # A parameter without a gradient is an error under DDP.
-        return pooler.requires_grad_(config.head.pooling == "pooler")
+        return pooler.requires_grad_(config.head.reads_pooler)
 
     def init_projection(self, proj: Linear | Conv2d) -> None:
         self.init_weight(proj.weight)
@@ -190,6 +185,7 @@ class VitFactory:
         if self._is_mae:
             nn.init.normal_(weight, std=self._config.init_std)
             return
+
         # Not every data type has what this needs.
         draws = nn.init.trunc_normal_(torch.empty_like(weight, dtype=torch.float32), std=self._config.init_std)
         with torch.no_grad():
@@ -211,10 +207,22 @@ class VitFactory:
 
     def init_frontend(self, frontend: VitFrontend) -> None:
         self.init_weight(frontend.class_embed)
+
         if frontend.registers is not None:
             if self._config.model_type == "dinov3_vit":
                 self.init_weight(frontend.registers)
             else:
                 nn.init.zeros_(frontend.registers)
+
         if frontend.mask_embed is not None:
             nn.init.zeros_(frontend.mask_embed)
+
+
+def create_vit_model(config: VitConfig) -> VitModel:
+    """Create a Vision Transformer with initial weights as transformers draws them.
+
+    :raises ConfigError: ``config`` is not valid.
+    """
+    require_valid(config, "Vision Transformer")
+
+    return VitFactory(config).create_model()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, cast, final
 
 from fairseq2.models import ModelHubAccessor
@@ -12,12 +12,13 @@ from fairseq2.utils.config import cast_config_type
 from torch import Tensor
 from typing_extensions import override
 
-from vembed_fs2.embedding.image_head import ImageHeadConfig
+from vembed_fs2.embedding.head import ImageHeadConfig
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.hf_config import read_field, resolve_hf_config, validate_hf_config
 from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Reshape, Rule, Split, leading_dims
-from vembed_fs2.models.family import LEARNED_PARTS, CheckpointFormat
+from vembed_fs2.models.common.interop import PIXEL_FIELDS, BackboneCheckpointFormat
+from vembed_fs2.models.family import drop_learned
 from vembed_fs2.models.vit.config import VIT_FAMILY, VitConfig, VitType
 from vembed_fs2.models.vit.model import VitModel
 
@@ -28,15 +29,13 @@ _COMMON: Final = {
     "hidden_act": "activation",
     "layer_norm_eps": "layer_norm_eps",
     "initializer_range": "init_std",
-    "num_channels": "num_channels",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
+    **PIXEL_FIELDS,
 }
 
 _DROPOUT: Final = {
     "hidden_dropout_prob": "dropout_p",
     "attention_probs_dropout_prob": "attn_dropout_p",
-    # And those of keys and values.
+    # And the keys' and values'.
     "qkv_bias": "query_bias",
 }
 
@@ -160,7 +159,7 @@ _SIZES: Final = ("image_size", "patch_size")
 
 
 @final
-class VitCheckpointFormat(CheckpointFormat):
+class VitCheckpointFormat(BackboneCheckpointFormat):
     """Reads and writes transformers' models of five types: ViT, MAE, DINOv2 without and with registers, DINOv3."""
 
     model_types = tuple(_FORMATS)
@@ -171,12 +170,15 @@ class VitCheckpointFormat(CheckpointFormat):
     ) -> VitConfig:
         if head is not None:
             raise ModelLoadError("Modules of sentence-transformers after a Vision Transformer are not supported.")
+
         model_type: VitType = hf_config.get("model_type", "vit")
         fmt = _FORMATS[model_type]
+
         resolved = resolve_hf_config(hf_config, f"{fmt.name}Config")
         for name in _REFUSED:
             if resolved.get(name):
                 raise ModelLoadError(f"config.json: `{name}` is not supported for {model_type} models.")
+
         values = {name: _read(resolved, hf_name, name) for hf_name, name in fmt.fields.items()}
         if "qkv_bias" in fmt.fields:
             values["key_bias"] = values["value_bias"] = values["query_bias"]
@@ -184,9 +186,11 @@ class VitCheckpointFormat(CheckpointFormat):
             values["mask_token"] = True
         if model_type == "vit":
             values["pooler"] = not keys or any(key.removeprefix("vit.").startswith("pooler.") for key in keys)
+
         kept = {name: resolved[name] for name in fmt.kept}
         config = VitConfig(model_type=model_type, head=default_head(model_type), kept=kept, **values)
         validate_hf_config(config, {name: hf_name for hf_name, name in fmt.fields.items()})
+
         return config
 
     @override
@@ -194,28 +198,27 @@ class VitCheckpointFormat(CheckpointFormat):
         rules: list[Rule] = [
             Drop(theirs=_FORMATS[config.model_type].dropped),
             # transformers has no place for what only objectives need.
-            Drop(ours="|".join(LEARNED_PARTS)),
+            drop_learned(config),
             *_list_embeddings(config),
             *_list_layers(config),
         ]
         return KeyMap(*rules, prefixes=[_prefix_of(config.model_type)])
 
     @override
-    def has_our_names(self, keys: Collection[str], config: object) -> bool:
-        return any(key.startswith("frontend.") for key in keys)
-
-    @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
         config = cast_config_type(config, VitConfig)
         fmt = _FORMATS[config.model_type]
+
         data: dict[str, object] = {}
         if config.model_type.startswith("dinov2"):
-            # As a backbone for other tasks it may return the states of some layers: the last one's, where nobody said.
+            # As a backbone for other tasks it may return the states of some layers; the default is the last one.
             stages = ["stem", *(f"stage{idx + 1}" for idx in range(config.num_layers))]
             data |= {"stage_names": stages, "out_features": stages[-1:]}
+
         data |= {hf_name: getattr(config, name) for hf_name, name in fmt.fields.items()}
         if config.model_type == "vit":
             data["pooler_output_size"] = config.pooler_dim or config.model_dim
+
         data |= config.kept
         return HuggingFaceConfig(data, kls_name=f"{fmt.name}Config", arch=f"{fmt.name}Model")
 
@@ -243,6 +246,7 @@ def _read(values: Mapping[str, Any], hf_name: str, name: str) -> Any:
     value = values[hf_name]
     if name in _SIZES and isinstance(value, (list, tuple)) and all(type(size) is int for size in value):
         return list(value)
+
     # `None` stands for what other models do not have.
     kind = _KINDS.get(name) or type(getattr(VitConfig(), name))
     return read_field(values, hf_name, kind, optional=name in _OPTIONAL)
@@ -261,6 +265,7 @@ def _has_registers(config: VitConfig) -> bool:
 def _list_embeddings(config: VitConfig) -> list[Rule]:
     # Theirs have dimensions for the batch; DINOv2's mask token has one less than the others.
     mask_dims = 2 if config.model_type == "dinov3_vit" else 1
+
     rules: list[Rule] = [
         Reshape("embeddings.cls_token", "frontend.class_embed", leading_dims(2)),
         Reshape("embeddings.mask_token", "frontend.mask_embed", leading_dims(mask_dims)),
@@ -268,11 +273,13 @@ def _list_embeddings(config: VitConfig) -> list[Rule]:
     ]
     if config.num_registers == 0:
         return [*rules, Drop(theirs=re.escape(_REGISTERS))]
+
     return [*rules, Reshape(_REGISTERS, "frontend.registers", leading_dims(1))]
 
 
 def _list_layers(config: VitConfig) -> list[Rule]:
     rules: list[Rule] = []
+
     match config.model_type:
         case "vit" | "vit_mae":
             names = _PATCHES | {"layernorm.": "encoder.layer_norm.", "pooler.dense.": "pooler."}
@@ -284,10 +291,12 @@ def _list_layers(config: VitConfig) -> list[Rule]:
             names = _PATCHES | {"layernorm.": "encoder.layer_norm."}
             ffn = _DINOV2_GATED_FFN if config.has_fused_gates else _DINOV2_FFN
             stack, layer = "encoder.layer", _ATTENTION | _DINO_LAYER | ffn
+
     if config.has_fused_gates:
         # The first projection of transformers' is gate and inner projection in one.
         parts = [f"encoder.layers.*.ffn.{name}_proj." for name in ("gate", "inner")]
         rules.append(Split(f"{stack}.*.mlp.weights_in.", parts))
+
     rules += [Rename(theirs, ours) for theirs, ours in names.items()]
     rules += [Rename(f"{stack}.*.{theirs}", f"encoder.layers.*.{ours}") for theirs, ours in layer.items()]
     return rules

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, NamedTuple, final
 
 import torch
 from fairseq2.models.transformer import StandardTransformerEncoder
-from fairseq2.nn import BatchLayout, IncrementalStateBag, PositionEncoder, Projection
+from fairseq2.nn import Projection
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
 from typing_extensions import override
 
-from vembed_fs2.embedding.image_head import ImageHead
+from vembed_fs2.embedding.head import Head, States
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.errors import DataError
 from vembed_fs2.models.common.attention import PaddedLayout
 from vembed_fs2.models.common.dropout import Dropout
-from vembed_fs2.models.common.vision import PatchLayout, PatchProjection, resize_positions
+from vembed_fs2.models.common.vision import PatchLayout, PatchPositionEncoder, PatchProjection, resize_positions
 
 
 class PatchGrid(NamedTuple):
@@ -68,6 +68,7 @@ class PositionTable(Module):
         table_SM = self.weight.detach() if self.fixed else self.weight
         if grid == self.grid:
             return table_SM
+
         patches_hwM = table_SM[1:].reshape(*self.grid, -1)
         patches_SM = resize_positions(patches_hwM, grid.height, grid.width, antialias=self.antialias)
         return torch.cat([table_SM[:1], patches_SM])
@@ -98,11 +99,13 @@ class VitFrontend(Module):
         super().__init__()
         model_dim = patch_proj.out_channels
         self.class_embed = Parameter(torch.empty(model_dim))
+        self.num_prefix_tokens = 1 + num_registers
         self.registers: Parameter | None
         self.register_parameter(
             "registers", Parameter(torch.empty(num_registers, model_dim)) if num_registers else None
         )
         self.mask_embed: Parameter | None
+
         # Frozen: a parameter without a gradient is an error under DDP.
         mask_embed = Parameter(torch.empty(model_dim), requires_grad=False) if mask_token else None
         self.register_parameter("mask_embed", mask_embed)
@@ -127,17 +130,21 @@ class VitFrontend(Module):
             raise DataError(
                 f"Images must have at least {patch[0]} x {patch[1]} pixels, but have {size[0]} x {size[1]} instead."
             )
+
         x_PMhw = self.patch_proj(x_PCHW)
         grid = PatchGrid(x_PMhw.size(2), x_PMhw.size(3))
         num_images = x_PMhw.size(0)
         class_P1M = self.class_embed.expand(num_images, 1, -1)
+
         seqs_PSM = torch.cat([class_P1M, x_PMhw.flatten(2).transpose(1, 2)], dim=1)
         if self.positions is not None:
             seqs_PSM = seqs_PSM + self.positions(grid)
+
         if self.registers is not None:
             # They have no positions.
             registers_PRM = self.registers.expand(num_images, -1, -1)
             seqs_PSM = torch.cat([seqs_PSM[:, :1], registers_PRM, seqs_PSM[:, 1:]], dim=1)
+
         seqs_PSM = self.dropout(seqs_PSM)
         return seqs_PSM, grid
 
@@ -150,11 +157,13 @@ def sincos_positions(grid: PatchGrid, model_dim: int, device: torch.device) -> T
     steps = torch.arange(model_dim // 4, dtype=torch.float64, device=device) / (model_dim / 4)
     frequencies = 1.0 / 10_000.0**steps
     rows, columns = (torch.arange(n, dtype=torch.float64, device=device) for n in grid)
+
     rows_hw, columns_hw = torch.meshgrid(rows, columns, indexing="ij")
     parts = []
     for positions in (columns_hw, rows_hw):
         angles = positions.reshape(-1, 1) * frequencies
         parts += [angles.sin(), angles.cos()]
+
     return torch.cat(parts, dim=1).float()
 
 
@@ -195,26 +204,33 @@ class PatchRotation(Module):
     def forward(self, grid: PatchGrid, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return cosines and sines of the angles, ``[S, 1, K]`` each, float32."""
         rows_h, columns_w = (_centers(n, device) for n in grid)
+
         points_S2 = torch.stack(torch.meshgrid(rows_h, columns_w, indexing="ij"), dim=-1).flatten(0, 1)
         if self.training:
             points_S2 = self._augment(points_S2)
+
         steps = torch.arange(0, 1, 4 / self.head_dim, dtype=torch.float32, device=device)[: self.head_dim // 4]
         angles_SK = (2 * math.pi * points_S2.unsqueeze(2) * (1 / self.theta**steps)).flatten(1).tile(2)
+
         # An angle of zero leaves a token as it is.
         prefix_SK = angles_SK.new_zeros(self.num_prefix_tokens, self.head_dim)
         angles_S1K = torch.cat([prefix_SK, angles_SK]).unsqueeze(1)
+
         return angles_S1K.cos(), angles_S1K.sin()
 
     def _augment(self, points_S2: Tensor) -> Tensor:
-        # The draws are those of transformers, in the same order.
+        # The same draws as transformers', in the same order.
         if self.shift is not None:
             points_S2 = points_S2 + points_S2.new_empty(1, 2).uniform_(-self.shift, self.shift)
+
         if self.jitter is not None:
             limit = math.log(self.jitter)
             points_S2 = points_S2 * points_S2.new_empty(1, 2).uniform_(-limit, limit).exp()
+
         if self.rescale is not None:
             limit = math.log(self.rescale)
             points_S2 = points_S2 * points_S2.new_empty(1).uniform_(-limit, limit).exp()
+
         return points_S2
 
     if TYPE_CHECKING:
@@ -231,18 +247,15 @@ def _centers(num: int, device: torch.device) -> Tensor:
 
 
 @final
-class PatchRotaryEncoder(PositionEncoder):
-    """Rotates queries and keys by the angles that the layout of the batch holds (:class:`PatchLayout`)."""
+class PatchRotaryEncoder(PatchPositionEncoder):
+    """Rotates the halves of queries and keys."""
 
     @override
-    def forward(
-        self, seqs: Tensor, seqs_layout: BatchLayout, *, state_bag: IncrementalStateBag | None = None
-    ) -> Tensor:
-        assert isinstance(seqs_layout, PatchLayout)
-        cos_S1K, sin_S1K = seqs_layout.rotation
+    def rotate(self, seqs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = seqs.chunk(2, dim=-1)
-        rotated = torch.cat([-second, first], dim=-1)
-        return (seqs * cos_S1K + rotated * sin_S1K).type_as(seqs)
+        turned = torch.cat([-second, first], dim=-1)
+
+        return seqs * cos + turned * sin
 
 
 @final
@@ -258,7 +271,7 @@ class VitModel(EmbeddingModel):
         encoder: StandardTransformerEncoder,
         pooler: Projection | None,
         pooler_activation: Module,
-        head: ImageHead,
+        head: Head,
     ) -> None:
         super().__init__()
         self.frontend = frontend
@@ -271,40 +284,26 @@ class VitModel(EmbeddingModel):
         self.head = head
 
     @override
-    def encode_image(self, batch: EncoderBatch) -> Tensor:
-        """Encode the images of ``batch``, of any size of at least one patch.
-
-        :returns: *Shape:* ``[P, D]``; a vector for each patch, ``[P, L, D]``, for the pooling "none".
-        :raises DataError: the images are smaller than a patch.
-        """
+    def encode_image_states(self, batch: EncoderBatch) -> States:
         seqs_PSM = self.encode_patches(batch)
         pooled = None
-        if self.head.pooling == "pooler":
+        if self.head.config.reads_pooler:
             assert self.pooler is not None
             pooled = self.pooler_activation(self.pooler(seqs_PSM[:, 0]))
-        return self.head(seqs_PSM, pooled=pooled)
+        return States(seqs_PSM, None, pooled, self.frontend.num_prefix_tokens)
 
     def encode_patches(self, batch: EncoderBatch) -> Tensor:
-        """Return the final states of class token, registers and patches, ``[P, S, M]``."""
+        """Return the final states of class token, registers and patches, ``[P, S, M]``.
+
+        :raises DataError: the images are smaller than a patch.
+        """
         assert batch.images is not None
+
         seqs_PSM, grid = self.frontend(batch.images.values)
         layout = PaddedLayout(seqs_PSM, None)
         if self.rotation is not None:
             layout = PatchLayout(seqs_PSM, self.rotation(grid, seqs_PSM.device))
         return self.encoder(seqs_PSM, layout)
-
-    @override
-    def encode_rows(self, batch: EncoderBatch) -> tuple[Tensor, Tensor | None]:
-        """Encode rows; with the pooling "none", each is one image, all of whose vectors count.
-
-        :raises DataError: a row of such a model holds something else than one image.
-        """
-        if self.head.pooling != "none":
-            return super().encode_rows(batch)
-        if batch.text is not None or batch.num_images != batch.num_rows:
-            raise DataError("Each row of a model with several vectors per row must be one image, and no text.")
-        vectors = self.encode_image(batch)
-        return vectors, vectors.new_ones(vectors.shape[:2], dtype=torch.bool)
 
     @override
     def layer_stacks(self) -> list[ModuleList]:

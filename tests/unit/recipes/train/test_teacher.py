@@ -12,14 +12,14 @@ import torch
 from torch.nn.functional import normalize
 
 from tests.distributed.steps import BERT, create_model, texts
-from vembed_fs2.data.example import Example, Item, Role
+from vembed_fs2.data.example import Example, Image, Item, Role, Text
 from vembed_fs2.embedding.model import EncoderBatch, HeadConfig
 from vembed_fs2.errors import ConfigError, DataError
 from vembed_fs2.losses import Distillation, InfoNCE
 from vembed_fs2.processing.processor import Processor
 from vembed_fs2.recipes.train.config import GradCacheSection
 from vembed_fs2.recipes.train.dataset import Collator
-from vembed_fs2.recipes.train.objective import check_negatives, check_row
+from vembed_fs2.recipes.train.objective import Reads, check_negatives, check_row
 from vembed_fs2.recipes.train.teacher import Teacher
 
 
@@ -98,7 +98,11 @@ def test_a_teacher_has_its_own_prompts_and_pixels() -> None:
     assert batch.rows.scores.device.type == "meta"
 
 
-BOTH = {"the model": {"text", "image"}, "the teacher": {"text", "image"}}
+ALL = Reads(frozenset({"text", "image"}), is_interleaved=False)
+
+TEXTS = Reads(frozenset({"text"}), is_interleaved=False)
+
+BOTH = {"the model": ALL, "the teacher": ALL}
 
 
 def test_a_row_without_scores_is_refused_where_they_are_needed() -> None:
@@ -110,15 +114,24 @@ def test_a_row_without_scores_is_refused_where_they_are_needed() -> None:
 
 def test_a_row_that_cannot_be_read_is_refused() -> None:
     picture = replace(row(3, 1), negatives=(Item(images=("a.png",)),))
-    readers: dict[str, set[str]] = {"the teacher": {"text", "image"}, "the model": {"text"}}
+    readers = {"the teacher": ALL, "the model": TEXTS}
     check_row(row(3, 1), InfoNCE(), readers)
     check_row(picture, InfoNCE(), BOTH)
     with pytest.raises(DataError, match="f:3: the row has an image, but the model reads none"):
         check_row(picture, InfoNCE(), readers)
     with pytest.raises(DataError, match="f:3: the row has a text, but the teacher reads none"):
-        check_row(picture, InfoNCE(), {"the model": {"text", "image"}, "the teacher": {"image"}})
+        check_row(picture, InfoNCE(), {"the model": ALL, "the teacher": ALL._replace(modalities=frozenset({"image"}))})
     with pytest.raises(DataError, match="f:3: the row has no positive"):
         check_row(replace(picture, positive=None), InfoNCE(), BOTH)
+
+
+def test_an_order_that_a_model_cannot_express_is_refused_before_anything_is_trained() -> None:
+    parts = [Text("this"), Image("a.png"), Text("but red")]
+    ordered = replace(row(3, 1), query=Item(parts=parts))
+    joint = ALL._replace(is_interleaved=True)
+    check_row(ordered, InfoNCE(), {"the model": joint})
+    with pytest.raises(DataError, match=r"f:3: the teacher encodes .* apart, .* the order text, image, text"):
+        check_row(ordered, InfoNCE(), {"the model": joint, "the teacher": ALL})
 
 
 def test_an_objective_that_compares_documents_needs_negatives() -> None:

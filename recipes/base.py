@@ -1,0 +1,77 @@
+"""The base of this package's recipes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, Generic, TypeVar, cast, final
+
+from fairseq2.recipe.base import Recipe, RecipeContext
+from fairseq2.runtime.dependency import DependencyResolver
+from fairseq2.task import Task
+from typing_extensions import override
+
+ConfigT = TypeVar("ConfigT")
+
+PreparedT = TypeVar("PreparedT")
+
+
+class VembedRecipe(Recipe, Generic[ConfigT, PreparedT]):
+    """A recipe that opens what its configuration names before anything is written.
+
+    So a user's mistake is an error at once, and not after the processes have
+    found each other and the folder of the run exists. A run goes through these
+    methods in order: :meth:`components`, :meth:`prepare`,
+    :meth:`create_prepared_task`, :meth:`exit_status`.
+    """
+
+    _opened: tuple[ConfigT, PreparedT] | None = None
+
+    def components(self, resolver: DependencyResolver) -> Mapping[str, Mapping[str, type[object]]]:
+        """Return the components that sections of the configuration name, with the classes of their configurations.
+
+        :param resolver: holds what fairseq2, its extensions and this recipe register.
+        :returns: a section (``optimizer``) -> the name of a component -> the class of ``<section>.config``.
+        """
+        return {}
+
+    @abstractmethod
+    def prepare(self, config: ConfigT) -> PreparedT:
+        """Open what the configuration names, and complete the configuration by what is found.
+
+        Called once in each process.
+
+        :raises VembedError: something that a user wrote, or a file, is wrong.
+        """
+
+    @abstractmethod
+    def create_prepared_task(self, context: RecipeContext, prepared: PreparedT) -> Task:
+        """Create the task on the gang.
+
+        :param prepared: what :meth:`prepare` has returned.
+        """
+
+    def exit_status(self) -> int:
+        """Return the exit status of a run that has not failed; 128 plus the number of a signal that stopped it."""
+        return 0
+
+    @final
+    def open(self, config: ConfigT) -> PreparedT:
+        """Call :meth:`prepare`, unless it has been called for this very configuration."""
+        if self._opened is None or self._opened[0] is not config:
+            self._opened = (config, self.prepare(config))
+        return self._opened[1]
+
+    @final
+    @override
+    def create_task(self, context: RecipeContext) -> Task:
+        # The launcher has opened it before. fairseq2's own programs have not.
+        config = cast(ConfigT, context.get_config_as(self.config_kls))
+        return self.create_prepared_task(context, self.open(config))
+
+
+def load_recipe(package: str) -> VembedRecipe[Any, Any]:
+    """Return the recipe of a package, which ``create_recipe`` in its module ``recipe`` makes."""
+    recipe: VembedRecipe[Any, Any] = import_module(f"{package}.recipe").create_recipe()
+    return recipe

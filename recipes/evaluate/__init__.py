@@ -1,0 +1,1 @@
+"""The recipe that measures retrieval, on one process or on a gang."""

@@ -1,0 +1,69 @@
+"""What to evaluate, on what, and how. Light: the command line reads it before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(kw_only=True)
+class EvaluateDataSection:
+    """The queries, the documents, and which belong together: ``paths``, or the three files."""
+
+    paths: Sequence[Path] = field(default_factory=list)
+    """Files of rows as for training, or one folder with queries, corpus and qrels."""
+
+    queries: Path | None = None
+    """A file of queries: ``_id``, and ``text`` or ``image``."""
+
+    corpus: Path | None = None
+    """A file of documents: ``_id``, and ``text`` or ``image``."""
+
+    qrels: Path | None = None
+    """A file of judgements: query, document, grade; or TREC's four columns."""
+
+    split: str = "test"
+    """Which judgements of a folder."""
+
+    columns: dict[str, str | list[str] | None] = field(default_factory=dict)
+    """Our field -> the column of files of rows; ``None`` leaves the field out."""
+
+    mode: str = "auto"
+    """What the queries and documents of rows consist of: t2t, t2i, i2t, i2i, m2i, m2t or auto."""
+
+    image_root: Path | None = None
+    """The folder that images must lie in; the folder of the data file by default."""
+
+
+@dataclass(kw_only=True)
+class EvaluateSettings:
+    """An evaluation, without what only a gang needs."""
+
+    model: str = ""
+    """A card, a Hugging Face folder, a run or a checkpoint folder."""
+
+    baseline: str | None = None
+    """Another model, to show what changed."""
+
+    data: EvaluateDataSection = field(default_factory=EvaluateDataSection)
+
+    ks: Sequence[int] = (1, 5, 10)
+    """The cut-offs of ``recall@k`` and ``hit@k``."""
+
+    max_length: int | None = None
+    """The longest text in tokens, if it is not the model's own."""
+
+    batch_size: int | None = None
+    """The most inputs per forward pass; chosen by their length if ``None``."""
+
+    bf16: bool = False
+    """If ``True``, models compute in bfloat16."""
+
+    trust_remote_code: bool = False
+    """If ``True``, Python code that comes with a model is run. It can do anything."""
+
+    @property
+    def models(self) -> list[str]:
+        """The models, in the order in which they are shown."""
+        return [self.model] if self.baseline is None else [self.baseline, self.model]

@@ -1,0 +1,72 @@
+"""What transformers' checkpoints of several families have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Final
+
+from typing_extensions import override
+
+from vembed_fs2.embedding.model import HeadConfig
+from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.formats.checkpoint import CheckpointFormat
+
+TOWER_FIELDS: Final = {
+    "hidden_size": "model_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attn_heads",
+    "intermediate_size": "ffn_inner_dim",
+    "hidden_act": "activation",
+    "layer_norm_eps": "layer_norm_eps",
+    "attention_dropout": "attn_dropout_p",
+}
+"""The fields of either Transformer of a dual encoder, and what they are called here."""
+
+TOKEN_FIELDS: Final = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_seq_len",
+    "pad_token_id": "pad_idx",
+    "bos_token_id": "bos_idx",
+    "eos_token_id": "eos_idx",
+}
+"""The fields of the text Transformer of a dual encoder."""
+
+PIXEL_FIELDS: Final = {"num_channels": "num_channels", "image_size": "image_size", "patch_size": "patch_size"}
+"""The fields of an image Transformer."""
+
+TEXT_FIELDS: Final[Mapping[str, tuple[str, type]]] = {
+    "hidden_size": ("model_dim", int),
+    "max_position_embeddings": ("max_seq_len", int),
+    "vocab_size": ("vocab_size", int),
+    "pad_token_id": ("pad_idx", int),
+    "num_hidden_layers": ("num_layers", int),
+    "num_attention_heads": ("num_attn_heads", int),
+    "intermediate_size": ("ffn_inner_dim", int),
+}
+"""The fields of a text Transformer, what they are called here, and their types."""
+
+
+class BackboneCheckpointFormat(CheckpointFormat):
+    """Base of the formats of models of one Transformer, all of which have a ``frontend`` here."""
+
+    @override
+    def has_our_names(self, keys: Collection[str], config: object) -> bool:
+        return any(key.startswith("frontend.") for key in keys)
+
+
+class DualCheckpointFormat(CheckpointFormat):
+    """Base of the formats of dual encoders, which transformers makes of a ``text_model`` and a ``vision_model``."""
+
+    @override
+    def has_our_names(self, keys: Collection[str], config: object) -> bool:
+        return not any(key.startswith(("text_model.", "vision_model.")) for key in keys)
+
+
+def refuse_dense_layers(head: HeadConfig | None, kind: str) -> None:
+    """Refuse dense layers after a dual encoder, whose towers end with projections of their own.
+
+    :param kind: the kind of model, for the error.
+    :raises ModelLoadError: there are some.
+    """
+    if head is not None and head.dense:
+        raise ModelLoadError(f"Dense modules after a {kind} model are not supported.")
