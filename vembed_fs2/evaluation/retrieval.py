@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.embedding.head import MAXSIM
+from vembed_fs2.embedding.head import MAXSIM, Similarity
 from vembed_fs2.errors import DataError
 from vembed_fs2.evaluation.metrics import (
     average_precision,
@@ -18,7 +18,7 @@ from vembed_fs2.evaluation.metrics import (
     recall_at_k,
     reciprocal_rank,
 )
-from vembed_fs2.evaluation.search import DOCUMENT_BLOCK, QUERY_BLOCK, PairSimilarity, pad_vectors, relevant_ranks
+from vembed_fs2.evaluation.search import DOCUMENT_BLOCK, QUERY_BLOCK, pad_vectors, relevant_ranks
 from vembed_fs2.evaluation.shares import gather_shares, share_of
 from vembed_fs2.evaluation.task import NOTHING_RELEVANT, Relevant
 
@@ -43,7 +43,7 @@ def evaluate_retrieval(
     relevant: Sequence[Relevant],
     *,
     ks: Sequence[int] = DEFAULT_KS,
-    similarity: PairSimilarity = "cosine",
+    similarity: Similarity = "cosine",
     query_mask: Tensor | None = None,
     document_mask: Tensor | None = None,
     exclude: Sequence[int] | Tensor | None = None,
@@ -92,7 +92,7 @@ def _score_queries(
     relevant: Sequence[Relevant],
     *,
     ks: Sequence[int],
-    similarity: PairSimilarity,
+    similarity: Similarity,
     masks: tuple[Tensor | None, Tensor | None],
     exclude: Sequence[int] | Tensor | None,
     blocks: tuple[int, int] = (QUERY_BLOCK, DOCUMENT_BLOCK),
@@ -176,7 +176,7 @@ def evaluate_embedder(
     *,
     batch_size: int | None = None,
     ks: Sequence[int] = DEFAULT_KS,
-    similarity: PairSimilarity = "cosine",
+    similarity: Similarity = "cosine",
     device: torch.device | None = None,
     gather: RowGather | None = None,
 ) -> dict[str, float]:

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vembed_fs2.embedding.head import compares_several
+from vembed_fs2.embedding.head import Similarity, compares_several
 from vembed_fs2.errors import VembedError
-from vembed_fs2.evaluation.search import PairSimilarity, maxsim_scores, pad_vectors
+from vembed_fs2.evaluation.search import maxsim_scores, pad_vectors
 from vembed_fs2.inference.vectors import Array
 
 Embedded: TypeAlias = Array | Tensor | Sequence[Array] | Sequence[Tensor]
 """``[N, D]``, or ``[D]`` for one input; of multi-vector models a list of ``[L_i, D]``, or ``[L, D]`` for one input."""
 
 
-def compare_all(a: Embedded, b: Embedded, similarity: PairSimilarity) -> Any:
+def compare_all(a: Embedded, b: Embedded, similarity: Similarity) -> Any:
     """Compare all of ``a`` with all of ``b``; of multi-vector models, ``a`` are the queries.
 
     :returns: ``[N, M]``, a tensor if ``a`` holds tensors, else an array; one input takes no dimension.
@@ -36,7 +36,7 @@ def compare_all(a: Embedded, b: Embedded, similarity: PairSimilarity) -> Any:
     return _like(x_ND @ (y_MD.T if y_MD.ndim > 1 else y_MD).to(x_ND.device), a)
 
 
-def compare_pairs(a: Embedded, b: Embedded, similarity: PairSimilarity) -> Any:
+def compare_pairs(a: Embedded, b: Embedded, similarity: Similarity) -> Any:
     """Compare row by row. *Returns:* ``[N]``, as in :func:`compare_all`.
 
     :raises VembedError: ``a`` and ``b`` are lists of different lengths.
@@ -53,7 +53,7 @@ def compare_pairs(a: Embedded, b: Embedded, similarity: PairSimilarity) -> Any:
     return _like((x_ND * y_ND.to(x_ND.device)).sum(-1), a)
 
 
-def _matrix(x: Embedded, similarity: PairSimilarity) -> Tensor:
+def _matrix(x: Embedded, similarity: Similarity) -> Tensor:
     x_ND = torch.as_tensor(x).float()
     return normalize(x_ND, dim=-1) if similarity == "cosine" else x_ND
 
