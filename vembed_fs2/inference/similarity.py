@@ -54,7 +54,7 @@ def compare_pairs(a: Embedded, b: Embedded, similarity: Similarity) -> Any:
 
 
 def _matrix(x: Embedded, similarity: Similarity) -> Tensor:
-    x_ND = torch.as_tensor(x).float()
+    x_ND = _as_tensor(x)
     return normalize(x_ND, dim=-1) if similarity == "cosine" else x_ND
 
 
@@ -65,7 +65,18 @@ def _maxsim(x: Sequence[Tensor], y: Sequence[Tensor]) -> Tensor:
 
 def _list(x: Embedded) -> list[Tensor]:
     """The vectors of each input."""
-    return [torch.as_tensor(vectors).float() for vectors in ([x] if _is_one(x) else x)]
+    return [_as_tensor(vectors) for vectors in ([x] if _is_one(x) else x)]
+
+
+def _as_tensor(x: object) -> Tensor:
+    """:raises VembedError: ``x`` does not hold numbers, or rows of different lengths."""
+    try:
+        if isinstance(x, Sequence) and x and all(isinstance(row, Tensor) for row in x):
+            x = torch.stack(list(x))
+        return torch.as_tensor(x).float()
+    except (TypeError, ValueError, RuntimeError) as ex:
+        kind = type(x).__name__
+        raise VembedError(f"Embeddings must be arrays or tensors of numbers, but are of type `{kind}`: {ex}.") from None
 
 
 def _is_one(x: Embedded) -> bool:
