@@ -22,7 +22,7 @@ from typing import Final, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from vembed_fs2.embedding.head import MAXSIM, Similarity, compares_several
+from vembed_fs2.embedding.head import MAXSIM, Similarity, is_late_interaction
 from vembed_fs2.errors import VembedError
 
 QUERY_BLOCK: Final = 512
@@ -62,7 +62,7 @@ class _Blocks:
         if similarity not in get_args(Similarity):
             raise ValueError(f"`similarity` must be 'cosine', 'dot' or 'maxsim', but is {similarity!r}.")
 
-        self.several = compares_several(similarity)
+        self.several = is_late_interaction(similarity)
         _check_shapes(queries, documents, exclude_Q, sizes, several=self.several)
         _check_masks((queries, documents), masks, several=self.several)
         self.queries, self.documents = queries, documents

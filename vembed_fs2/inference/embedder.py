@@ -19,7 +19,6 @@ from vembed_fs2.inference.inputs import as_items, as_several, as_single
 from vembed_fs2.inference.progress import track
 from vembed_fs2.inference.similarity import Embedded, compare_all, compare_pairs
 from vembed_fs2.inference.vectors import Precision, VectorOptions
-from vembed_fs2.inference.vectors import quantize as quantize
 from vembed_fs2.processing.processor import Processor
 
 
@@ -173,7 +172,7 @@ class Embedder:
             raise DataError("`inputs` must be a list or an iterator. For one input, use `encode`.")
 
         encoded = self._encode(as_items(several), role, self._prompt(prompt_name, prompt), batch_size, options)
-        yield from options.in_order(track(encoded, None) if show_progress_bar else encoded)
+        return options.in_order(track(encoded, None) if show_progress_bar else encoded)
 
     def similarity(self, a: Embedded, b: Embedded) -> Any:
         """Compare all of ``a`` with all of ``b``, as the model's embeddings are compared. *Returns:* ``[N, M]``.

@@ -78,7 +78,7 @@ class Encoder:
         :param prompt: put before each text; the prompt of the role if ``None``.
         :param batch_size: the most rows per forward pass.
         :param finish: applied to the embeddings of each forward pass, for example to move them to the CPU.
-        :returns: Positions in ``items``, and their embeddings.
+        :returns: positions in ``items``, and their embeddings.
         :raises DataError: an input cannot be read. An error is raised as soon as
             it is found, even if inputs before it have not been yielded.
         """
@@ -100,7 +100,7 @@ class Encoder:
                 yield from encoded
 
     def encode_batch(self, batch: EncoderBatch) -> list[Encoded]:
-        """Encode the rows of a batch that is prepared already. *Returns:* Positions in the batch, and embeddings."""
+        """Encode the rows of a batch that is prepared already. *Returns:* positions in the batch, and embeddings."""
         with self._computing():
             return list(self._run(batch, None))
 

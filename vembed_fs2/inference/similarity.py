@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vembed_fs2.embedding.head import Similarity, compares_several
+from vembed_fs2.embedding.head import Similarity, is_late_interaction
 from vembed_fs2.errors import VembedError
 from vembed_fs2.evaluation.search import maxsim_scores, pad_vectors
 from vembed_fs2.inference.vectors import Array
@@ -26,7 +26,7 @@ def compare_all(a: Embedded, b: Embedded, similarity: Similarity) -> Any:
 
     :returns: ``[N, M]``, a tensor if ``a`` holds tensors, else an array; one input takes no dimension.
     """
-    if compares_several(similarity):
+    if is_late_interaction(similarity):
         x, y = _list(a), _list(b)
         scores = _maxsim(x, y) if x and y else torch.zeros(len(x), len(y))
         scores = scores[:, 0] if _is_one(b) else scores
@@ -41,7 +41,7 @@ def compare_pairs(a: Embedded, b: Embedded, similarity: Similarity) -> Any:
 
     :raises VembedError: ``a`` and ``b`` are lists of different lengths.
     """
-    if compares_several(similarity):
+    if is_late_interaction(similarity):
         x, y = _list(a), _list(b)
         if len(x) != len(y):
             raise VembedError(f"To be compared row by row, embeddings must be as many, but are {len(x)} and {len(y)}.")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.embedding.head import Similarity, compares_several
+from vembed_fs2.embedding.head import Similarity, is_late_interaction
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
 from vembed_fs2.losses.similarity import DotProduct, MaxSim, Scoring
 from vembed_fs2.losses.tiles import Block
@@ -378,7 +378,7 @@ class GlobalRows:
             column, column_mask = self.document, self.document_mask
 
         kind: Scoring = DotProduct()
-        if compares_several(similarity):
+        if is_late_interaction(similarity):
             # The vectors of a query look for their nearest, on whichever side it stands.
             kind = MaxSim(anchors_query=(anchors, columns) != ("document", "query"))
 

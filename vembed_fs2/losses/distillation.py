@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.embedding.head import Similarity, compares_several
+from vembed_fs2.embedding.head import Similarity, is_late_interaction
 from vembed_fs2.losses.common import (
     LossInput,
     LossOutput,
@@ -174,7 +174,7 @@ def pair_scores(inputs: LossInput, row_m: Tensor, similarity: Similarity) -> Ten
     query, document = inputs.query.to(dtype), inputs.document.to(dtype)
     if similarity != "dot":
         query, document = normalize(query, dim=-1), normalize(document, dim=-1)
-    if not compares_several(similarity):
+    if not is_late_interaction(similarity):
         return (query[row_m] * document).sum(-1)
 
     pairs = query[row_m] @ document.transpose(1, 2)
