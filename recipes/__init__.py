@@ -1,1 +1,1 @@
-"""Recipes: training and evaluation as fairseq2 runs them."""
+"""Recipes: training and evaluation on gangs, as fairseq2 runs them."""

@@ -18,10 +18,10 @@ PreparedT = TypeVar("PreparedT")
 
 
 class VembedRecipe(Recipe, Generic[ConfigT, PreparedT]):
-    """A recipe that opens what its configuration names before anything is written.
+    """A recipe that loads its inputs before it writes anything.
 
-    So a user's mistake is an error at once, and not after the processes have
-    found each other and the folder of the run exists. A run goes through these
+    So a user's mistake is reported before processes connect and before the run's
+    folder exists. A run goes through these
     methods in order: :meth:`components`, :meth:`prepare`,
     :meth:`create_prepared_task`, :meth:`exit_status`.
     """

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -165,7 +165,7 @@ def _run_fairseq2(recipe: VembedRecipe[Any, Any], config: Any, args: argparse.Na
     from vembed_fs2.fairseq2_seams import handle_cli_errors, repair_wandb
 
     repair_wandb()
-    _report_no_system_errors_of_threads()
+    _silence_disk_errors_in_threads()
 
     with handle_cli_errors(raises=args.traceback):
         try:
@@ -198,38 +198,42 @@ def find_system_error(error: BaseException) -> OSError | None:
     if isinstance(error, OperationalError) and isinstance(error.__cause__, OSError):
         return error.__cause__
 
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError) and link.errno in _DISK_ERRORS:
-            return link
-        link = link.__cause__ or link.__context__
-
-    return None
+    disk_errors = (ex for ex in _causes(error) if isinstance(ex, OSError) and ex.errno in _DISK_ERRORS)
+    return next(disk_errors, None)
 
 
 def find_connection_error(error: BaseException) -> BaseException | None:
     """Return what torch said, if a run failed because another process could no longer be reached."""
     from torch.distributed import DistBackendError, DistNetworkError
 
+    def is_lost(ex: BaseException) -> bool:
+        if isinstance(ex, (DistBackendError, DistNetworkError)):
+            return True
+        return isinstance(ex, RuntimeError) and _GLOO_LOST.search(str(ex)) is not None
+
+    # Not by the context: while an error is handled, closing the connections may fail as well.
+    return next(filter(is_lost, _causes(error, implicit=False)), None)
+
+
+def _causes(error: BaseException, *, implicit: bool = True) -> Iterator[BaseException]:
+    """Yield an error and its causes.
+
+    :param implicit: whether an error that was being handled counts as the cause of another one.
+    """
     link: BaseException | None = error
     while link is not None:
-        if isinstance(link, (DistBackendError, DistNetworkError)):
-            return link
-        if isinstance(link, RuntimeError) and _GLOO_LOST.search(str(link)):
-            return link
-        link = link.__cause__
-
-    return None
+        yield link
+        link = link.__cause__ or (link.__context__ if implicit else None)
 
 
 def _leave_to_launcher(error: BaseException) -> None:
-    """Log what comes to the log file only, if there is a launcher: it says which process is to blame."""
+    """Write the error to the log file only, if there is a launcher: the launcher reports the process that failed."""
     reason = redactor(os.environ)(str(error).partition("\n")[0].rstrip("."))
     if defer_error(f"the process of rank {os.environ['RANK']} cannot communicate with the others: {reason}."):
         logging.getLogger("fairseq2").propagate = False
 
 
-def _report_no_system_errors_of_threads() -> None:
+def _silence_disk_errors_in_threads() -> None:
     """Print no stack trace for a full disk in a thread such as TensorBoard's: the main thread reports it."""
     report = threading.excepthook
 
@@ -269,9 +273,11 @@ def load_config(package: str, recipe: VembedRecipe[Any, Any], args: argparse.Nam
 
     layers += [load_yaml(file) for file in args.config_file]
     layers.append(parse_overrides(args.config))
+
     kls, components = recipe.config_kls, Components(recipe)
     defaults = StandardValueConverter().unstructure(kls())
     assert isinstance(defaults, Mapping)
+
     config = structure(kls, merge_layers(defaults, layers), components.find_config)
     components.resolve(config)
 

@@ -28,11 +28,11 @@ def load_task(data: EvaluateDataSection) -> RetrievalTask:
     triple = (data.queries, data.corpus, data.qrels)
     if any(triple):
         if paths or data.queries is None or data.corpus is None or data.qrels is None:
-            raise VembedError("Give DATA, or all of --queries, --corpus and --qrels.")
+            raise VembedError("The data must be files of rows, or all of `queries`, `corpus` and `qrels`.")
         return task_from_files(data.queries, data.corpus, data.qrels, image_root=data.image_root)
 
     if not paths:
-        raise VembedError("Give DATA: files of rows, or a folder with queries, corpus and qrels.")
+        raise VembedError("The data must be files of rows, or a folder with queries, corpus and qrels.")
     if len(paths) == 1 and paths[0].is_dir() and any(paths[0].glob("qrels*")):
         return task_from_folder(paths[0], data.split, image_root=data.image_root)
 
@@ -57,7 +57,7 @@ def evaluate_models(
             task,
             batch_size=settings.batch_size,
             ks=settings.ks,
-            similarity="dot" if embedder.model.similarity == "dot" else "cosine",
+            similarity=embedder.model.similarity,
             gather=gather,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Final, final
+from typing import final
 
 import torch.distributed as dist
 from fairseq2.gang import Gangs
@@ -21,10 +21,9 @@ from vembed_fs2.inference.embedder import Embedder
 from vembed_fs2.recipes.base import VembedRecipe
 from vembed_fs2.recipes.evaluate.config import EvaluateConfig
 from vembed_fs2.recipes.evaluate.evaluate import evaluate_models, load_embedder, load_task, write_report
+from vembed_fs2.recipes.evaluate.settings import RESULTS_FILE
 
-log = logging.getLogger("fairseq2")
-
-RESULTS_FILE: Final = "results.json"
+log = logging.getLogger("vembed_fs2")
 
 
 def create_recipe() -> EvaluateRecipe:

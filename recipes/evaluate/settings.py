@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
+
+RESULTS_FILE: Final = "results.json"
+"""The file that the recipe writes to its folder."""
 
 
 @dataclass(kw_only=True)

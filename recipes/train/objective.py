@@ -12,7 +12,7 @@ from fairseq2.models import ModelFamily
 from vembed_fs2.data.dataset import CHECKED_ROWS, ExampleDataset
 from vembed_fs2.data.example import Example
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.embedding.head import compares_several
+from vembed_fs2.embedding.head import is_late_interaction
 from vembed_fs2.embedding.learned import describe_changes
 from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig, Modality
 from vembed_fs2.errors import ConfigError, DataError
@@ -91,7 +91,7 @@ def _vector_errors(name: str, config: object, path: str, several: bool) -> Itera
     config = LOSSES[name].config_kls() if config is None else config
 
     similarity = getattr(config, "similarity", None)
-    if compares_several(similarity) and not several:
+    if is_late_interaction(similarity) and not several:
         yield (
             f"`{path}config.similarity` is 'maxsim', which is for several vectors per row, but the model gives one: "
             "set another, or `model.config_overrides.head.pooling=none`."

@@ -202,7 +202,7 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
 
         # fairseq2 says that units of training and of validation take the same batches, and does not need it.
         trainer = context.create_trainer(unit, reader, valid_units or None, valid_readers or None)  # type: ignore[misc]
-        unit.lapse = seconds_since_report(trainer)
+        unit.seconds_since_report = seconds_since_report(trainer)
         unit.finite.install(trainer, context.get_optimizer())
 
         for valid_unit in valid_units:

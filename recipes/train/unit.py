@@ -56,7 +56,7 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         )
         self._stop = stop
         self._output: LossOutput | None = None
-        self.lapse: Callable[[], float] | None = None
+        self.seconds_since_report: Callable[[], float] | None = None
         """The seconds of training since the last report, without validations. It is the trainer that counts them."""
 
     @override
@@ -136,8 +136,8 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
             values[name] = float(values[name]) / max(sums["num_batches"], 1.0)  # type: ignore[arg-type]
 
         values["total_num_queries"] = int(float(values["total_num_queries"]))  # type: ignore[arg-type]
-        if self.lapse is not None:
-            seconds = max(self.lapse(), 1e-9)
+        if self.seconds_since_report is not None:
+            seconds = max(self.seconds_since_report(), 1e-9)
             values["queries_per_second"] = sums["num_queries"] / seconds
             values["tokens_per_second"] = sums["num_tokens"] / seconds
 

@@ -66,7 +66,6 @@ def create(head: HeadConfig, **values: Any) -> Embedder:
             parameter.add_(torch.randn_like(parameter) * 0.2)
     model.eval()
     processor = load_processor(model, MINILM)
-    processor.settings.include_prompt = head.include_prompt
     processor.settings.prompts = {"query": "the query: ", "document": ""}
     return Embedder(model, processor, ModelSource("random", "vembed_bert", config, MINILM, MINILM))
 
@@ -109,6 +108,18 @@ def test_transformers_loads_every_tensor(name: str, pooler: bool, tmp_path: Path
     assert float((states - expected)[mask].abs().max()) <= 1e-5
     again = Embedder.load(tmp_path / "out", device="cpu")
     assert np.array_equal(again.encode(TEXTS), embedder.encode(TEXTS))
+
+
+def test_the_head_says_whether_prompts_are_pooled(tmp_path: Path) -> None:
+    """Also where the configuration is overridden, and no file of the processor says it."""
+    embedder = create(HeadConfig(pooling="mean", include_prompt=False))
+    assert not embedder.processor.settings.include_prompt
+    embedder.processor.settings.prompts = {"query": "about the query: "}
+    embedder.save_sentence_transformers(tmp_path / "out")
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    expected = theirs.encode(TEXTS, prompt_name="query")
+    assert np.abs(embedder.encode(TEXTS, prompt_name="query") - expected).max() <= 1e-5
+    assert np.abs(embedder.encode(TEXTS) - embedder.encode(TEXTS, prompt_name="query")).max() > 1e-3
 
 
 def test_a_pooling_that_only_we_have_is_kept_in_transformers_layout(tmp_path: Path) -> None:

@@ -72,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         check_file(args.output)
 
+    if not args.data and None in (args.queries, args.corpus, args.qrels):
+        raise ConfigError("Give DATA, or all of --queries, --corpus and --qrels.", where="The command line")
+
     settings = _read_settings(args)
     if args.nproc_per_node is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return _run_gang(settings, args)

@@ -28,7 +28,7 @@ MAXSIM: Final = "maxsim"
 """The similarity of rows of several vectors: late interaction."""
 
 
-def compares_several(similarity: object) -> bool:
+def is_late_interaction(similarity: object) -> bool:
     """Whether a similarity compares rows of several vectors."""
     return similarity == MAXSIM
 
@@ -46,20 +46,23 @@ _BUILT_IN: Final = (
     "cls", "mean", "pooler", "last", "max", "none", "weightedmean", "mean_sqrt_len", "cls_mean", "gem", "topk",
 )  # fmt: skip
 
-_registered: Final[dict[str, PoolFunction]] = {}
+_REGISTERED: Final[dict[str, PoolFunction]] = {}
 
 
 def register_pooling(name: str, function: PoolFunction) -> None:
     """Register a pooling, which ``head.pooling`` can then name for models of any family.
 
-    Of an image, the function gets the states of the patches.
+    For an image, the function gets the states of the patches. To register the
+    same function again changes nothing: a package's setup runs once per container.
 
     :raises ValueError: another pooling has this name.
     """
-    if name in _BUILT_IN or _registered.get(name, function) is not function:
+    known = _REGISTERED.get(name, function)
+    is_same = (known.__module__, known.__qualname__) == (function.__module__, function.__qualname__)
+    if name in _BUILT_IN or not is_same:
         raise ValueError(f"There is a pooling '{name}' already.")
 
-    _registered[name] = function
+    _REGISTERED[name] = function
 
 
 _ACTIVATIONS: Final = {"identity": "linear", "tanh": "tanh", "relu": "relu", "gelu": "gelu", "sigmoid": "sigmoid"}
@@ -182,7 +185,7 @@ def validate_head(
     :param pooler_dim: the size of what the pooler makes, if that differs from ``input_dim``.
     :param name: the field that holds ``head``.
     """
-    known, poolings = (*_BUILT_IN, *_registered), head.poolings
+    known, poolings = (*_BUILT_IN, *_REGISTERED), head.poolings
     if not poolings or any(pooling not in known for pooling in poolings):
         return [f"`{name}.pooling` must be one of {', '.join(known)}, but is '{head.pooling}' instead."]
 
@@ -200,7 +203,7 @@ def validate_head(
     if head.top_k is not None and not {"topk", "none"} & set(poolings):
         errors.append(f"`{name}.top_k` is set, but the pooling '{head.pooling}' does not use it.")
     if head.top_k is not None and head.top_k < 1:
-        errors.append(f"`{name}.top_k` must be at least 1, but is {head.top_k} instead.")
+        errors.append(f"`{name}.top_k` must be greater than or equal to 1, but is {head.top_k} instead.")
     if head.gem_p <= 0.0:
         errors.append(f"`{name}.gem_p` must be positive, but is {head.gem_p} instead.")
     if head.similarity not in get_args(SingleSimilarity):
@@ -374,9 +377,9 @@ def pool(seqs: Tensor, mask: Tensor | None, pooling: Pooling, *, gem_p: float = 
         case "max":
             return seqs.amax(1) if mask is None else seqs.masked_fill(~mask.bool().unsqueeze(2), -torch.inf).amax(1)
         case _:
-            if pooling not in _registered:
+            if pooling not in _REGISTERED:
                 raise ValueError(f"`pooling` must not be '{pooling}'.")
-            return _registered[pooling](seqs, mask)
+            return _REGISTERED[pooling](seqs, mask)
 
 
 def _weighted_sum(seqs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

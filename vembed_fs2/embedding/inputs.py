@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 
 class Kind(IntFlag):
-    """What a row holds. Rows of different kinds never share a chunk, because they need different encoders."""
+    """What a row holds. Rows of different kinds never share a chunk, because they run different parts of a model."""
 
     TEXT = 1
     IMAGE = 2

@@ -24,7 +24,7 @@ from vembed_fs2.embedding.head import Pooling as Pooling
 from vembed_fs2.embedding.head import Similarity as Similarity
 from vembed_fs2.embedding.head import SingleSimilarity as SingleSimilarity
 from vembed_fs2.embedding.head import States as States
-from vembed_fs2.embedding.head import compares_several
+from vembed_fs2.embedding.head import is_late_interaction
 from vembed_fs2.embedding.inputs import ImageInputs, Kind, TextInputs
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
 from vembed_fs2.embedding.learned import EmbeddingModelConfig as EmbeddingModelConfig
@@ -61,7 +61,7 @@ class Embeddings(NamedTuple):
 T = TypeVar("T")
 
 
-class _SaidByHead(Generic[T]):
+class _FromHead(Generic[T]):
     """What the head of a model says about its embeddings. A model without a :class:`Head` assigns it instead."""
 
     def __init__(self, read: Callable[[Head], T], default: T | None = None) -> None:
@@ -89,13 +89,13 @@ class EmbeddingModel(Module, ABC):
     head: Head
     """The head after the backbone. It says what the embeddings are."""
 
-    embedding_dim = _SaidByHead[int](lambda head: head.output_dim)
+    embedding_dim = _FromHead[int](lambda head: head.output_dim)
     """The size of an embedding."""
 
-    normalize = _SaidByHead[bool](lambda head: head.normalize, True)
+    normalize = _FromHead[bool](lambda head: head.normalize, True)
     """If ``True``, the model's embeddings are meant to be of unit length."""
 
-    similarity = _SaidByHead[Similarity](lambda head: head.similarity, "cosine")
+    similarity = _FromHead[Similarity](lambda head: head.similarity, "cosine")
     """How two embeddings are compared; ``maxsim`` if there are several vectors per row."""
 
     family: str = ""
@@ -142,7 +142,7 @@ class EmbeddingModel(Module, ABC):
     @property
     def is_multi_vector(self) -> bool:
         """Whether a row has several vectors, compared by MaxSim."""
-        return compares_several(self.similarity)
+        return is_late_interaction(self.similarity)
 
     def encode_text_states(self, batch: EncoderBatch) -> States:
         """Return what the backbone makes of the texts of ``batch``: what :attr:`head` reads, at least.
@@ -233,6 +233,9 @@ class EmbeddingModel(Module, ABC):
 
         All ranks must run the same parts of a sharded model; the embedding of this row is not used.
         """
+        if Kind.FEATURES in kind:
+            raise TypeError(f"{type(self).__name__} has no encoder of features.")
+
         row = torch.zeros(1, dtype=torch.int64)
         text = images = None
         if Kind.TEXT in kind:

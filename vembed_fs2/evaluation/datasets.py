@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from vembed_fs2.data.example import Example, Item
 from vembed_fs2.data.row import Layout, RowError, RowReader
@@ -15,6 +17,8 @@ from vembed_fs2.data.schema import content_id
 from vembed_fs2.data.sources import RowSource
 from vembed_fs2.errors import DataError
 from vembed_fs2.evaluation.task import NOTHING_RELEVANT, RetrievalTask
+
+log = logging.getLogger("vembed_fs2")
 
 
 def task_from_examples(examples: Sequence[Example]) -> RetrievalTask:
@@ -25,7 +29,9 @@ def task_from_examples(examples: Sequence[Example]) -> RetrievalTask:
     - Rows with the same query are one query; all their positives are relevant.
     - A row's label is its positive's label as well: all documents with the
       label of a query are relevant.
-    - Where no row has a positive, the rows are searched among themselves: every
+    - A query that is itself a document (rows written in both directions) does
+      not find itself, unless it is its own positive.
+    - If no row has a positive, the rows are searched among themselves: every
       other row with the same label is relevant (Stanford Online Products style).
 
     :raises DataError: there are no rows, a row has neither a positive nor a label, or nothing is relevant to any.
@@ -64,6 +70,10 @@ class _Index:
             self.items.append(replace(item, source=source) if item.images else item)
         return position
 
+    def find(self, item: Item) -> int:
+        """Return the position of an item with the same content, whatever its instruction; -1 if there is none."""
+        return self._positions.get(content_id(replace(item, instruction=None)), -1)
+
 
 def _task_of_positives(examples: Sequence[Example]) -> RetrievalTask:
     queries, corpus = _Index(), _Index()
@@ -89,7 +99,10 @@ def _task_of_positives(examples: Sequence[Example]) -> RetrievalTask:
         _union([by_label[label] for label in sorted(labels[query])], positives[query])
         for query in range(len(queries.items))
     ]
-    return RetrievalTask(queries.items, corpus.items, relevant)
+
+    own = [corpus.find(query) for query in queries.items]
+    exclude = [-1 if document in relevant[query] else document for query, document in enumerate(own)]
+    return RetrievalTask(queries.items, corpus.items, relevant, exclude=exclude if max(exclude) >= 0 else ())
 
 
 def _task_of_labels(examples: Sequence[Example]) -> RetrievalTask:
@@ -128,7 +141,8 @@ def task_from_folder(
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder.")
 
-    qrels = (folder / "qrels" / f"{split}.tsv", folder / "qrels.tsv", folder / "qrels" / f"{split}.txt")
+    kinds = (".tsv", ".txt", ".jsonl", ".csv", ".parquet")
+    qrels = [folder / name for kind in kinds for name in (f"qrels/{split}{kind}", f"qrels{kind}")]
 
     return task_from_files(
         _first_file([folder / f"queries{s}" for s in (".jsonl", ".parquet", ".tsv", ".csv")]),
@@ -157,41 +171,76 @@ def task_from_files(
     Queries and documents are rows with ``_id`` (or ``id``), ``text``,
     optionally ``title`` (put before the text) and ``image`` (a path under
     ``image_root``). Judgements are the tab-separated ``query-id corpus-id
-    score`` with a header, or TREC's four columns ``query 0 document grade``.
+    score`` with a header, TREC's four columns ``query 0 document grade``, or rows
+    of JSONL, CSV or Parquet with ``query-id``, ``corpus-id`` and ``score``.
     Grades that are not greater than 0 mean "not relevant". Queries without
     any judgement belong to another split and are left out.
 
+    As in BEIR and trec_eval, an empty document can be found, a relevant document
+    that the corpus lacks counts as not found, and a query does not find the
+    document of its own id (unless that is relevant).
+
     :param image_root: the folder that images lie in; each file's own folder by default.
 
-    :raises DataError: a row is broken, or a judgement names an unknown query or
-        document; the message names file and line. Or no document is relevant.
+    :raises DataError: a row is broken, a judgement names an unknown query, or two
+        judgements differ; the message names file and line. Or no document is relevant.
     """
     query_ids, query_items = _read_items(Path(queries), image_root)
+    document_ids, documents = _read_items(Path(corpus), image_root, allow_empty=True)
 
-    document_ids, documents = _read_items(Path(corpus), image_root)
     judged: dict[int, dict[int, float]] = defaultdict(dict)
-    seen: set[tuple[int, int]] = set()
-    for where, query_id, document_id, grade in _read_qrels(Path(qrels)):
+    missing: dict[int, list[float]] = defaultdict(list)
+    seen: dict[tuple[int, str], float] = {}
+    num_repeated = 0
+    for where, query_id, document_id, grade in _read_qrels(Path(qrels), query_ids):
         query, document = query_ids.get(query_id), document_ids.get(document_id)
         if query is None:
             raise DataError(f"{where}: {queries} has no query {query_id!r}.")
-        if document is None:
-            raise DataError(f"{where}: {corpus} has no document {document_id!r}.")
-        if (query, document) in seen:
-            raise DataError(f"{where}: document {document_id!r} is judged twice for query {query_id!r}.")
+        judged[query]  # A judged query is of this split, even if nothing is relevant to it.
 
-        seen.add((query, document))
+        if (query, document_id) in seen:
+            if seen[query, document_id] != grade:
+                raise DataError(f"{where}: document {document_id!r} has two grades for query {query_id!r}.")
+            num_repeated += 1
+            continue
 
-        if grade > 0:
+        seen[query, document_id] = grade
+        if grade > 0 and document is not None:
             judged[query][document] = grade
-        else:
-            judged[query]  # Judged, hence of this split, but not relevant.
+        elif grade > 0:
+            missing[query].append(grade)
+
+    num_missing = sum(map(len, missing.values()))
+    _warn(sum(item.text == "" for item in documents), f"documents of {corpus} are empty")
+    _warn(num_missing, f"relevant documents are not in {corpus}, and count as not found")
+    _warn(num_repeated, f"judgements of {qrels} are repeated, and count once")
 
     order = sorted(judged)
-    return _checked(RetrievalTask([query_items[i] for i in order], documents, [judged[i] for i in order]))
+    names = {position: name for name, position in query_ids.items()}
+    own = [document_ids.get(names[query], -1) for query in order]
+    exclude = [-1 if document in judged[query] else document for query, document in zip(order, own)]
+    return _checked(
+        RetrievalTask(
+            [query_items[i] for i in order],
+            documents,
+            [judged[i] for i in order],
+            exclude=exclude if max(exclude, default=-1) >= 0 else (),
+            missing=[missing[i] for i in order] if num_missing else (),
+        )
+    )
 
 
-def _read_items(file: Path, image_root: str | os.PathLike[str] | None) -> tuple[dict[str, int], list[Item]]:
+def _warn(count: int, what: str) -> None:
+    if count:
+        log.warning("%s %s.", f"{count:,}", what)
+
+
+def _read_items(
+    file: Path, image_root: str | os.PathLike[str] | None, *, allow_empty: bool = False
+) -> tuple[dict[str, int], list[Item]]:
+    """
+    :param allow_empty: whether a text may be empty.
+    """
     source = RowSource(file)
 
     root = os.path.realpath(image_root or file.parent)
@@ -199,7 +248,7 @@ def _read_items(file: Path, image_root: str | os.PathLike[str] | None) -> tuple[
     items: list[Item] = []
     for i in range(len(source)):
         try:
-            name, item = _read_item(source[i], root, source.untyped)
+            name, item = _read_item(source[i], root, source.untyped, allow_empty)
         except RowError as ex:
             raise DataError(f"{source.where(i)}: {ex}") from None
 
@@ -212,7 +261,7 @@ def _read_items(file: Path, image_root: str | os.PathLike[str] | None) -> tuple[
     return ids, items
 
 
-def _read_item(row: Mapping[str, object], root: str, untyped: bool) -> tuple[str, Item]:
+def _read_item(row: Mapping[str, object], root: str, untyped: bool, allow_empty: bool) -> tuple[str, Item]:
     values = dict(row)
 
     name = values.get("_id", values.get("id"))
@@ -230,6 +279,10 @@ def _read_item(row: Mapping[str, object], root: str, untyped: bool) -> tuple[str
     elif text == "" and values.get("image"):
         values["text"] = None  # Corpora of images often have an empty text in every row.
 
+    text = values.get("text")
+    if allow_empty and isinstance(text, str) and not text.strip() and not values.get("image"):
+        return str(name), Item(text="")
+
     layout = Layout({key: key for key in ("text", "image") if key in values}, ())
 
     item = RowReader(values, layout, root, allow_urls=False, untyped=untyped).item("text", "image", None)
@@ -239,8 +292,49 @@ def _read_item(row: Mapping[str, object], root: str, untyped: bool) -> tuple[str
     return str(name), item
 
 
-def _read_qrels(file: Path) -> Iterator[tuple[str, str, str, float]]:
-    """Yield each judgement's place, query id, document id and grade."""
+_JUDGEMENT_KEYS: Final = (
+    ("query-id", "query_id", "qid"),
+    ("corpus-id", "corpus_id", "document-id", "document_id", "docid"),
+    ("score", "grade", "relevance"),
+)
+"""The names of the columns of judgements, in files that have some."""
+
+
+def _read_qrels(file: Path, query_ids: Collection[str]) -> Iterator[tuple[str, str, str, float]]:
+    """Yield each judgement's place, query id, document id and grade.
+
+    :param query_ids: the known queries. A first line that names none of them, and has no grade, is a header.
+    """
+    read = _read_qrels_lines if file.suffix in (".tsv", ".txt", ".qrels", ".trec", "") else _read_qrels_rows
+    found = False
+    for where, query, document, value in read(file, query_ids):
+        grade = _grade(value)
+        if grade is None:
+            raise DataError(f"{where}: the grade must be a finite number, but is {value!r}.")
+
+        found = True
+        yield where, query, document, grade
+
+    if not found:
+        raise DataError(f"{file} has no judgements.")
+
+
+def _read_qrels_rows(file: Path, query_ids: Collection[str]) -> Iterator[tuple[str, str, str, object]]:
+    """Read JSONL, CSV, Parquet and Arrow."""
+    source = RowSource(file)
+    for i in range(len(source)):
+        row, values = source[i], []
+        for names in _JUDGEMENT_KEYS:
+            name = next((name for name in names if row.get(name) is not None), None)
+            if name is None:
+                columns = ", ".join(map(repr, row))
+                raise DataError(f"{source.where(i)}: has no {names[0]!r}. Its columns are {columns}.")
+            values.append(row[name])
+        yield source.where(i), str(values[0]), str(values[1]), values[2]
+
+
+def _read_qrels_lines(file: Path, query_ids: Collection[str]) -> Iterator[tuple[str, str, str, object]]:
+    """Read BEIR's three columns, and TREC's four."""
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as ex:
@@ -248,30 +342,29 @@ def _read_qrels(file: Path) -> Iterator[tuple[str, str, str, float]]:
     except UnicodeDecodeError:
         raise DataError(f"{file} is not UTF-8.") from None
 
-    found = False
     for number, line in enumerate(lines, 1):
         fields = line.split("\t") if line.count("\t") >= 2 else line.split()
-        if not line.strip() or (number == 1 and _grade(fields[-1]) is None):
+        if not line.strip():
+            continue
+        if number == 1 and fields[0] not in query_ids and _grade(fields[-1]) is None:
             continue  # The header of BEIR's files.
 
         where = f"{file}:{number}"
+        if len(fields) == 6 and fields[1] == "Q0":
+            raise DataError(
+                f"{where}: this is a line of results (query, Q0, document, rank, score, run), not a judgement."
+            )
         if len(fields) not in (3, 4):
             raise DataError(f"{where}: a judgement has 3 or 4 (TREC) columns, but this line has {len(fields)}.")
 
-        grade = _grade(fields[-1])
-        if grade is None:
-            raise DataError(f"{where}: the grade must be a finite number, but is {fields[-1]!r}.")
-
-        found = True
-        yield where, fields[0], fields[-2], grade
-
-    if not found:
-        raise DataError(f"{file} has no judgements.")
+        yield where, fields[0], fields[-2], fields[-1]
 
 
-def _grade(text: str) -> float | None:
+def _grade(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return None
     try:
-        grade = float(text)
+        grade = float(value)
     except ValueError:
         return None
     return grade if math.isfinite(grade) else None

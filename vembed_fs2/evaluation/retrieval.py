@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.embedding.head import MAXSIM
+from vembed_fs2.embedding.head import MAXSIM, Similarity
 from vembed_fs2.errors import DataError
 from vembed_fs2.evaluation.metrics import (
+    NOT_RETRIEVED,
+    PADDING,
     average_precision,
     hit_at_k,
     ndcg_at_k,
     recall_at_k,
     reciprocal_rank,
 )
-from vembed_fs2.evaluation.search import DOCUMENT_BLOCK, QUERY_BLOCK, PairSimilarity, pad_vectors, relevant_ranks
+from vembed_fs2.evaluation.search import DOCUMENT_BLOCK, QUERY_BLOCK, pad_vectors, relevant_ranks
 from vembed_fs2.evaluation.shares import gather_shares, share_of
 from vembed_fs2.evaluation.task import NOTHING_RELEVANT, Relevant
 
@@ -43,10 +45,11 @@ def evaluate_retrieval(
     relevant: Sequence[Relevant],
     *,
     ks: Sequence[int] = DEFAULT_KS,
-    similarity: PairSimilarity = "cosine",
+    similarity: Similarity = "cosine",
     query_mask: Tensor | None = None,
     document_mask: Tensor | None = None,
     exclude: Sequence[int] | Tensor | None = None,
+    missing: Sequence[Sequence[float]] = (),
     query_block: int = QUERY_BLOCK,
     document_block: int = DOCUMENT_BLOCK,
     device: torch.device | None = None,
@@ -67,6 +70,7 @@ def evaluate_retrieval(
     :param query_mask: The vectors of each query that count, for ``maxsim``. *Shape:* ``[Q, L]``, bool.
     :param document_mask: The vectors of each document that count, for ``maxsim``. *Shape:* ``[N, V]``, bool.
     :param exclude: For each query a document that it must not find (for example itself), or -1; never relevant.
+    :param missing: For each query the grades of relevant documents that the corpus lacks: they count as not found.
     :param device: Where to compare; the device of ``queries`` by default.
 
     :raises EmbeddingValueError: an embedding holds NaN or infinity.
@@ -80,6 +84,7 @@ def evaluate_retrieval(
         similarity=similarity,
         masks=(query_mask, document_mask),
         exclude=exclude,
+        missing=missing,
         blocks=(query_block, document_block),
         device=device,
     )
@@ -92,9 +97,10 @@ def _score_queries(
     relevant: Sequence[Relevant],
     *,
     ks: Sequence[int],
-    similarity: PairSimilarity,
+    similarity: Similarity,
     masks: tuple[Tensor | None, Tensor | None],
     exclude: Sequence[int] | Tensor | None,
+    missing: Sequence[Sequence[float]] = (),
     blocks: tuple[int, int] = (QUERY_BLOCK, DOCUMENT_BLOCK),
     device: torch.device | None,
 ) -> Tensor:
@@ -103,12 +109,13 @@ def _score_queries(
         raise ValueError(f"There are {queries.size(0)} queries, but relevant documents of {len(relevant)}.")
 
     (query_mask, document_mask), (query_block, document_block) = masks, blocks
-    excluded = torch.full((queries.size(0),), -1) if exclude is None else torch.as_tensor(exclude).cpu()
+    excluded = _as_indices(exclude, queries.size(0))
     scores = torch.full((queries.size(0), len(_metric_names(ks))), torch.nan, dtype=torch.float64)
     for rows in _blocks_of_rows(relevant, query_block, document_block):
         index, grades = _padded(relevant[rows], excluded[rows].tolist())
+        lost = _missing_grades(missing[rows], index.size(0))
 
-        keep = (index >= 0).any(1)
+        keep = (index >= 0).any(1) | (lost > 0).any(1)
         if not keep.any():
             continue
 
@@ -125,7 +132,9 @@ def _score_queries(
             document_block=document_block,
             device=device or queries.device,
         )
-        scores[rows][keep] = torch.stack(list(metrics_of_ranks(ranks, grades[keep], ks).values()), dim=1)
+        ranks = torch.cat([ranks.cpu(), torch.where(lost[keep] > 0, NOT_RETRIEVED, PADDING)], dim=1)
+        metrics = metrics_of_ranks(ranks, torch.cat([grades[keep], lost[keep]], dim=1), ks)
+        scores[rows][keep] = torch.stack(list(metrics.values()), dim=1)
 
     return scores
 
@@ -176,7 +185,7 @@ def evaluate_embedder(
     *,
     batch_size: int | None = None,
     ks: Sequence[int] = DEFAULT_KS,
-    similarity: PairSimilarity = "cosine",
+    similarity: Similarity = "cosine",
     device: torch.device | None = None,
     gather: RowGather | None = None,
 ) -> dict[str, float]:
@@ -198,11 +207,12 @@ def evaluate_embedder(
 
     encoded = embedder.encode_document(items, batch_size=batch_size)
     corpus, document_mask = _padded_vectors(gather_shares(encoded, len(task.corpus), gather))
+    excluded = task.excluded()
+    exclude = None if excluded is None else torch.tensor([excluded[i] for i in own], dtype=torch.int64)
     if task.exclude_self:
-        exclude = torch.tensor(own)
-        queries, query_mask = corpus[exclude], None if document_mask is None else document_mask[exclude]
+        rows = torch.tensor(own, dtype=torch.int64)
+        queries, query_mask = corpus[rows], None if document_mask is None else document_mask[rows]
     else:
-        exclude = None
         encoded = embedder.encode_query([task.queries[i] for i in own], batch_size=batch_size)
         queries, query_mask = _padded_vectors(encoded)
 
@@ -214,6 +224,7 @@ def evaluate_embedder(
         similarity=similarity if document_mask is None else MAXSIM,
         masks=(query_mask, document_mask),
         exclude=exclude,
+        missing=[task.missing[i] for i in own] if task.missing else (),
         device=device,
     )
 
@@ -256,6 +267,22 @@ def _padded(relevant: Sequence[Relevant], excluded: Sequence[int]) -> tuple[Tens
         grades[i, : len(row)] = torch.tensor(list(row.values()), dtype=torch.float64)
 
     return index, grades
+
+
+def _as_indices(exclude: Sequence[int] | Tensor | None, num_queries: int) -> Tensor:
+    """*Returns:* a document for each query, or -1. ``[Q]``, int64."""
+    if exclude is None:
+        return torch.full((num_queries,), -1)
+    return exclude.cpu() if isinstance(exclude, Tensor) else torch.tensor(list(exclude), dtype=torch.int64)
+
+
+def _missing_grades(missing: Sequence[Sequence[float]], num_queries: int) -> Tensor:
+    """The grades of relevant documents that the corpus lacks; 0 pads. *Shape:* ``[q, R]``, float64."""
+    width = max(map(len, missing), default=0)
+    grades = torch.zeros(num_queries, width, dtype=torch.float64)
+    for query, values in enumerate(missing):
+        grades[query, : len(values)] = torch.tensor(values, dtype=torch.float64)
+    return grades
 
 
 def _graded(documents: Relevant, excluded: int) -> dict[int, float]:

@@ -17,15 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, NamedTuple, TypeAlias, get_args
+from typing import Final, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from vembed_fs2.embedding.head import MAXSIM, Similarity, compares_several
+from vembed_fs2.embedding.head import MAXSIM, Similarity, is_late_interaction
 from vembed_fs2.errors import VembedError
-
-PairSimilarity: TypeAlias = Similarity
 
 QUERY_BLOCK: Final = 512
 DOCUMENT_BLOCK: Final = 8192
@@ -56,15 +54,15 @@ class _Blocks:
         queries: Tensor,
         documents: Tensor,
         masks: tuple[Tensor | None, Tensor | None],
-        similarity: PairSimilarity,
+        similarity: Similarity,
         exclude_Q: Tensor | None,
         sizes: tuple[int, int],
         device: torch.device | None,
     ) -> None:
-        if similarity not in get_args(PairSimilarity):
+        if similarity not in get_args(Similarity):
             raise ValueError(f"`similarity` must be 'cosine', 'dot' or 'maxsim', but is {similarity!r}.")
 
-        self.several = compares_several(similarity)
+        self.several = is_late_interaction(similarity)
         _check_shapes(queries, documents, exclude_Q, sizes, several=self.several)
         _check_masks((queries, documents), masks, several=self.several)
         self.queries, self.documents = queries, documents
@@ -141,7 +139,7 @@ def exact_search(
     documents: Tensor,
     k: int,
     *,
-    similarity: PairSimilarity = "cosine",
+    similarity: Similarity = "cosine",
     query_mask: Tensor | None = None,
     document_mask: Tensor | None = None,
     exclude: Tensor | None = None,
@@ -199,7 +197,7 @@ def relevant_ranks(
     documents: Tensor,
     relevant: Tensor,
     *,
-    similarity: PairSimilarity = "cosine",
+    similarity: Similarity = "cosine",
     query_mask: Tensor | None = None,
     document_mask: Tensor | None = None,
     exclude: Tensor | None = None,

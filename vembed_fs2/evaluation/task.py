@@ -25,6 +25,18 @@ class RetrievalTask:
     exclude_self: bool = False
     """If ``True``, query i is document i and must find another one."""
 
+    exclude: Sequence[int] = ()
+    """For each query a document that it must not find, or -1; empty if there are none."""
+
+    missing: Sequence[Sequence[float]] = ()
+    """For each query the grades of its relevant documents that the corpus lacks; empty if there are none."""
+
+    def excluded(self) -> Sequence[int] | None:
+        """Return for each query the document that it must not find, or -1; ``None`` if there are none."""
+        if self.exclude_self:
+            return range(len(self.queries))
+        return self.exclude or None
+
 
 Relevant: TypeAlias = Mapping[int, float] | Collection[int]
 """The indices of the documents that answer a query, with or without grades."""

@@ -11,6 +11,7 @@ from fairseq2.gang import Gangs, create_fake_gangs
 from fairseq2.model_checkpoint import CorruptModelCheckpointError
 from fairseq2.models import ModelFamily, ModelGatedError
 
+from vembed_fs2.embedding.head import Head
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.hub.find import ModelSource, find_model
@@ -98,6 +99,11 @@ def load_tower_processor(
         tokens_per_image=model.tokens_per_image,
         text_padding=model.text_padding,
     )
+    # The head says it in a configuration; the processor's own file may say it as well.
+    head = getattr(model, "head", None)
+    if isinstance(head, Head) and not head.config.include_prompt:
+        processor.settings.include_prompt = False
+
     if image_folder is not None:
         processor.image = TowerProcessor.load(image_folder, frozenset({"image"})).image
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -15,14 +15,11 @@ from vembed_fs2.formats.registry import get_writer
 from vembed_fs2.hub.find import ModelSource, find_model
 from vembed_fs2.hub.load import load_processor, load_source
 from vembed_fs2.inference.encoder import Encoded, Encoder
+from vembed_fs2.inference.inputs import as_items, as_several, as_single
 from vembed_fs2.inference.progress import track
 from vembed_fs2.inference.similarity import Embedded, compare_all, compare_pairs
 from vembed_fs2.inference.vectors import Precision, VectorOptions
-from vembed_fs2.inference.vectors import quantize as quantize
-from vembed_fs2.processing.processor import Processor, as_item
-
-_ONE_INPUT: Final = (str, bytes, dict, Item, Path)
-"""Inputs that are not several, although one can iterate over most of them."""
+from vembed_fs2.processing.processor import Processor
 
 
 class Embedder:
@@ -69,6 +66,18 @@ class Embedder:
 
         return Embedder(model, processor, source)
 
+    def __repr__(self) -> str:
+        source, model = self.source, self.model
+        return f"Embedder({source.name}, {source.family}, {model.embedding_dim}, {model.similarity}, {self.device})"
+
+    def to(self, device: torch.device | str) -> Embedder:
+        """Move the model to a device. *Returns:* this embedder.
+
+        :raises VembedError: the device cannot be used.
+        """
+        self.model.to(_find_device(device))
+        return self
+
     @property
     def device(self) -> torch.device:
         """The device that computes embeddings."""
@@ -95,8 +104,9 @@ class Embedder:
     ) -> Any:
         """Encode inputs.
 
-        :param inputs: one or a list of: str (text), PIL image, ``Path`` or bytes
-            (image), dict with ``text``, ``image`` (one or a list), ``instruction``.
+        :param inputs: one, or a list or iterator of: str (text), PIL image, ``Path`` or bytes
+            (image), dict with ``text``, ``image`` (one or a list), ``instruction``, or a list
+            of texts and images in their order.
         :param prompt_name: the name of one of the model's prompts.
         :param prompt: a text put before each text; overrides ``prompt_name``.
         :param batch_size: the most inputs per forward pass; chosen by length if ``None``.
@@ -110,16 +120,15 @@ class Embedder:
         :raises VembedError: an option is not valid, or there is no such prompt.
         """
         options = VectorOptions.of(self.model, truncate_dim, precision, normalize_embeddings, convert_to_tensor)
-        is_single = _is_single(inputs)
-
-        items = [as_item(i) for i in ([inputs] if is_single else inputs)]  # type: ignore[attr-defined]
+        several = as_several(inputs)
+        items = [as_single(inputs)] if several is None else list(as_items(several))
 
         encoded = self._encode(items, role, self._prompt(prompt_name, prompt), batch_size, options)
         if show_progress_bar:
             encoded = track(encoded, len(items))
 
         output = options.collect(encoded, len(items), self.device)
-        return output[0] if is_single else output
+        return output[0] if several is None else output
 
     def encode_query(self, inputs: object, prompt_name: str | None = None, **kwargs: Any) -> Any:
         """:meth:`encode` queries: with the model's ``query`` prompt, if it has one."""
@@ -158,11 +167,12 @@ class Embedder:
 
         if precision in ("int8", "uint8"):
             raise VembedError(f"`precision` must not be {precision!r} in a stream: its range is not known.")
-        if isinstance(inputs, _ONE_INPUT):  # A string would be a stream of its letters.
+        several = as_several(inputs)
+        if several is None:  # A string would be a stream of its letters.
             raise DataError("`inputs` must be a list or an iterator. For one input, use `encode`.")
 
-        encoded = self._encode(map(as_item, inputs), role, self._prompt(prompt_name, prompt), batch_size, options)
-        yield from options.in_order(track(encoded, None) if show_progress_bar else encoded)
+        encoded = self._encode(as_items(several), role, self._prompt(prompt_name, prompt), batch_size, options)
+        return options.in_order(track(encoded, None) if show_progress_bar else encoded)
 
     def similarity(self, a: Embedded, b: Embedded) -> Any:
         """Compare all of ``a`` with all of ``b``, as the model's embeddings are compared. *Returns:* ``[N, M]``.
@@ -213,6 +223,8 @@ class Embedder:
 
     def _prompt(self, name: str | None, prompt: str | None) -> str | None:
         """The prompt that the caller asks for; ``None`` leaves it to the processor."""
+        if not isinstance(prompt, (str, type(None))):
+            raise VembedError(f"`prompt` must be a text, but is of type `{type(prompt).__name__}`.")
         if name is None or prompt is not None:
             return prompt
 
@@ -233,14 +245,3 @@ def _find_device(device: torch.device | str | None) -> torch.device:
     except (RuntimeError, AssertionError) as ex:  # The latter where torch is not built for GPUs.
         reason = str(ex).splitlines()[0].rstrip(".")
         raise VembedError(f"The device '{device}' cannot be used: {reason}.") from None
-
-
-def _is_single(inputs: object) -> bool:
-    if isinstance(inputs, _ONE_INPUT):
-        return True
-    if isinstance(inputs, Iterable) and isinstance(inputs, Sized):
-        return False
-    if isinstance(inputs, Iterable):
-        raise DataError("`inputs` must be one input or a list. For an iterator, use `encode_stream`.")
-
-    return True

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Lock
 from typing import Any, Final, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
+from torch.nn import Module
 
 from vembed_fs2.data.example import Item, Role
 from vembed_fs2.embedding.batch import EncoderBatch
@@ -75,7 +78,7 @@ class Encoder:
         :param prompt: put before each text; the prompt of the role if ``None``.
         :param batch_size: the most rows per forward pass.
         :param finish: applied to the embeddings of each forward pass, for example to move them to the CPU.
-        :returns: Positions in ``items``, and their embeddings.
+        :returns: positions in ``items``, and their embeddings.
         :raises DataError: an input cannot be read. An error is raised as soon as
             it is found, even if inputs before it have not been yielded.
         """
@@ -97,7 +100,7 @@ class Encoder:
                 yield from encoded
 
     def encode_batch(self, batch: EncoderBatch) -> list[Encoded]:
-        """Encode the rows of a batch that is prepared already. *Returns:* Positions in the batch, and embeddings."""
+        """Encode the rows of a batch that is prepared already. *Returns:* positions in the batch, and embeddings."""
         with self._computing():
             return list(self._run(batch, None))
 
@@ -118,17 +121,38 @@ class Encoder:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """Set the model and torch up. Once per window: autocast then casts the weights once per window."""
-        training = [module for module in self._model.modules() if module.training]
-        self._model.eval()
-
-        try:
-            with self._autocast():
-                yield
-        finally:
-            for module in training:
-                module.training = True
+        with _evaluating(self._model), self._autocast():
+            yield
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self._device.type, self._autocast_dtype)
+
+
+_lock: Final = Lock()
+
+_in_evaluation: Final[WeakKeyDictionary[Module, tuple[int, list[Module]]]] = WeakKeyDictionary()
+"""How many threads encode with a model at this moment, and which of its modules were in training mode before."""
+
+
+@contextmanager
+def _evaluating(model: Module) -> Iterator[None]:
+    """Put a model in evaluation mode. Only the last of several threads restores the mode."""
+    with _lock:
+        count, training = _in_evaluation.get(model, (0, []))
+        if count == 0:
+            training = [module for module in model.modules() if module.training]
+            model.eval()
+        _in_evaluation[model] = (count + 1, training)
+
+    try:
+        yield
+    finally:
+        with _lock:
+            count, training = _in_evaluation.pop(model)
+            if count > 1:
+                _in_evaluation[model] = (count - 1, training)
+            else:
+                for module in training:
+                    module.training = True

@@ -20,8 +20,10 @@ from vembed_fs2.errors import VembedError
 from vembed_fs2.inference.encoder import Encoded
 
 Array: TypeAlias = NDArray[Any]
+"""Embeddings outside torch."""
 
 Precision: TypeAlias = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+"""The numbers of embeddings: floats, one byte per dimension, or one bit, eight in a byte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,7 @@ class VectorOptions:
     """Whether vectors are scaled to unit length."""
 
     precision: Precision
+    """The numbers that are returned."""
 
     as_tensor: bool
     """Whether they stay tensors, on their device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -130,7 +131,7 @@ def write_head(exported: Exportable, folder: Path) -> None:
     assert head is not None
     write_modules(
         folder,
-        head=head,
+        head=replace(head, include_prompt=settings.include_prompt),
         max_length=settings.max_length,
         prompts=settings.prompts,
         default_prompt_name=settings.default_prompt_name,

@@ -26,6 +26,7 @@ from vembed_fs2.losses.nested import LossSpec as LossSpec
 from vembed_fs2.losses.registry import LOSSES as LOSSES
 from vembed_fs2.losses.registry import LossEntry as LossEntry
 from vembed_fs2.losses.registry import create_loss as create_loss
+from vembed_fs2.losses.registry import register_loss as register_loss
 from vembed_fs2.losses.sigmoid import Sigmoid as Sigmoid
 from vembed_fs2.losses.sigmoid import SigmoidConfig as SigmoidConfig
 from vembed_fs2.losses.spread import Spread as Spread

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.embedding.head import compares_several
+from vembed_fs2.embedding.head import Similarity, is_late_interaction
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
-from vembed_fs2.losses.similarity import DotProduct, MaxSim, Similarity, SimilarityName
+from vembed_fs2.losses.similarity import DotProduct, MaxSim, Scoring
 from vembed_fs2.losses.tiles import Block
 
 MAX_LOGIT_SCALE: Final = math.log(100.0)
@@ -363,7 +363,7 @@ class GlobalRows:
         self,
         anchors: Literal["query", "document"],
         columns: Literal["query", "document"],
-        similarity: SimilarityName,
+        similarity: Similarity,
     ) -> Block:
         """Compare this rank's queries (or positives) with all queries (or documents)."""
         inputs = self.inputs
@@ -377,8 +377,8 @@ class GlobalRows:
         if columns == "document":
             column, column_mask = self.document, self.document_mask
 
-        kind: Similarity = DotProduct()
-        if compares_several(similarity):
+        kind: Scoring = DotProduct()
+        if is_late_interaction(similarity):
             # The vectors of a query look for their nearest, on whichever side it stands.
             kind = MaxSim(anchors_query=(anchors, columns) != ("document", "query"))
 

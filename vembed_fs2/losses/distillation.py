@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.embedding.head import compares_several
+from vembed_fs2.embedding.head import Similarity, is_late_interaction
 from vembed_fs2.losses.common import (
     LossInput,
     LossOutput,
@@ -34,7 +34,6 @@ from vembed_fs2.losses.common import (
     scope,
 )
 from vembed_fs2.losses.infonce import softmax_
-from vembed_fs2.losses.similarity import SimilarityName
 from vembed_fs2.losses.tiles import TileGrads, sum_over_tiles
 
 
@@ -54,7 +53,7 @@ class DistillationConfig:
     """What the teacher's scores are divided by. By default 1 for scores of the data, which may be of any scale, and
     ``temperature`` for cosines of a teacher."""
 
-    similarity: SimilarityName = "cosine"
+    similarity: Similarity = "cosine"
     """How the student's embeddings are compared. ``maxsim`` is for multi-vector models."""
 
     negatives: Negatives = "global"
@@ -168,14 +167,14 @@ class _Divergence:
         return TileGrads(loss, [z_tC.sub_(y_tC).mul_(self._scale)])
 
 
-def pair_scores(inputs: LossInput, row_m: Tensor, similarity: SimilarityName) -> Tensor:
+def pair_scores(inputs: LossInput, row_m: Tensor, similarity: Similarity) -> Tensor:
     """Compare each document with the query of its row. *Returns:* ``[m]``."""
     dtype = torch.promote_types(inputs.query.dtype, torch.float32)
 
     query, document = inputs.query.to(dtype), inputs.document.to(dtype)
     if similarity != "dot":
         query, document = normalize(query, dim=-1), normalize(document, dim=-1)
-    if not compares_several(similarity):
+    if not is_late_interaction(similarity):
         return (query[row_m] * document).sum(-1)
 
     pairs = query[row_m] @ document.transpose(1, 2)

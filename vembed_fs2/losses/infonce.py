@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.head import Similarity
 from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
@@ -36,7 +37,6 @@ from vembed_fs2.losses.common import (
     scope,
 )
 from vembed_fs2.losses.filters import Hardness, highest_negative, teacher_block
-from vembed_fs2.losses.similarity import SimilarityName
 from vembed_fs2.losses.tiles import Block, TileGrads, sum_over_tiles
 
 Direction: TypeAlias = Literal["query_to_document", "document_to_query", "query_to_query", "document_to_document"]
@@ -63,7 +63,7 @@ class InfoNCEConfig:
     partition: Literal["per_direction", "joint"] = "per_direction"
     """Whether each direction has its own softmax (the loss is their mean), or all have one."""
 
-    similarity: SimilarityName = "cosine"
+    similarity: Similarity = "cosine"
     """How embeddings are compared. ``maxsim`` is for multi-vector models; it sums over the vectors of a query."""
 
     negatives: Negatives = "global"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.head import Similarity
 from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
@@ -31,7 +32,6 @@ from vembed_fs2.losses.common import (
     scope,
 )
 from vembed_fs2.losses.infonce import softmax_
-from vembed_fs2.losses.similarity import SimilarityName
 from vembed_fs2.losses.tiles import TileGrads, sum_over_tiles
 
 
@@ -46,7 +46,7 @@ class MultiPositiveConfig:
     symmetric: bool = False
     """If ``True``, documents look for their queries as well; the loss is the mean of both directions."""
 
-    similarity: SimilarityName = "cosine"
+    similarity: Similarity = "cosine"
     """How embeddings are compared. ``maxsim`` is for multi-vector models; it sums over the vectors of a query."""
 
     negatives: Negatives = "global"

@@ -78,3 +78,17 @@ LOSSES: Final[dict[str, LossEntry]] = {
     "triplet": LossEntry(TripletConfig, Triplet),
 }
 """The objectives that ``loss.name`` accepts. Add to it to register one."""
+
+
+def register_loss(name: str, entry: LossEntry) -> None:
+    """Register an objective, which ``loss.name`` can then name.
+
+    To register the same objective again changes nothing: a package's setup runs once per container.
+
+    :raises ValueError: another objective has this name.
+    """
+    known = LOSSES.get(name, entry)
+    if known.config_kls is not entry.config_kls:
+        raise ValueError(f"There is an objective '{name}' already.")
+
+    LOSSES[name] = entry

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.head import Similarity
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LearnedPart
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
@@ -34,7 +35,6 @@ from vembed_fs2.losses.common import (
     scale_parts,
     scope,
 )
-from vembed_fs2.losses.similarity import SimilarityName
 from vembed_fs2.losses.tiles import TileGrads, sum_over_tiles
 
 
@@ -54,7 +54,7 @@ class SigmoidConfig:
     learn_bias: bool = True
     """If ``True``, the bias is a parameter of the model."""
 
-    similarity: SimilarityName = "cosine"
+    similarity: Similarity = "cosine"
     """How embeddings are compared. ``maxsim`` is for multi-vector models; it sums over the vectors of a query."""
 
     negatives: Negatives = "global"

@@ -7,15 +7,11 @@ vectors per anchor and per column of multi-vector models.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-
-from vembed_fs2.embedding import head
-
-SimilarityName: TypeAlias = head.Similarity
 
 # As `torch.nn.functional.normalize` has it.
 _EPSILON: Final = 1e-12
@@ -102,7 +98,7 @@ class Vectors:
         return slices(len(self), max(_SLICE_ELEMENTS // max(self._raw[:1].numel(), 1), 1))
 
 
-class Similarity(Protocol):
+class Scoring(Protocol):
     """Compares the anchors of a tile with all columns."""
 
     ndim: int
@@ -127,7 +123,7 @@ class Similarity(Protocol):
         """The number of anchors whose comparison needs up to ``num_values`` numbers in memory."""
 
 
-class DotProduct(Similarity):
+class DotProduct(Scoring):
     """``s(x, y) = x . y``; of normalised vectors, their cosine."""
 
     ndim = 2
@@ -150,7 +146,7 @@ class DotProduct(Similarity):
         return num_values // max(column.size(0), 1)
 
 
-class MaxSim(Similarity):
+class MaxSim(Scoring):
     r"""Late interaction: each vector of a query with the nearest one of the document.
 
     .. math:: s(x, y) = \sum_l \max_k x_l \cdot y_k

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vembed_fs2.losses.similarity import Similarity, Vectors, slices
+from vembed_fs2.losses.similarity import Scoring, Vectors, slices
 
 # At most; see `_tile_bytes`. With 192 rows or more a product is at its full rate: so a CPU has up to 65,536 columns.
 _TILE_BYTES: Final = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
@@ -41,7 +41,7 @@ class Block:
     column: Tensor
     """*Shape:* ``[C, D]``, or ``[C, K, D]``."""
 
-    similarity: Similarity
+    similarity: Scoring
     unit: bool
     """Whether vectors are normalised first."""
 
@@ -139,7 +139,7 @@ def _tile_bytes(device: torch.device) -> int:
 class _Pair:
     """A block, by the numbers of its sides."""
 
-    similarity: Similarity
+    similarity: Scoring
     anchor: int
     start: int
     """The row of the first anchor in its side."""

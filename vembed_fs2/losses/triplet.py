@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.head import Similarity
 from vembed_fs2.losses import masks
 from vembed_fs2.losses.common import (
     GlobalRows,
@@ -31,7 +32,6 @@ from vembed_fs2.losses.common import (
     gather_all,
     scope,
 )
-from vembed_fs2.losses.similarity import SimilarityName
 from vembed_fs2.losses.tiles import TileGrads, sum_over_tiles
 
 
@@ -47,7 +47,7 @@ class TripletConfig:
     mining: Literal["hardest", "semi_hard", "all"] = "hardest"
     """Which negatives a query is compared with; see :class:`Triplet`."""
 
-    similarity: SimilarityName = "cosine"
+    similarity: Similarity = "cosine"
     """How embeddings are compared. ``maxsim`` is for multi-vector models; it sums over the vectors of a query."""
 
     negatives: Negatives = "global"

@@ -98,6 +98,8 @@ class ImageProcessor:
 
         mode = _CHANNEL_MODES[self.num_channels]
 
+        # Pillow converts images of multiplied alpha to their plain form only.
+        image = image.convert(image.mode.upper()) if image.mode in ("La", "RGBa") else image
         array = np.asarray(image if image.mode == mode else image.convert(mode))
         if array.ndim == 2:
             array = array[:, :, np.newaxis]

@@ -112,7 +112,18 @@ def as_item(value: object) -> Item:
     if not item.parts:
         raise DataError("An input has neither a text nor an image.")
 
+    for part in item.parts:
+        if isinstance(part, Text):
+            _check_text(part.value)
     return item
+
+
+def _check_text(text: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError("A text has half of a surrogate pair, which is not a character.") from None
 
 
 def _item_of_dict(value: dict[str, object]) -> Item:

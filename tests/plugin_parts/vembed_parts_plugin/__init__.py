@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 def setup_parts(container: DependencyContainer) -> None:
     from vembed_fs2.embedding.head import register_pooling
     from vembed_fs2.formats.registry import register_layout
-    from vembed_fs2.losses import LOSSES, LossEntry
+    from vembed_fs2.losses import LossEntry, register_loss
     from vembed_parts_plugin.layout import NUMPY_LAYOUT
     from vembed_parts_plugin.objective import Weighted, WeightedConfig
     from vembed_parts_plugin.pooling import midrange
 
     register_pooling("midrange", midrange)
-    LOSSES["weighted"] = LossEntry(WeightedConfig, Weighted)
+    register_loss("weighted", LossEntry(WeightedConfig, Weighted))
     register_layout(container, NUMPY_LAYOUT)

@@ -184,7 +184,7 @@ def test_a_vector_of_its_own_is_not_the_last_layers_output() -> None:
         (HeadConfig(pooling=["mean", "cls"]), {"has_class_token": False}, "the class token, but the model has none"),
         (HeadConfig(pooling="topk"), {}, "`head.top_k` must be set"),
         (HeadConfig(pooling=["cls", "max"], top_k=3), {}, "`head.top_k` is set"),
-        (HeadConfig(pooling="topk", top_k=0), {}, "`head.top_k` must be at least 1"),
+        (HeadConfig(pooling="topk", top_k=0), {}, "`head.top_k` must be greater than or equal to 1"),
         (HeadConfig(gem_p=0.0), {"name": "image_head"}, "`image_head.gem_p` must be positive"),
         (HeadConfig(similarity="maxsim"), {}, "must be 'cosine' or 'dot'"),  # type: ignore[arg-type]
         (

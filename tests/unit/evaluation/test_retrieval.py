@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import pytrec_eval
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -239,14 +242,13 @@ def test_judgements_end_with_their_line_whatever_characters_ids_hold(beir: Path)
             r"corpus.jsonl:4: the id 'd1' is also the id of .*corpus.jsonl:1",
         ),
         ("corpus.jsonl", '{"_id": "d4"}', r"corpus.jsonl:4: has neither 'text' nor 'image'"),
-        ("corpus.jsonl", '{"_id": "d4", "text": " "}', r"corpus.jsonl:4: 'text' is an empty text"),
         ("corpus.jsonl", '{"_id": "d4", "title": 3, "text": "x"}', r"corpus.jsonl:4: 'title' must be a text"),
         ("corpus.jsonl", '{"_id": "d4", "image": "no.png"}', r"corpus.jsonl:4: 'image' is no.png, but there is no"),
         ("corpus.jsonl", '{"_id": "d4", "image": "../x.png"}', r"corpus.jsonl:4: .* outside"),
         ("queries.jsonl", '{"_id": "q9", "text": ""}', r"queries.jsonl:4: 'text' is an empty text"),
         ("qrels/test.tsv", "q7\td1\t1", r"test.tsv:5: .*queries.jsonl has no query 'q7'"),
-        ("qrels/test.tsv", "q1\td7\t1", r"test.tsv:5: .*corpus.jsonl has no document 'd7'"),
-        ("qrels/test.tsv", "q1\td1\t1", r"test.tsv:5: document 'd1' is judged twice for query 'q1'"),
+        ("qrels/test.tsv", "q1\td1\t2", r"test.tsv:5: document 'd1' has two grades for query 'q1'"),
+        ("qrels/test.tsv", "q1 Q0 d1 1 0.9 run", r"test.tsv:5: this is a line of results"),
         ("qrels/test.tsv", "q1\td3\tvery", r"test.tsv:5: the grade must be a finite number, but is 'very'"),
         ("qrels/test.tsv", "q1\td3\tnan", r"test.tsv:5: the grade must be a finite number"),
         ("qrels/test.tsv", "q1 d3", r"test.tsv:5: a judgement has 3 or 4 \(TREC\) columns, but this line has 2"),
@@ -257,6 +259,87 @@ def test_broken_rows_are_named_by_file_and_line(beir: Path, file: str, line: str
         stream.write(line + "\n")
     with pytest.raises(DataError, match=message):
         task_from_folder(beir)
+
+
+def test_real_folders_are_read_as_beir_and_trec_eval_read_them(beir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An empty document, judged documents that are not there, and the same judgement twice."""
+    with (beir / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": "d4", "title": "", "text": ""}\n')
+    with (beir / "qrels/test.tsv").open("a") as file:
+        file.write("q1\td7\t2\nq1\td8\t0\nq1\td1\t1\nq2\td9\t1\n")
+    task = task_from_folder(beir)
+    assert task.corpus[3] == Item(text="")
+    assert [dict(r) for r in task.relevant] == [{0: 1.0}, {2: 2.0}]
+    assert task.missing == [[2.0], [1.0]]
+    said = [record.getMessage() for record in caplog.records]
+    assert [m.split(" ")[0] for m in said] == ["1", "2", "1"]
+    assert "empty" in said[0]
+    assert "count as not found" in said[1]
+    assert "count once" in said[2]
+
+    vectors = torch.eye(4)
+    results = evaluate_retrieval(vectors[[0, 2]], vectors, task.relevant, missing=task.missing)
+    qrels = {"q1": {"d1": 1, "d7": 2}, "q2": {"d3": 2, "d9": 1}}
+    names = ["d1", "2", "d3", "d4"]
+    scores = {"q1": vectors[0] @ vectors.T, "q2": vectors[2] @ vectors.T}
+    run = {query: dict(zip(names, (row - torch.arange(4) * 1e-3).tolist())) for query, row in scores.items()}
+    found = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut_10", "recall_5", "map"}).evaluate(run)
+    for ours, theirs in (("ndcg@10", "ndcg_cut_10"), ("recall@5", "recall_5"), ("map", "map")):
+        assert results[ours] == pytest.approx(sum(q[theirs] for q in found.values()) / 2)
+
+
+def test_a_query_of_which_all_relevant_documents_are_missing_counts_as_zero() -> None:
+    vectors = torch.eye(3)
+    results = evaluate_retrieval(vectors[:2], vectors, [{0: 1.0}, {}], missing=[[], [1.0, 3.0]])
+    assert (results["num_queries"], results["recall@1"], results["ndcg@10"]) == (2, 0.5, 0.5)
+
+
+def test_a_query_does_not_find_the_document_of_its_own_id(beir: Path) -> None:
+    """Quora and ArguAna: queries are documents. BEIR and MTEB leave the document of the same id out."""
+    write(beir / "corpus.jsonl", *({"_id": name, "text": name} for name in ("q1", "q2", "d1")))
+    (beir / "qrels/test.tsv").write_text("q1\td1\t1\nq2\tq2\t1\n")
+    task = task_from_folder(beir)
+    assert task.excluded() == [0, -1]  # A document that is relevant can be found.
+    vectors = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.9, 0.0, 0.4]])
+    results = evaluate_retrieval(vectors[:2], vectors, task.relevant, exclude=task.excluded())
+    assert results["recall@1"] == 1.0
+
+
+def test_rows_written_in_both_directions_do_not_find_themselves() -> None:
+    rows = [Example(Item("a"), Item("c"), source="f:1"), Example(Item("c", instruction="i"), Item("a"), source="f:2")]
+    task = task_from_examples(rows)
+    assert [task.corpus[i] for i in task.excluded() or ()] == text("a", "c")
+    vectors = {"a": torch.tensor([1.0, 0.0]), "c": torch.tensor([0.8, 0.6])}
+    queries, corpus = ([vectors[str(item.text)] for item in items] for items in (task.queries, task.corpus))
+    results = evaluate_retrieval(torch.stack(queries), torch.stack(corpus), task.relevant, exclude=task.excluded())
+    assert results["recall@1"] == 1.0
+    assert task_from_examples([Example(Item("a"), Item("a"), source="f:1")]).excluded() is None
+
+
+def test_a_broken_grade_in_the_first_line_is_not_a_header(beir: Path) -> None:
+    (beir / "qrels/test.tsv").write_text("q1 0 d1 nan\nq2 0 d3 1\n")
+    with pytest.raises(DataError, match=r"test.tsv:1: the grade must be a finite number, but is 'nan'"):
+        task_from_folder(beir)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_judgements_may_be_rows(beir: Path, kind: str) -> None:
+    (beir / "qrels/test.tsv").unlink()
+    rows = [{"query_id": "q2", "corpus-id": "d3", "score": 2}, {"query_id": "q1", "corpus-id": "d1", "score": 1}]
+    file = beir / f"qrels.{kind}"
+    if kind == "jsonl":
+        write(file, *rows)
+    elif kind == "csv":
+        file.write_text("query_id,corpus-id,score\nq2,d3,2\nq1,d1,1\n")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    assert [dict(r) for r in task_from_folder(beir).relevant] == [{0: 1.0}, {2: 2.0}]
+
+
+def test_rows_of_judgements_that_lack_a_column_are_named(beir: Path) -> None:
+    write(beir / "qrels.jsonl", {"query-id": "q1", "corpus-id": "d1", "value": 1})
+    with pytest.raises(DataError, match=r"qrels.jsonl:1: has no 'score'. Its columns are 'query-id'"):
+        task_from_files(beir / "queries.jsonl", beir / "corpus.jsonl", beir / "qrels.jsonl")
 
 
 def test_missing_and_empty_files_are_errors(beir: Path) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vembed_fs2.embedding.head import Similarity
 from vembed_fs2.evaluation import EmbeddingValueError, exact_search, relevant_ranks
-from vembed_fs2.evaluation.search import PairSimilarity
 
 torch.set_num_threads(1)
 
@@ -107,7 +107,7 @@ def test_a_collapsed_model_is_not_rewarded() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_embeddings_that_are_not_finite_are_an_error(value: float, similarity: PairSimilarity) -> None:
+def test_embeddings_that_are_not_finite_are_an_error(value: float, similarity: Similarity) -> None:
     good, bad = torch.randn(30, 4), torch.randn(30, 4)
     bad[17, 2] = value
     with pytest.raises(EmbeddingValueError, match="document 17 holds NaN"):

@@ -212,7 +212,6 @@ def test_texts_and_images_may_be_mixed(clip: Embedder, monkeypatch: pytest.Monke
     [
         ([{}], {}, DataError, "neither a text nor an image"),
         ([3], {}, DataError, "is of type `int`"),
-        (iter(["a"]), {}, DataError, "use `encode_stream`"),
         (picture(3), {}, DataError, "no image encoder"),
         (["a"], {"batch_size": 0}, VembedError, "`batch_size` must be"),
         (["a"], {"batch_size": -1}, VembedError, "`batch_size` must be"),

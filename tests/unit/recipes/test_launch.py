@@ -18,7 +18,7 @@ from vembed_fs2.recipes.arguments import add_recipe_arguments
 from vembed_fs2.recipes.folder import check_writable, link_checkpoints, prepare_output_dir
 from vembed_fs2.recipes.launch import (
     _report,
-    _report_no_system_errors_of_threads,
+    _silence_disk_errors_in_threads,
     dump_config,
     find_system_error,
     load_config,
@@ -119,7 +119,7 @@ def test_a_full_disk_is_found_behind_other_errors() -> None:
 def test_a_full_disk_in_a_thread_is_left_to_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     printed = []
     monkeypatch.setattr(threading, "excepthook", lambda args: printed.append(args.exc_value))
-    _report_no_system_errors_of_threads()
+    _silence_disk_errors_in_threads()
     bug = ValueError("a bug")
 
     def fail(error: Exception) -> None:
