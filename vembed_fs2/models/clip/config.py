@@ -145,8 +145,7 @@ class ClipVisionConfig(ClipTowerConfig):
                 result.add_error(f"The {side} of `image_size` and `patch_size` must be positive.")
             elif image < patch:
                 result.add_error(
-                    f"The {side} of `image_size` must be at least the patch's ({patch}), "
-                    f"but is {image} instead."
+                    f"The {side} of `image_size` must be at least the patch's ({patch}), but is {image} instead."
                 )
 
         for error in (
