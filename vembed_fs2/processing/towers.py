@@ -60,6 +60,9 @@ class TowerProcessor(Processor[PreparedItem]):
         self.tokens_per_image = tokens_per_image
         self.text_padding = text_padding
 
+        self.takes_one_part = False
+        """If ``True``, an input must be one text or one image: the model has several vectors per row."""
+
     @override
     def prepare(self, item: Item) -> PreparedItem:
         try:
@@ -82,6 +85,13 @@ class TowerProcessor(Processor[PreparedItem]):
         if item.images and self.image is None:
             raise DataError("The model has no image encoder, but an input has an image.")
 
+        if self.takes_one_part and len(item.parts) > 1:
+            raise DataError(
+                "An input of a model with several vectors per row must be one text or one image, but is"
+                f" {item.describe_order()}."
+            )
+        if item.is_interleaved and not item.images:
+            raise DataError(f"The model reads one text per input, but an input has {len(item.parts)}.")
         if item.is_interleaved:
             raise DataError(
                 "The model encodes texts and images apart, so it cannot read them in the order"

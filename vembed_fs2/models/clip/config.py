@@ -201,4 +201,7 @@ class ClipConfig(EmbeddingModelConfig):
     """If ``False``, the temperature keeps its value in training."""
 
     def validate(self) -> ValidationResult:
-        return to_result(check_positive(self, "projection_dim"), check_head(self.head, self.projection_dim))
+        return to_result(
+            check_positive(self, "projection_dim"),
+            check_head(self.head, self.projection_dim, is_causal=self.text.causal),
+        )
