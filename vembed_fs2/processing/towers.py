@@ -186,13 +186,15 @@ class TowerProcessor(Processor[PreparedItem]):
         :raises ModelLoadError: a file is missing or broken.
         """
         settings, folder = _find_settings(folder)
-        lengths = [n for n in (max_length or settings.max_length, model_max_length) if n is not None]
+        # Without a length of its own, a folder's tokenizer says it, as in sentence-transformers.
+        wanted = max_length or settings.max_length
 
         text = image = None
         if "text" in modalities:
             text = TextProcessor.load(
                 folder,
-                max_length=min(lengths) if lengths else None,
+                max_length=wanted,
+                model_max_length=model_max_length,
                 do_lower_case=settings.do_lower_case,
                 padding=text_padding,
                 open_clip=OpenClipTexts(
