@@ -45,6 +45,17 @@ class VembedRecipe(Recipe, Generic[ConfigT, PreparedT]):
         :raises VembedError: something that a user wrote, or a file, is wrong.
         """
 
+    def complete(self, prepared: PreparedT, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Fill in what a configuration leaves out and only :meth:`prepare` can know.
+
+        Runs of older versions lack newer keys: before a run is resumed, both
+        configurations are completed, and compared.
+
+        :param values: nested values, with the defaults of ``config_kls``.
+        :raises ConfigError: the values are not valid any more.
+        """
+        return values
+
     @abstractmethod
     def create_prepared_task(self, context: RecipeContext, prepared: PreparedT) -> Task:
         """Create the task on the gang.

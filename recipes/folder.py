@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,11 +24,19 @@ _RESUMABLE: Final = ("regime", "common", "gang", "valid", "grad_cache", "dataset
 _FIXED: Final = ("common.seed",)
 
 
-def prepare_output_dir(output_dir: Path, checkpoint_dir: Path | None, config: Any, world_size: int) -> None:
+def prepare_output_dir(
+    output_dir: Path,
+    checkpoint_dir: Path | None,
+    config: Any,
+    world_size: int,
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda values: values,
+) -> None:
     """Refuse a folder that holds something else than this very run; delete what a killed run left half written.
 
     A run that has no checkpoint yet has nothing to lose, and may be started anew.
 
+    :param complete: fills in the keys that a configuration leaves out, because the run of an older version lacks
+        newer ones.
     :raises ConfigError: says what differs.
     """
     file = output_dir / "config.yaml"
@@ -42,7 +51,7 @@ def prepare_output_dir(output_dir: Path, checkpoint_dir: Path | None, config: An
 
     steps = dict(_steps(checkpoints))
     if steps:
-        differ = _find_differences(load_yaml(file), config)
+        differ = _find_differences(load_yaml(file), config, complete)
         if differ:
             text = f"it holds a run with other values in {', '.join(differ)}. Give a new folder, or delete this one."
             raise ConfigError(text, where=str(output_dir))
@@ -106,8 +115,14 @@ def _steps(checkpoints: Path) -> Iterator[tuple[int, Path]]:
             yield int(folder.name[5:]), folder
 
 
-def _find_differences(before: Any, config: Any) -> list[str]:
-    return list(_differing(before, StandardValueConverter().unstructure(config), ""))
+def _find_differences(
+    before: Any, config: Any, complete: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> list[str]:
+    now: Any = StandardValueConverter().unstructure(config)
+    with suppress(ConfigError):  # An older configuration may not be valid any more: then compare it as it is.
+        before, now = complete(before), complete(now)
+
+    return list(_differing(before, now, ""))
 
 
 def _differing(before: Any, now: Any, path: str) -> Iterator[str]:
@@ -118,6 +133,11 @@ def _differing(before: Any, now: Any, path: str) -> Iterator[str]:
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
         if path in _FIXED or not any(f"{path}.".startswith(f"{part}.") for part in _RESUMABLE):
             yield path
+        return
+
+    # Another component has other options: its name says enough.
+    if "config" in now and before.get("name") != now.get("name"):
+        yield f"{path}.name".lstrip(".")
         return
 
     for key in {**before, **now}:

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -150,10 +150,14 @@ def _run(package: str, args: argparse.Namespace) -> int:
         for folder in filter(None, (args.output_dir, args.checkpoint_dir)):
             check_writable(folder)
 
-    recipe.open(config)
+    prepared = recipe.open(config)
+
+    def complete(values: Mapping[str, Any]) -> Mapping[str, Any]:
+        return recipe.complete(prepared, _unstructure(_build_config(recipe, [values])))
 
     if is_first:
-        prepare_output_dir(args.output_dir, args.checkpoint_dir, config, int(os.environ.get("WORLD_SIZE", "1")))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        prepare_output_dir(args.output_dir, args.checkpoint_dir, config, world_size, complete)
 
     return _run_fairseq2(recipe, config, args)
 
@@ -261,11 +265,8 @@ def load_config(package: str, recipe: VembedRecipe[Any, Any], args: argparse.Nam
 
     :raises ConfigError: lists everything that is wrong.
     """
-    from fairseq2.utils.structured import StandardValueConverter
-
     from vembed_fs2.models.family import config_errors
-    from vembed_fs2.recipes.components import Components
-    from vembed_fs2.recipes.layers import load_yaml, merge_layers, parse_overrides, structure
+    from vembed_fs2.recipes.layers import load_yaml, parse_overrides
 
     layers: list[Mapping[str, Any]] = []
     if args.preset:
@@ -274,17 +275,33 @@ def load_config(package: str, recipe: VembedRecipe[Any, Any], args: argparse.Nam
     layers += [load_yaml(file) for file in args.config_file]
     layers.append(parse_overrides(args.config))
 
-    kls, components = recipe.config_kls, Components(recipe)
-    defaults = StandardValueConverter().unstructure(kls())
-    assert isinstance(defaults, Mapping)
-
-    config = structure(kls, merge_layers(defaults, layers), components.find_config)
-    components.resolve(config)
-
+    config = _build_config(recipe, layers)
     if errors := config_errors(config):
         raise ConfigError(errors)
 
     return config
+
+
+def _build_config(recipe: VembedRecipe[Any, Any], layers: Sequence[Mapping[str, Any]]) -> Any:
+    """Lay ``layers`` over the defaults of a recipe's configuration.
+
+    :raises ConfigError: keys are unknown, or values are of a wrong type.
+    """
+    from vembed_fs2.recipes.components import Components
+    from vembed_fs2.recipes.layers import merge_layers, structure
+
+    kls, components = recipe.config_kls, Components(recipe)
+    config = structure(kls, merge_layers(_unstructure(kls()), layers), components.find_config)
+    components.resolve(config)
+    return config
+
+
+def _unstructure(config: object) -> Mapping[str, Any]:
+    from fairseq2.utils.structured import StandardValueConverter
+
+    values = StandardValueConverter().unstructure(config)
+    assert isinstance(values, Mapping)
+    return values
 
 
 def dump_config(config: Any) -> str:

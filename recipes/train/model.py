@@ -37,6 +37,9 @@ class ModelPlan:
     overrides: Mapping[str, Any]
     """The values of ``config`` that differ from what ``model`` names."""
 
+    base: object
+    """The configuration that ``overrides`` change."""
+
     embedding_dim: int
 
     reads: Reads
@@ -79,9 +82,9 @@ def plan_model(config: TrainConfig) -> ModelPlan:
             overrides = cast(Mapping[str, object], StandardConfigMerger().merge(values, overrides))
             config.processor.path = config.processor.path or source.folder
 
-    model_config = override_config(model_config, overrides)
+    base, model_config = model_config, override_config(model_config, overrides)
     model = _check(config, family, model_config)
-    return ModelPlan(family, model_config, overrides, model.embedding_dim, Reads.of(model))
+    return ModelPlan(family, model_config, overrides, base, model.embedding_dim, Reads.of(model))
 
 
 def _check(config: TrainConfig, family: str, model_config: object) -> EmbeddingModel:

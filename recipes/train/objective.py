@@ -116,10 +116,14 @@ class Reads(NamedTuple):
     modalities: frozenset[Modality]
 
     is_interleaved: bool
+    """Whether it reads texts and images in their order."""
+
+    is_multi_vector: bool = False
+    """Whether it has several vectors per row, so that it cannot add up the parts of a row."""
 
     @staticmethod
     def of(model: EmbeddingModel) -> Reads:
-        return Reads(model.modalities, model.is_interleaved)
+        return Reads(model.modalities, model.is_interleaved, model.is_multi_vector)
 
 
 def check_row(example: Example, loss: Objective, readers: Mapping[str, Reads]) -> None:
@@ -145,6 +149,11 @@ def check_readable(example: Example, readers: Mapping[str, Reads]) -> None:
 
     for item in example.items:
         for name, reads in readers.items():
+            if reads.is_multi_vector and not reads.is_interleaved and len(item.parts) > 1:
+                raise DataError(
+                    f"{example.source}: {name} has several vectors per row, so a query or document must be one text or"
+                    f" one image, but is {item.describe_order()}."
+                )
             if item.is_interleaved and not reads.is_interleaved:
                 raise DataError(
                     f"{example.source}: {name} encodes texts and images apart, so it cannot read them in the order"

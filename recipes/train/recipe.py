@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from fairseq2.checkpoint import CheckpointDir
 from fairseq2.gang import Gangs
@@ -15,6 +15,7 @@ from fairseq2.optim.lr_schedulers import LRScheduler
 from fairseq2.recipe.base import RecipeContext
 from fairseq2.runtime.dependency import DependencyContainer, DependencyResolver
 from fairseq2.task import Task
+from fairseq2.utils.structured import StandardValueConverter
 from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -76,6 +77,9 @@ class PreparedTraining:
     teacher_dim: int | None
     """The size of the teacher's embeddings."""
 
+    base_config: object
+    """The configuration of the model that ``model.config_overrides`` changes."""
+
 
 @final
 class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
@@ -122,7 +126,13 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
         check_negatives(dataset, loss)
         valid_task = load_valid_task(config, {"the model": plan.reads}) if config.valid.paths else None
 
-        return PreparedTraining(dataset, valid_task, teacher, teacher_dim)
+        return PreparedTraining(dataset, valid_task, teacher, teacher_dim, plan.base)
+
+    @override
+    def complete(self, prepared: PreparedTraining, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        model = values["model"]
+        config = override_config(prepared.base_config, model.get("config_overrides") or {})
+        return {**values, "model": {**model, "config_overrides": StandardValueConverter().unstructure(config)}}
 
     @override
     def exit_status(self) -> int:

@@ -75,7 +75,12 @@ class RowReader:
         """Make an item of a text (or the general form) and of images."""
         images = self._images(image, names[1])
 
+        if self.untyped and isinstance(value, str):
+            value = _read_parts(value)
+
         if isinstance(value, list):
+            if not value:
+                fail(names[0], "is an empty list")
             if len(value) > 1 and any(isinstance(entry, Mapping) for entry in value):
                 if images:
                     fail(names[1], f"must not be given when {names[0]!r} is a list of texts and images")
@@ -108,8 +113,11 @@ class RowReader:
         """Read an interleaved input: ``[{"text": ...}, {"image": ...}, ...]``."""
         for idx, entry in enumerate(entries):
             where = f"{key}[{idx}]"
+            if isinstance(entry, str):
+                yield Text(_text(entry, where))
+                continue
             if not isinstance(entry, Mapping):
-                fail(where, f"must be an object with a text or an image, but is {_describe(entry)}")
+                fail(where, f"must be a text, or an object with a text or an image, but is {_describe(entry)}")
 
             _check_keys(entry, ("text", "image"), where)
 
@@ -229,6 +237,17 @@ class RowReader:
             fail(key, f"must hold finite numbers, but holds {_describe(value)}")
 
         return number
+
+
+def _read_parts(text: str) -> object:
+    """Return the list of texts and images that a file of strings holds as JSON; any other text as it is."""
+    if not text.lstrip().startswith("[{"):
+        return text
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return text
+    return values if all(isinstance(v, Mapping) and set(v) <= {"text", "image"} for v in values) else text
 
 
 def _text(value: object, key: str) -> str:

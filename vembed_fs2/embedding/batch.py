@@ -185,10 +185,14 @@ class EncoderBatch:
                 raise AttributeError(f"'EncoderBatch' object has no attribute '{name}'")
 
             part, attribute = _FLAT_NAMES[name]
-            message = f"`batch.{name}` is deprecated: use `batch.{part}.{attribute}`."
-            warn(message, DeprecationWarning, stacklevel=2)
+            warn(f"`batch.{name}` is deprecated: use `batch.{part}.{attribute}`.", DeprecationWarning, stacklevel=2)
+            return getattr(getattr(self, part), attribute, _ABSENT.get(name))
 
-            return getattr(getattr(self, part), attribute, None)
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in _FLAT_NAMES:
+                part, attribute = _FLAT_NAMES[name]
+                raise AttributeError(f"`batch.{name}` cannot be set any more: set `batch.{part}.{attribute}`.")
+            object.__setattr__(self, name, value)
 
     def _parts(self) -> Iterator[tuple[Kind, Any]]:
         for kind, part in ((Kind.TEXT, self.text), (Kind.IMAGE, self.images), (Kind.FEATURES, self.features)):
@@ -204,8 +208,15 @@ _FLAT_NAMES: Final = {
     "text_rows": ("text", "rows"),
     "pixel_values": ("images", "values"),
     "image_rows": ("images", "rows"),
+    "patch_mask": ("images", "patch_mask"),
+    "spatial_shapes": ("images", "spatial_shapes"),
+    "tokens_per_image": ("images", "tokens_per_image"),
+    "fixed_width": ("text", "fixed_width"),
 }
 """The names that the inputs had before texts and images became parts of their own."""
+
+_ABSENT: Final = {"tokens_per_image": 0, "fixed_width": False}
+"""The values that they had in a batch without texts or images; others had ``None``."""
 
 
 def _members(rows: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:

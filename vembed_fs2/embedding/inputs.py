@@ -199,6 +199,16 @@ class ImageInputs:
             return torch.full((len(self),), max(self.tokens_per_image, 1))
         return self.grids.prod(1)
 
+    @property
+    def patch_mask(self) -> Tensor | None:
+        """True for patches of padded images, see :meth:`pad_patches`; ``None`` if images are pixels. ``[P, S]``."""
+        return None if self.grids is None else self.pad_patches()[1]
+
+    @property
+    def spatial_shapes(self) -> Tensor | None:
+        """The rows and columns of patches of each image; ``None`` if images are pixels. ``[P, 2]``, on the CPU."""
+        return None if self.grids is None else self.grids[:, 1:]
+
     def pad_patches(self) -> tuple[Tensor, Tensor]:
         """Pad to the most patches of an image: return ``[P, S, K]`` and a mask ``[P, S]``, True for patches."""
         lengths = self.num_patches()

@@ -99,6 +99,8 @@ def load_tower_processor(
         tokens_per_image=model.tokens_per_image,
         text_padding=model.text_padding,
     )
+    processor.takes_one_part = model.is_multi_vector
+
     # The head says it in a configuration; the processor's own file may say it as well.
     head = getattr(model, "head", None)
     if isinstance(head, Head) and not head.config.include_prompt:

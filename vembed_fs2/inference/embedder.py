@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -215,8 +215,10 @@ class Embedder:
         batch_size: int | None,
         options: VectorOptions,
     ) -> Iterator[Encoded]:
-        if batch_size is not None and batch_size < 1:
-            raise VembedError(f"`batch_size` must be greater than or equal to 1, but is {batch_size}.")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise VembedError(f"`batch_size` must be an integer greater than or equal to 1, but is {batch_size!r}.")
+        if role not in (None, *get_args(Role)):
+            raise VembedError(f"`role` must be one of {', '.join(get_args(Role))}, but is {role!r}.")
 
         encoder = Encoder(self.model, self.processor, autocast_dtype=self.autocast_dtype)
         return encoder.encode(items, role=role, prompt=prompt, batch_size=batch_size, finish=options.finish)

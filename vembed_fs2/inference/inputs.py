@@ -49,8 +49,9 @@ def as_items(values: Iterable[object]) -> Iterator[Item]:
         except DataError as ex:
             raise DataError(f"Input {position}: {ex}") from None
 
-        # Images are read later, and the error must name the position then as well.
-        yield replace(item, source=f"Input {position}") if item.images and not item.source else item
+        # What a model cannot take is found later, and the error must name the position then as well.
+        is_plain = len(item.parts) == 1 and not item.images
+        yield item if is_plain or item.source else replace(item, source=f"Input {position}")
 
 
 def as_single(value: object) -> Item:

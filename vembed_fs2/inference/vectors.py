@@ -53,8 +53,9 @@ class VectorOptions:
 
         :raises VembedError: an option is not valid.
         """
-        if truncate_dim is not None and not 1 <= truncate_dim <= model.embedding_dim:
-            raise VembedError(f"`truncate_dim` must be between 1 and {model.embedding_dim}, but is {truncate_dim}.")
+        is_dim = isinstance(truncate_dim, int) and 1 <= truncate_dim <= model.embedding_dim
+        if truncate_dim is not None and not is_dim:
+            raise VembedError(f"`truncate_dim` must be between 1 and {model.embedding_dim}, but is {truncate_dim!r}.")
         if precision not in get_args(Precision):
             raise VembedError(f"`precision` must be one of {', '.join(get_args(Precision))}, but is {precision!r}.")
 

@@ -112,7 +112,7 @@ def _convert_processor(processor: Any) -> OpenClipPreprocessing:
     if getattr(processor, "do_center_crop", False):
         edge, size, mode = size.get("shortest_edge"), dict(processor.crop_size), "shortest"
         if set(size.values()) != {edge}:
-            raise VembedError("open_clip cannot express `size` of the image processor: it must be that of the crop.")
+            raise VembedError("open_clip cannot express `size` of the image processor: it must equal the crop's.")
 
     if set(size) != {"height", "width"}:
         raise VembedError("open_clip cannot express `size` of the image processor.")

@@ -46,7 +46,9 @@ def write_modules(
     :raises ConfigError: sentence-transformers has no such pooling.
     """
     if not has_pooling(head):
-        raise ConfigError(f"`head.pooling` is '{head.pooling}', which sentence-transformers does not have.")
+        raise ConfigError(
+            f"`head.pooling` is '{head.pooling}', which sentence-transformers does not have. `--format hf` keeps it."
+        )
 
     dim = (head.dense[0].input_dim if head.dense else embedding_dim) // len(head.poolings)
     folders = [("Transformer", ""), ("Pooling", "1_Pooling")]
@@ -107,7 +109,10 @@ def save_sentence_transformers(exported: Exportable, folder: Path) -> None:
     """Write a folder that sentence-transformers loads: the backbone and the modules after it."""
     head = head_of(exported.source.config)
     if head is not None and "image" in exported.model.modalities:
-        raise VembedError(f"sentence-transformers has no place for the `head` of {exported.source.family} models.")
+        raise VembedError(
+            f"sentence-transformers has no place for the `head` of {exported.source.family} models."
+            " `--format hf` keeps it."
+        )
 
     with new_folder(folder) as out:
         write_backbone(exported, out)

@@ -19,7 +19,7 @@ def save_hf(exported: Exportable, folder: Path) -> None:
     What follows a text backbone (pooling, dense layers) has no place in that
     layout and is written as sentence-transformers' modules beside it. Where they
     have no such pooling, it is written in a file of our own, and the tensors of
-    dense layers with those of the backbone, where transformers ignores them. So
+    dense layers with the backbone's tensors, among which transformers ignores them. So
     is what follows a model of images, or of texts and images.
     """
     head, has_modules = head_of(exported.source.config), can_write_head(exported)

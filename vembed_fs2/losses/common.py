@@ -1,7 +1,7 @@
 """What objectives share.
 
 Legend: b queries of this rank, m documents of this rank (the b positives, in
-query order, then the explicit negatives), B and M those of all ranks, D
+query order, then the explicit negatives), B and M of all ranks, D
 embedding size, L and K vectors per query and document of multi-vector models.
 """
 

@@ -4,8 +4,8 @@ Huang et al., "CoSENT: Consistent Sentence Embedding via Similarity Ranking",
 2024, https://doi.org/10.1109/TASLP.2024.3402087; Li and Li, "AnglE-optimized
 Text Embeddings", 2023, https://arxiv.org/abs/2309.12871.
 
-Legend: b queries of this rank, B those of all ranks, m documents of this rank,
-p scored pairs of this rank, P those of all ranks, D embedding size.
+Legend: b queries of this rank, B of all ranks, m documents of this rank,
+p scored pairs of this rank, P of all ranks, D embedding size.
 """
 
 from __future__ import annotations

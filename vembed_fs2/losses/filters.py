@@ -15,9 +15,9 @@ from vembed_fs2.losses.tiles import Block
 
 
 def teacher_block(rows: GlobalRows, anchors: str, columns: str, anchor_rows: slice) -> Block:
-    """Compare a teacher's embeddings of this rank's queries (or positives) with those of all queries (or documents).
+    """Compare a teacher's embeddings of this rank's queries (or positives) with its embeddings of all.
 
-    :param anchor_rows: where this rank's queries (or positives) are among those of all ranks.
+    :param anchor_rows: where this rank's queries (or positives) are among all ranks'.
     :raises ValueError: there are none.
     """
     sides = {"query": rows.rows.teacher_query, "document": rows.rows.teacher_document}

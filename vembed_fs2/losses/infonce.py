@@ -298,7 +298,7 @@ def _blocks(rows: GlobalRows, directions: Sequence[str], config: InfoNCEConfig) 
     num_queries = rows.inputs.num_queries
     starts = {"query": rows.start, "document": int(rows.target[0]) if num_queries else 0}
 
-    # This rank's queries and positives among those of all ranks.
+    # This rank's queries and positives among all ranks'.
     places = {side: slice(start, start + num_queries) for side, start in starts.items()}
     sides = [d.split("_to_") for d in directions]
     blocks = []

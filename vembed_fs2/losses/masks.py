@@ -88,7 +88,7 @@ def document_to_query(rows: GlobalRows, *, mask_same: bool = True) -> Exclusions
 
 
 def query_to_query(rows: GlobalRows, *, mask_same: bool = True) -> Exclusions:
-    """Queries that are no negatives of this rank's queries: itself, and those of :func:`document_to_query`."""
+    """Queries that are not negatives of this rank's queries: each itself, and the ones in :func:`document_to_query`."""
     excluded = document_to_query(rows, mask_same=mask_same)
     excluded.own = None
     excluded.add(rows.row, torch.arange(rows.positive.size(0), device=rows.positive.device))
@@ -96,7 +96,7 @@ def query_to_query(rows: GlobalRows, *, mask_same: bool = True) -> Exclusions:
 
 
 def document_to_document(rows: GlobalRows, *, mask_same: bool = True) -> Exclusions:
-    """Documents that are no negatives of this rank's positives: all of the own row, and those of
+    """Documents that are not negatives of this rank's positives: all of their own row, and the ones in
     :func:`query_to_document`."""
     excluded = query_to_document(rows, mask_same=mask_same)
     excluded.own = None

@@ -77,12 +77,12 @@ class Triplet(Objective):
     rows, without those that are known to be none (``mask_same``). The loss of a
     query is, by ``mining``:
 
-    - ``hardest``: that of its most similar negative.
-    - ``semi_hard``: that of the most similar negative that is less similar than
-      the positive; if there is none, that of the least similar negative of all.
+    - ``hardest``: the loss of its most similar negative.
+    - ``semi_hard``: the loss of the most similar negative that is less similar than
+      the positive; if there is none, the loss of the least similar negative of all.
       (FaceNet does not say what to do then; this is what the implementations in
       TensorFlow Addons and sentence-transformers do.)
-    - ``all``: the mean over those of its negatives whose loss is not zero. For a
+    - ``all``: the mean over its negatives whose loss is not zero. For a
       soft margin, which is never zero, over all of them.
 
     A query without negatives has a loss of zero. ``active_fraction`` is the

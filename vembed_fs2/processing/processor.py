@@ -101,6 +101,8 @@ def as_item(value: object) -> Item:
         item = Item(images=(value,))
     elif isinstance(value, dict):
         item = _item_of_dict(value)
+    elif isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], dict):
+        item = _item_of_dict(value[0])
     elif isinstance(value, (list, tuple)):
         item = Item(parts=[part for entry in value for part in _parts(entry)])
     else:

@@ -58,6 +58,7 @@ class TextProcessor:
         tokenizer: Any,
         *,
         max_length: int | None = None,
+        model_max_length: int | None = None,
         do_lower_case: bool = False,
         padding: Literal["longest", "max_length"] = "longest",
         open_clip: OpenClipTexts | None = None,
@@ -66,6 +67,7 @@ class TextProcessor:
         :param tokenizer: a fast tokenizer of transformers.
         :param max_length: the longest text in tokens, special tokens included;
             if ``None``, the tokenizer's own limit. The rest is cut off.
+        :param model_max_length: the longest text that the model can take at all.
         :param do_lower_case: if ``True``, the tokenizer lowercases texts.
         :param padding: whether to pad to the longest text or to ``max_length``.
         :param open_clip: what open_clip does besides.
@@ -77,7 +79,7 @@ class TextProcessor:
             _add_lowercase(tokenizer.backend_tokenizer)
 
         self._tokenizer = tokenizer
-        self._max_length = _find_max_length(tokenizer, max_length, padding)
+        self._max_length = _find_max_length(tokenizer, max_length, model_max_length, padding)
         self._names = frozenset(tokenizer.model_input_names)
 
         # transformers' own call sets truncation and padding each time, which other threads see. So this is a copy
@@ -106,6 +108,7 @@ class TextProcessor:
         folder: Path,
         *,
         max_length: int | None = None,
+        model_max_length: int | None = None,
         do_lower_case: bool = False,
         padding: Literal["longest", "max_length"] = "longest",
         open_clip: OpenClipTexts | None = None,
@@ -130,7 +133,12 @@ class TextProcessor:
             raise ModelLoadError(f"The tokenizer in {folder} cannot be loaded: {ex}") from None
 
         return TextProcessor(
-            tokenizer, max_length=max_length, do_lower_case=do_lower_case, padding=padding, open_clip=open_clip
+            tokenizer,
+            max_length=max_length,
+            model_max_length=model_max_length,
+            do_lower_case=do_lower_case,
+            padding=padding,
+            open_clip=open_clip,
         )
 
     @property
@@ -197,9 +205,12 @@ class TextProcessor:
         self._tokenizer.save_pretrained(folder)
 
 
-def _find_max_length(tokenizer: Any, max_length: int | None, padding: str) -> int | None:
+def _find_max_length(tokenizer: Any, max_length: int | None, model_max_length: int | None, padding: str) -> int | None:
+    """The length that is asked for, else the tokenizer's own limit; never more than the model takes."""
     if max_length is None and tokenizer.model_max_length < _NO_LIMIT:
         max_length = int(tokenizer.model_max_length)
+    if model_max_length is not None:
+        max_length = min(max_length or model_max_length, model_max_length)
 
     if max_length is None:
         if padding == "max_length":

@@ -60,6 +60,9 @@ class TowerProcessor(Processor[PreparedItem]):
         self.tokens_per_image = tokens_per_image
         self.text_padding = text_padding
 
+        self.takes_one_part = False
+        """If ``True``, an input must be one text or one image: the model has several vectors per row."""
+
     @override
     def prepare(self, item: Item) -> PreparedItem:
         try:
@@ -82,6 +85,13 @@ class TowerProcessor(Processor[PreparedItem]):
         if item.images and self.image is None:
             raise DataError("The model has no image encoder, but an input has an image.")
 
+        if self.takes_one_part and len(item.parts) > 1:
+            raise DataError(
+                "An input of a model with several vectors per row must be one text or one image, but is"
+                f" {item.describe_order()}."
+            )
+        if item.is_interleaved and not item.images:
+            raise DataError(f"The model reads one text per input, but an input has {len(item.parts)}.")
         if item.is_interleaved:
             raise DataError(
                 "The model encodes texts and images apart, so it cannot read them in the order"
@@ -176,13 +186,15 @@ class TowerProcessor(Processor[PreparedItem]):
         :raises ModelLoadError: a file is missing or broken.
         """
         settings, folder = _find_settings(folder)
-        lengths = [n for n in (max_length or settings.max_length, model_max_length) if n is not None]
+        # Without a length of its own, a folder's tokenizer says it, as in sentence-transformers.
+        wanted = max_length or settings.max_length
 
         text = image = None
         if "text" in modalities:
             text = TextProcessor.load(
                 folder,
-                max_length=min(lengths) if lengths else None,
+                max_length=wanted,
+                model_max_length=model_max_length,
                 do_lower_case=settings.do_lower_case,
                 padding=text_padding,
                 open_clip=OpenClipTexts(

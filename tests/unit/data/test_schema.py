@@ -169,7 +169,7 @@ PAIR = {"query": "q", "positive": "p"}
         ({"query": "q"}, "has no positive and no label"),
         ({"query": "q", "positive": None}, "'positive' is empty, and there is no image and no label either"),
         ({"query": "q", "positive": ["a", "b"]}, "'positive' must be one value, but is a list of 2; write one row"),
-        ({"query": "q", "positive": []}, "'positive' must be one value, but is a list of 0"),
+        ({"query": "q", "positive": []}, "'positive' is an empty list"),
         ({"query": "q", "positive": {"text": "p", "img": "x"}}, "'positive' has the key 'img'; known are text, image"),
         ({**PAIR, "negatives": ["a", ""]}, "'negatives' is an empty text"),
         ({**PAIR, "negatives": ["a", None]}, "'negatives' has nothing as entry 2"),

@@ -332,6 +332,14 @@ def test_the_names_of_yesterday_still_read_a_batch() -> None:
         assert batch.input_ids is batch.text.input_ids  # type: ignore[attr-defined, union-attr]
     with pytest.warns(DeprecationWarning, match="use `batch.images.values`"):
         assert batch.pixel_values is None  # type: ignore[attr-defined]
+    with pytest.warns(DeprecationWarning, match="is deprecated"):
+        assert batch.tokens_per_image == 0  # type: ignore[attr-defined]
+    with pytest.warns(DeprecationWarning, match="is deprecated"):
+        assert patches([(1, 2)]).spatial_shapes.tolist() == [[1, 2]]  # type: ignore[attr-defined]
+    with pytest.warns(DeprecationWarning, match="is deprecated"):
+        assert patches([(1, 2), (1, 1)]).patch_mask.tolist() == [[True, True], [True, False]]  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"cannot be set any more: set `batch.text.input_ids`"):
+        batch.input_ids = torch.ones(2, 3)  # type: ignore[attr-defined]
     with pytest.raises(AttributeError, match="colour"):
         batch.colour  # type: ignore[attr-defined]  # noqa: B018
 

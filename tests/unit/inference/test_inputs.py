@@ -104,6 +104,19 @@ def test_a_prompt_must_be_a_text(embedder: Embedder) -> None:
         embedder.encode("a", prompt=3)  # type: ignore[arg-type]
 
 
+def test_options_of_a_wrong_kind_are_errors_at_the_call(embedder: Embedder) -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"role": "qurey"}, "`role` must be one of query, document, but is 'qurey'"),
+        ({"batch_size": 2.5}, "`batch_size` must be an integer"),
+        ({"batch_size": "x"}, "`batch_size` must be an integer"),
+        ({"truncate_dim": "x"}, "`truncate_dim` must be"),
+    ]
+    for options, message in wrong:
+        for call in (embedder.encode, embedder.encode_stream):
+            with pytest.raises(VembedError, match=message):
+                call(["a"], **options)
+
+
 def test_similarity_takes_lists_of_vectors_and_refuses_what_is_none(embedder: Embedder) -> None:
     vectors = embedder.encode(TEXTS, convert_to_tensor=True)
     together = embedder.similarity(vectors, vectors)

@@ -157,6 +157,10 @@ def test_heads_of_dual_encoders_that_cannot_be_are_errors() -> None:
         errors = config_errors(replace(config, head=HeadConfig(pooling=["none", "mean"], gem_p=0.0)))
         assert any("'none' beside others" in error for error in errors)
         assert any("`head.gem_p` must be positive" in error for error in errors)
+    (error,) = config_errors(replace(EVA, head=HeadConfig(pooling="cls")))
+    assert "sees no other token" in error
+    (error,) = config_errors(replace(EVA, head=HeadConfig(pooling="none", top_k=2)))
+    assert "sees no other token" in error
     (error,) = config_errors(replace(SIGLIP, head=HeadConfig(pooling="cls")))
     assert "looks at the class token" in error
 

@@ -69,7 +69,7 @@ def test_images_come_before_the_text_if_the_row_does_not_order_them(root: Path) 
 @pytest.mark.parametrize(
     ("query", "row", "message"),
     [
-        ([{"text": "a"}, "b"], {}, r"'query\[1\]' must be an object with a text or an image, but is 'b'"),
+        ([{"text": "a"}, 3], {}, r"'query\[1\]' must be a text, or an object .* but is 3"),
         ([{"text": "a"}, {"txt": "b"}], {}, r"'query\[1\]' has the key 'txt'; known are text, image"),
         ([{"text": "a"}, {}], {}, r"'query\[1\]' must hold either a text or an image, but holds neither"),
         ([{"text": "a", "image": "a.png"}, {"text": "b"}], {}, r"'query\[0\]' .* but holds text and image"),
@@ -116,15 +116,45 @@ def test_an_item_is_made_of_parts_or_of_a_text_and_images() -> None:
         Item("a", parts=[Text("b")])
 
 
-@pytest.mark.parametrize("parts", [[Text("a"), Image(b"x"), Text("b")], [Text("a"), Text("b")]])
-def test_towers_refuse_an_order_that_they_cannot_express(processor: TowerProcessor, parts: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([Text("a"), Image(b"x"), Text("b")], r"texts and images apart, .* the order text, image, text\."),
+        ([Text("a"), Text("b")], "one text per input, but an input has 2"),
+    ],
+)
+def test_towers_refuse_an_order_that_they_cannot_express(
+    processor: TowerProcessor, parts: list[Any], message: str
+) -> None:
     item = Item(parts=parts, source="rows.parquet:row 3")
-    with pytest.raises(DataError, match=r"^rows.parquet:row 3: .* texts and images apart, .* the order text, .*text\."):
+    with pytest.raises(DataError, match=f"^rows.parquet:row 3: .*{message}"):
         processor.prepare(item)
 
     example = Example(Item("q"), Item(parts=parts), source="data.jsonl:7")
-    with pytest.raises(DataError, match=r"^data.jsonl:7: .* texts and images apart"):
+    with pytest.raises(DataError, match=f"^data.jsonl:7: .*{message}"):
         Collator(processor).load(example)
+
+
+def test_models_of_several_vectors_take_one_part(processor: TowerProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "takes_one_part", True)
+    with pytest.raises(DataError, match=r"^f:1: .* one text or one image, but is image, text\."):
+        processor.prepare(Item("a", (b"x",), source="f:1"))
+
+
+def test_strings_may_stand_among_objects(root: Path) -> None:
+    assert parse(["this", {"image": "a.png"}], root).query.parts == (Text("this"), Image(root / "a.png"))
+    assert as_item([{"text": "a", "image": "b.png"}]) == as_item({"text": "a", "image": "b.png"})
+
+
+def test_files_of_strings_hold_the_list_as_json(root: Path) -> None:
+    def read(query: str) -> Item:
+        return RowSchema().parse({"query": query, "positive": "p"}, "f.csv:2", root, untyped=True).query
+
+    assert read('[{"text": "this"}, {"image": "a.png"}]').parts == (Text("this"), Image(root / "a.png"))
+    for text in ("[1, 2]", '[{"text": "open', '[{"colour": "red"}]', "[{x}]"):
+        assert read(text) == Item(text)
+    with pytest.raises(DataError, match=r"^f.csv:2: 'query\[1\]' is c.png, but there is no file"):
+        read('[{"text": "this"}, {"image": "c.png"}]')
 
 
 def test_towers_read_a_text_before_or_after_images(processor: TowerProcessor) -> None:

@@ -202,3 +202,19 @@ def test_a_broken_settings_file_is_an_error(
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ModelLoadError, match=message):
         TowerProcessor.load(tmp_path, BOTH)
+
+
+@pytest.mark.parametrize(
+    ("limit", "asked", "expected"), [(15, None, 15), (512, None, 20), (15, 18, 18), (512, 30, 20), (10**30, None, 20)]
+)
+def test_the_tokenizers_own_limit_counts_unless_a_length_is_asked_for(
+    folder: Path, tmp_path: Path, limit: int, asked: int | None, expected: int
+) -> None:
+    """sentence-transformers takes the smaller of the tokenizer's limit and the positions."""
+    tokenizer = TowerProcessor.load(folder, frozenset({"text"})).text
+    assert tokenizer is not None
+    tokenizer.tokenizer.model_max_length = limit
+    tokenizer.save(tmp_path)
+    text = TowerProcessor.load(tmp_path, frozenset({"text"}), max_length=asked, model_max_length=20).text
+    assert text is not None
+    assert text.max_length == expected

@@ -145,8 +145,7 @@ class ClipVisionConfig(ClipTowerConfig):
                 result.add_error(f"The {side} of `image_size` and `patch_size` must be positive.")
             elif image < patch:
                 result.add_error(
-                    f"The {side} of `image_size` must be at least that of `patch_size` ({patch}), "
-                    f"but is {image} instead."
+                    f"The {side} of `image_size` must be at least the patch's ({patch}), but is {image} instead."
                 )
 
         for error in (
@@ -202,4 +201,7 @@ class ClipConfig(EmbeddingModelConfig):
     """If ``False``, the temperature keeps its value in training."""
 
     def validate(self) -> ValidationResult:
-        return to_result(check_positive(self, "projection_dim"), check_head(self.head, self.projection_dim))
+        return to_result(
+            check_positive(self, "projection_dim"),
+            check_head(self.head, self.projection_dim, is_causal=self.text.causal),
+        )

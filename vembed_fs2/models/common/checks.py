@@ -97,12 +97,22 @@ def check_activation(config: object, name: str = "activation") -> Iterator[str]:
         yield str(ex)
 
 
-def check_head(head: HeadConfig | None, embedding_dim: int, *, has_class_token: bool = True) -> list[str]:
+def check_head(
+    head: HeadConfig | None, embedding_dim: int, *, has_class_token: bool = True, is_causal: bool = False
+) -> list[str]:
     """Check the head of a model of texts and images, if it has one.
 
     :param embedding_dim: the size of the projected states.
     :param has_class_token: whether images have a class token.
+    :param is_causal: whether a token of a text sees only the tokens before it.
     """
     if head is None:
         return []
-    return validate_head(head, embedding_dim, multi_vector=True, has_class_token=has_class_token)
+
+    errors = validate_head(head, embedding_dim, multi_vector=True, has_class_token=has_class_token)
+    if is_causal and (set(head.poolings) == {"cls"} or head.top_k is not None):
+        errors.append(
+            "`head` looks at the first token of a text, but in this text encoder that sees no other token: all texts"
+            " would be alike. Pool by 'last', 'mean', 'max' or 'pooler'."
+        )
+    return errors

@@ -178,7 +178,10 @@ class EvaConfig(EmbeddingModelConfig):
     """If ``False``, the temperature keeps its value in training."""
 
     def validate(self) -> ValidationResult:
-        result = to_result(check_positive(self, "projection_dim"), check_head(self.head, self.projection_dim))
+        result = to_result(
+            check_positive(self, "projection_dim"),
+            check_head(self.head, self.projection_dim, is_causal=self.text.causal),
+        )
 
         if self.vision.projection == "none" and self.projection_dim != self.vision.model_dim:
             result.add_error(

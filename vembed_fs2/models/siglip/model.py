@@ -132,7 +132,7 @@ class SiglipPatchFrontend(SiglipFrontend):
         if images.grids is None or images.values.size(1) != patch_dim:
             raise DataError(
                 f"Images must be cut into patches of {patch_dim} values, but are of shape {list(images.values.shape)}. "
-                "The `patch_size` of the image processor must be that of the model."
+                "The `patch_size` of the image processor must equal the model's."
             )
 
         x_PSK, mask_PS = images.pad_patches()

@@ -130,6 +130,10 @@ def test_an_order_that_a_model_cannot_express_is_refused_before_anything_is_trai
     ordered = replace(row(3, 1), query=Item(parts=parts))
     joint = ALL._replace(is_interleaved=True)
     check_row(ordered, InfoNCE(), {"the model": joint})
+    late = ALL._replace(is_multi_vector=True)
+    mixed = replace(row(4, 1), query=Item("t", ("a.png",)), source="f:4")
+    with pytest.raises(DataError, match=r"f:4: the model has several vectors per row, .* but is image, text\."):
+        check_row(mixed, InfoNCE(), {"the model": late})
     with pytest.raises(DataError, match=r"f:3: the teacher encodes .* apart, .* the order text, image, text"):
         check_row(ordered, InfoNCE(), {"the model": joint, "the teacher": ALL})
 
