@@ -28,6 +28,9 @@ _GRACE: Final = 5.0
 
 _POLL: Final = 0.05
 
+_STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""The signals that end a run in good order; the launcher passes them on."""
+
 RESUME: Final = "Checkpoints that were complete are intact; run the same command again to resume."
 
 
@@ -43,7 +46,7 @@ def run_processes(command: Sequence[str], count: int, *, advice: str = RESUME, s
         claim = Path(folder) / "error"
 
         gang = _Gang(command, count, {**os.environ, **_environment(count), _CLAIM: str(claim)}, stdout)
-        previous = {s: signal.signal(s, gang.forward) for s in (signal.SIGINT, signal.SIGTERM)}
+        previous = {s: signal.signal(s, gang.forward) for s in _STOP_SIGNALS}
         try:
             rank, status = gang.wait()
         finally:
@@ -54,8 +57,8 @@ def run_processes(command: Sequence[str], count: int, *, advice: str = RESUME, s
         if claim.exists():
             return int(claim.read_text() or 1)
 
-        # What Ctrl-C or SIGTERM has ended needs no explanation.
-        if status and not (gang.signalled and status in (-signal.SIGINT, -signal.SIGTERM)):
+        # A process that Ctrl-C or another signal has stopped needs no explanation.
+        if status and not (gang.signalled and -status in _STOP_SIGNALS):
             _explain(rank, status, gang.deferred_error(rank), advice)
 
     return 128 - status if status < 0 else status

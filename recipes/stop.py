@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, exit."""
+"""Ctrl-C, SIGTERM and SIGUSR1: finish the step, write a checkpoint, exit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from fairseq2.trainer import Trainer
 
-from vembed_fs2.fairseq2_seams import stop_after_step
+from vembed_fs2.fairseq2_seams import override_stop_request, stop_after_step
 
 log = logging.getLogger("vembed_fs2")
 
@@ -38,7 +38,7 @@ class StopRequest:
         self._group: dist.ProcessGroup | None = None
 
     def install(self, trainer: Trainer) -> None:
-        """Handle SIGINT and SIGTERM from now on. A second one ends the process at once."""
+        """Handle SIGINT, SIGTERM and SIGUSR1 from now on. A second one ends the process at once."""
         self._trainer = trainer
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._is_first = dist.get_rank() == 0
@@ -47,6 +47,9 @@ class StopRequest:
 
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._handle)
+
+        # fairseq2 handles SIGUSR1 itself, which Slurm sends before a job's time is over, and asks the trainer to stop.
+        override_stop_request(trainer, lambda: self._handle(signal.SIGUSR1, None))
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()

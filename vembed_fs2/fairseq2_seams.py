@@ -129,6 +129,14 @@ def call_before(trainer: Trainer, *, save: Callable[[], None], publish: Callable
     seam._save_checkpoint, seam._publish_metrics = save_checked, publish_checked
 
 
+def override_stop_request(trainer: Trainer, handle: Callable[[], None]) -> None:
+    """Let ``handle`` take the place of the trainer's own ``request_stop``.
+
+    The trainer's looks at a request only if no number of steps is set, on its own rank alone.
+    """
+    trainer.request_stop = handle  # type: ignore[method-assign]
+
+
 def stop_after_step(trainer: Trainer) -> None:
     """Ask the trainer to stop after this step, with a checkpoint and without a validation.
 
@@ -136,6 +144,6 @@ def stop_after_step(trainer: Trainer) -> None:
     """
     from fairseq2.validator import NOOP_VALIDATOR
 
-    trainer.request_stop()
+    type(trainer).request_stop(trainer)  # Not the instance's, which may be overridden.
     trainer._max_num_steps = None
     trainer._validator = NOOP_VALIDATOR

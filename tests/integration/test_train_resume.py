@@ -62,7 +62,7 @@ def log(tmp_path: Path) -> Path:
 def test_weights_are_those_of_an_uninterrupted_run(
     arguments: Arguments, uninterrupted: Path, num_processes: int, tmp_path: Path, log: Path
 ) -> None:
-    """SIGKILL, SIGINT and SIGTERM one after the other, each at a random step of another epoch."""
+    """SIGKILL, SIGINT, SIGTERM and SIGUSR1 one after the other, each at a random step of another epoch."""
     folder = tmp_path / "run"
     draw = random.Random(num_processes)
 
@@ -74,7 +74,9 @@ def test_weights_are_those_of_an_uninterrupted_run(
     assert steps(folder)[-1] < NUM_STEPS
     leave_half_a_checkpoint(folder)
 
-    for signum, step in ((signal.SIGINT, draw.randint(18, 24)), (signal.SIGTERM, draw.randint(30, 36))):
+    signals = ((signal.SIGINT, (18, 24)), (signal.SIGTERM, (28, 34)), (signal.SIGUSR1, (38, 42)))
+    for signum, (earliest, latest) in signals:
+        step = draw.randint(earliest, latest)
         result = interrupt(arguments(folder), reached(step), lambda p, s=signum: p.send_signal(s), log)
         result.expect(128 + signum)
         # The step that was reached is not lost, whether or not it was one to checkpoint.
