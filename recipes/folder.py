@@ -146,7 +146,14 @@ def _differing(before: Any, now: Any, path: str) -> Iterator[str]:
 
 def _check_world_size(output_dir: Path, step: Path, world_size: int) -> None:
     written_by = len(list(step.glob("trainer/rank_*.pt")))
-    if written_by not in (0, world_size):
+    if written_by == 0:
+        text = (
+            f"its checkpoints hold the model only (`regime.save_model_only`), so the run cannot go on. "
+            f"Give a new folder, and {output_dir} as `model.path` to train the model further."
+        )
+        raise ConfigError(text, where=str(output_dir))
+
+    if written_by != world_size:
         text = (
             f"its number of processes was {written_by}, and is now {world_size}. "
             f"Resume it with {written_by}, or give a new folder and the trained model as `model.path`."

@@ -203,6 +203,15 @@ def test_a_run_is_not_resumed_on_another_number_of_processes(run_dir: Path) -> N
         prepare_output_dir(run_dir, None, load("--config", *VALID), 4)
 
 
+def test_a_run_that_saved_the_model_only_is_not_started_anew(run_dir: Path) -> None:
+    """It would train from the first step, and write over its checkpoints."""
+    for file in run_dir.glob("checkpoints/step_10/trainer/*.pt"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"hold the model only .* as `model.path` to train the model further"):
+        prepare_output_dir(run_dir, None, load("--config", *VALID), 2)
+    assert run_dir.joinpath("checkpoints/step_10").is_dir()
+
+
 def test_another_run_is_refused(run_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"other values in dataset\.batch_size, optimizer\.config\.lr\."):
         prepare_output_dir(run_dir, None, load("--config", *VALID, "dataset.batch_size=3", "optimizer.config.lr=1"), 2)
