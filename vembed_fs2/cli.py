@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
-from typing import Final, NamedTuple, Protocol
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
 
 class CommandGroup(Protocol):
@@ -50,13 +52,39 @@ _GROUP_HELP: Final = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Adds the nearest name to the error of a wrong verb."""
+
+    def error(self, message: str) -> NoReturn:
+        match = re.fullmatch(r"argument \w+: invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if match is not None:
+            known = [name.strip(" '") for name in match[2].split(",")]
+            nearest = get_close_matches(match[1], known, 1)
+            hint = f"Did you mean '{nearest[0]}'?" if nearest else f"Known: {', '.join(known)}."
+            message = f"'{match[1]}' is not known. {hint}"
+
+        super().error(message)
+
+
+class _ShowVersion(argparse.Action):
+    """Prints the version, which is looked up only then."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **options: Any) -> NoReturn:
+        print(f"vembed_fs2 {version('vembed_fs2')}")
+        parser.exit()
+
+
 class VembedGroup:
     """The verbs of this package."""
 
     help = "embedding models: train, evaluate, run and ship them"
 
     def main(self, argv: Sequence[str], prog: str) -> int:
-        parser = argparse.ArgumentParser(prog=prog, description=self.help.capitalize() + ".")
+        parser = _Parser(prog=prog, description=self.help.capitalize() + ".")
+        parser.add_argument("--version", action=_ShowVersion, help="print the version")
         parser.set_defaults(module=None)
         _add_verbs(parser, _VERBS, argv)
 
@@ -91,7 +119,7 @@ class AssetsGroup:
 
 def main() -> None:
     """The ``fairseq2`` program: groups of verbs, found through the entry point group ``fairseq2.cli``."""
-    parser = argparse.ArgumentParser(prog="fairseq2", description="fairseq2 and the packages that extend it.")
+    parser = _Parser(prog="fairseq2", description="fairseq2 and the packages that extend it.")
     groups = parser.add_subparsers(dest="group", metavar="GROUP")
     found = {e.name: e for e in entry_points(group="fairseq2.cli")}
 
