@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from fairseq2.utils.structured import StandardValueConverter
 
-from vembed_fs2.errors import ConfigError
+from vembed_fs2.errors import ConfigError, did_you_mean
 from vembed_fs2.fairseq2_seams import create_recipe_container
 from vembed_fs2.recipes.base import VembedRecipe
 
@@ -29,8 +28,7 @@ class Components:
         if name in known:
             return known[name]
 
-        nearest = get_close_matches(name, known, 1)
-        hint = f" Did you mean '{nearest[0]}'?" if nearest else f" Known: {', '.join(sorted(known))}."
+        hint = did_you_mean(name, known) or f" Known: {', '.join(sorted(known))}."
         raise ConfigError(f"`{section}.name` '{name}' is not known.{hint}")
 
     def resolve(self, config: object) -> None:

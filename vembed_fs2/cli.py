@@ -6,10 +6,11 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Any, Final, NamedTuple, NoReturn, Protocol
+
+from vembed_fs2.errors import did_you_mean
 
 
 class CommandGroup(Protocol):
@@ -59,9 +60,8 @@ class _Parser(argparse.ArgumentParser):
         match = re.fullmatch(r"argument \w+: invalid choice: '(.*)' \(choose from (.*)\)", message)
         if match is not None:
             known = [name.strip(" '") for name in match[2].split(",")]
-            nearest = get_close_matches(match[1], known, 1)
-            hint = f"Did you mean '{nearest[0]}'?" if nearest else f"Known: {', '.join(known)}."
-            message = f"'{match[1]}' is not known. {hint}"
+            hint = did_you_mean(match[1], known) or f" Known: {', '.join(known)}."
+            message = f"'{match[1]}' is not known.{hint}"
 
         super().error(message)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class VembedError(Exception):
     """Base of all errors that say what was wrong, where, and what to do."""
@@ -25,3 +27,11 @@ class DataError(VembedError):
 
 class ModelLoadError(VembedError):
     """A model folder, card or checkpoint that cannot be loaded."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about a name that is not known: " Did you mean 'x'?", or "" if none is near."""
+    from difflib import get_close_matches  # Only a mistake needs it.
+
+    nearest = get_close_matches(name, list(known), 1)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""

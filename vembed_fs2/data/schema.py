@@ -12,7 +12,7 @@ from typing import Final, Literal, TypeAlias, get_args
 
 from vembed_fs2.data.example import Example, ImageSource, Item, Text
 from vembed_fs2.data.row import Layout, RowError, RowReader, fail
-from vembed_fs2.errors import ConfigError, DataError
+from vembed_fs2.errors import ConfigError, DataError, did_you_mean
 
 Mode: TypeAlias = Literal["auto", "t2t", "t2i", "i2i", "i2t", "m2i", "m2t"]
 """What queries and documents consist of: t a text, i images, m both; ``auto`` allows everything."""
@@ -70,7 +70,7 @@ class RowSchema:
 
         errors = []
         if mode not in MODES:
-            errors.append(f"`mode` must be one of {', '.join(MODES)}, but is {mode!r}.{_nearest(mode, MODES)}")
+            errors.append(f"`mode` must be one of {', '.join(MODES)}, but is {mode!r}.{did_you_mean(mode, MODES)}")
 
         errors += self._column_errors()
         if image_root is not None and not os.path.isdir(image_root):
@@ -81,7 +81,7 @@ class RowSchema:
     def _column_errors(self) -> Iterator[str]:
         for field, column in self.columns.items():
             if field not in FIELDS and _NUMBERED.fullmatch(field) is None:
-                yield f"`columns` maps {field!r}, which is not a field.{_nearest(field, FIELDS)}"
+                yield f"`columns` maps {field!r}, which is not a field.{did_you_mean(field, FIELDS)}"
             elif not isinstance(column, (str, type(None))) and field not in ("negatives", "negative_images"):
                 several = "only 'negatives' and 'negative_images' can have them"
                 yield f"`columns` maps {field!r} to several columns; {several}."
@@ -156,7 +156,7 @@ class RowSchema:
         mapped = list(self._mapped_columns())
         for field, column in mapped:
             if column not in keys:
-                nearest = _nearest(column, keys) or " Write null if there is no value."
+                nearest = did_you_mean(column, keys) or " Write null if there is no value."
                 raise RowError(f"has no column {column!r}, which `columns` maps to {field!r}.{nearest}")
 
             if match := _NUMBERED.fullmatch(field):
@@ -194,11 +194,6 @@ class RowSchema:
             elif column is not None:
                 prefix = "negative_image" if field == "negative_images" else "negative"
                 yield from ((f"{prefix}_{number}", name) for number, name in enumerate(column, start=1))
-
-
-def _nearest(name: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
-    close = get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def kind_of(item: Item) -> Literal["t", "i", "m"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias, final
 
@@ -15,7 +14,7 @@ from torch.nn import Module
 from torch.nn import functional as F
 from typing_extensions import override
 
-from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.errors import ModelLoadError, did_you_mean
 
 _Function: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -50,10 +49,9 @@ def create_activation(name: str, *, field: str = "hidden_act") -> Module:
     """
     function = _FUNCTIONS.get(name)
     if function is None:
-        nearest = get_close_matches(name, _FUNCTIONS, 1)
-        hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
         raise ModelLoadError(
-            f"`{field}` is '{name}', which is not supported.{hint} Supported are: {', '.join(sorted(_FUNCTIONS))}."
+            f"`{field}` is '{name}', which is not supported.{did_you_mean(name, _FUNCTIONS)}"
+            f" Supported are: {', '.join(sorted(_FUNCTIONS))}."
         )
 
     return Activation(name, function)

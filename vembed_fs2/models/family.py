@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast, final
 
@@ -32,7 +31,7 @@ from typing_extensions import override
 
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, TEACHER_PROJECTION, LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig
-from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
+from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError, did_you_mean
 from vembed_fs2.formats.checkpoint import CheckpointFormat as CheckpointFormat
 from vembed_fs2.formats.checkpoint import PlainCheckpointFormat as PlainCheckpointFormat
 from vembed_fs2.formats.checkpoint import config_errors as config_errors
@@ -393,8 +392,7 @@ def find_family(model_type: str, resolver: DependencyResolver | None = None, *, 
     if (has_code or model_type in CONFIG_MAPPING_NAMES) and get_checkpoint_format(FALLBACK_FAMILY, resolver):
         return FALLBACK_FAMILY
 
-    nearest = get_close_matches(model_type, known, 1) or get_close_matches(model_type, CONFIG_MAPPING_NAMES, 1)
-    hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
+    hint = did_you_mean(model_type, known) or did_you_mean(model_type, CONFIG_MAPPING_NAMES)
     raise ModelLoadError(
         f"model_type '{model_type}' is not supported.{hint} Supported are: {', '.join(sorted(known))}, and what else "
         "transformers has for texts or images."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
@@ -15,6 +14,7 @@ from fairseq2.utils.structured import StandardValueConverter
 from fairseq2.utils.validation import ValidationResult
 
 from vembed_fs2.embedding.model import EmbeddingModelConfig
+from vembed_fs2.errors import did_you_mean
 from vembed_fs2.models.common.checks import (
     check_activation,
     check_choice,
@@ -196,6 +196,5 @@ def maybe_get_family(name: str) -> ModelFamily | None:
 def unknown_family(where: str, name: str) -> str:
     """Say that there is no family of embedding models of that name."""
     known = sorted(str(key) for key in DependencyLookup(get_resolver(), FamilyFactory).iter_keys())
-    nearest = get_close_matches(name, known, 1)
-    hint = f"Did you mean '{nearest[0]}'?" if nearest else f"Known: {', '.join(known)}."
-    return f"`{where}` '{name}' is not a family of embedding models. {hint}"
+    hint = did_you_mean(name, known) or f" Known: {', '.join(known)}."
+    return f"`{where}` '{name}' is not a family of embedding models.{hint}"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any, Final
 
-from vembed_fs2.errors import ModelLoadError, VembedError
+from vembed_fs2.errors import ModelLoadError, VembedError, did_you_mean
 from vembed_fs2.formats.key_map import KeyMap, Rename, Reshape, Rule, Split, leading_dims
 from vembed_fs2.formats.open_clip import (
     BLOCK_OPTIONS,
@@ -211,10 +210,8 @@ def _read_vision(vision_cfg: Mapping[str, Any]) -> EvaVisionConfig:
 def _find_timm_model(name: str) -> EvaVisionConfig:
     config = TIMM_MODELS.get(name)
     if config is None:
-        nearest = get_close_matches(name, TIMM_MODELS, 1)
-        hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
         raise ModelLoadError(
-            f"`vision_cfg.timm_model_name` is '{name}', which is not supported.{hint} "
+            f"`vision_cfg.timm_model_name` is '{name}', which is not supported.{did_you_mean(name, TIMM_MODELS)} "
             f"Supported are: {', '.join(TIMM_MODELS)}."
         )
 
