@@ -31,6 +31,7 @@ from vembed_fs2.evaluation.datasets import task_from_folder
 from vembed_fs2.evaluation.retrieval import evaluate_embedder
 from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.recipes.evaluate.evaluate import load_embedder
+from vembed_fs2.recipes.evaluate.settings import EvaluateSettings
 from vembed_fs2.recipes.optim import WarmupDecayConfig, schedule
 
 
@@ -162,7 +163,7 @@ def run_quietly(command: list[str]) -> float:
 
 def evaluate(model: Path, task: RetrievalTask, config: dict[str, Any]) -> dict[str, float]:
     max_length = config["processor"]["max_length"]
-    embedder = load_embedder(str(model), device=None, max_length=max_length, bf16=is_bf16(config))
+    embedder = load_embedder(str(model), EvaluateSettings(max_length=max_length, bf16=is_bf16(config)))
     return evaluate_embedder(embedder, task)
 
 

@@ -64,17 +64,12 @@ def evaluate_models(
     return results
 
 
-def load_embedder(
-    name: str,
-    *,
-    device: torch.device | str | None,
-    max_length: int | None,
-    bf16: bool,
-    trust_remote_code: bool = False,
-) -> Embedder:
+def load_embedder(name: str, settings: EvaluateSettings, device: torch.device | str | None = None) -> Embedder:
     """Load a model to evaluate."""
-    embedder = Embedder.load(name, device=device, max_length=max_length, trust_remote_code=trust_remote_code)
-    embedder.autocast_dtype = torch.bfloat16 if bf16 else None
+    embedder = Embedder.load(
+        name, device=device, max_length=settings.max_length, trust_remote_code=settings.trust_remote_code
+    )
+    embedder.autocast_dtype = torch.bfloat16 if settings.bf16 else None
     return embedder
 
 

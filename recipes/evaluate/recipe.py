@@ -77,15 +77,8 @@ class EvaluateTask(Task):
         self._gangs.close()
 
     def _load(self, name: str) -> Embedder:
-        config, root = self._config, self._gangs.root
-        load = partial(
-            load_embedder,
-            name,
-            device=root.device,
-            max_length=config.max_length,
-            bf16=config.bf16,
-            trust_remote_code=config.trust_remote_code,
-        )
+        root = self._gangs.root
+        load = partial(load_embedder, name, self._config, root.device)
 
         # One process downloads, the others find the files.
         embedder = load() if root.rank == 0 else None

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from vembed_fs2.files import check_new_folder
     from vembed_fs2.inference.embedder import Embedder
     from vembed_fs2.recipes.evaluate.evaluate import load_embedder
+    from vembed_fs2.recipes.evaluate.settings import EvaluateSettings
     from vembed_fs2.recipes.train.config import has_fast_bf16
 
     out: Path = args.output_dir
@@ -37,11 +38,10 @@ def run(args: argparse.Namespace) -> int:
     files = write_pairs(out / "data")
     task = task_from_files(files.queries, files.corpus, files.qrels)
     print(f"{len(task.queries):,} held-out queries over {len(task.corpus):,} documents, in {out / 'data'}")
-    bf16 = has_fast_bf16()
+    settings = EvaluateSettings(max_length=SEARCH_LENGTH, bf16=has_fast_bf16())
 
     def evaluate(model: Path) -> dict[str, float]:
-        embedder = load_embedder(str(model), device=None, max_length=SEARCH_LENGTH, bf16=bf16)
-        return evaluate_embedder(embedder, task)
+        return evaluate_embedder(load_embedder(str(model), settings), task)
 
     heading(f"2. all-MiniLM-L6-v2 before training, on the first {SEARCH_LENGTH} tokens of each text")
     before = evaluate(base)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from vembed_fs2.commands.arguments import add_trust_argument, parse_columns
 from vembed_fs2.errors import ConfigError
-from vembed_fs2.recipes.evaluate.settings import EvaluateDataSection, EvaluateSettings
+from vembed_fs2.recipes.evaluate.settings import RESULTS_FILE, EvaluateDataSection, EvaluateSettings
 
 if TYPE_CHECKING:
     from vembed_fs2.inference.embedder import Embedder
@@ -111,13 +111,7 @@ def _run_here(settings: EvaluateSettings, args: argparse.Namespace) -> int:
     from vembed_fs2.recipes.evaluate.evaluate import evaluate_models, load_embedder, load_task
 
     def load(name: str) -> Embedder:
-        return load_embedder(
-            name,
-            device=args.device,
-            max_length=settings.max_length,
-            bf16=settings.bf16,
-            trust_remote_code=settings.trust_remote_code,
-        )
+        return load_embedder(name, settings, args.device)
 
     _show(settings, evaluate_models(settings, load_task(settings.data), load), args.output)
     return 0
@@ -142,7 +136,7 @@ def _run_gang(settings: EvaluateSettings, args: argparse.Namespace) -> int:
     command = [str(folder), *launch, "--quiet", "--no-rich", "--config", *values]
 
     status = run_recipe("vembed_fs2.recipes.evaluate", parser.parse_args(command))
-    if status == 0 and (file := folder / "results.json").exists():  # Only the first process of the gang has it.
+    if status == 0 and (file := folder / RESULTS_FILE).exists():  # Only the first process of the gang has it.
         report = read_json(file)
         results = {settings.model: report["metrics"]}
         if settings.baseline is not None:
