@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from vembed_fs2.data.dataset import CHECKED_ROWS, ExampleDataset
 from vembed_fs2.data.example import Example
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.embedding.head import is_late_interaction
-from vembed_fs2.embedding.learned import describe_changes
+from vembed_fs2.embedding.learned import LearnedPart, describe_changes
 from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig, Modality
 from vembed_fs2.errors import ConfigError, DataError
 from vembed_fs2.losses import (
@@ -58,23 +58,28 @@ def create_blank(family_name: str, config: object) -> EmbeddingModel:
     return model
 
 
-def learned_parts(
-    loss: Objective, model_config: object, embedding_dim: int, teacher_dim: int | None
-) -> Mapping[str, object]:
-    """Return what the configuration of a model must say for it to hold all that the objective learns.
+def learned_parts(loss: Objective, embedding_dim: int, teacher_dim: int | None) -> Sequence[LearnedPart]:
+    """Return what the objective learns besides the encoder.
 
     :param teacher_dim: the size of the teacher's embeddings, if the objective needs a teacher.
-    :raises ConfigError: the objective does not fit embeddings of this size, or models of this family.
+    :raises ConfigError: the objective does not fit embeddings of this size.
     """
     if errors := loss.dim_errors(embedding_dim):
         raise ConfigError(errors, where="`loss`")
+    return loss.learned_parts(embedding_dim, teacher_dim)
 
-    parts = describe_changes(model_config, loss.learned_parts(embedding_dim, teacher_dim))
-    if parts and not isinstance(model_config, EmbeddingModelConfig):
-        names = ", ".join(parts)
+
+def learned_changes(parts: Sequence[LearnedPart], model_config: object) -> Mapping[str, object]:
+    """Return what the configuration of a model must say for it to hold all that the objective learns.
+
+    :raises ConfigError: models of this family cannot hold it.
+    """
+    changes = describe_changes(model_config, parts)
+    if changes and not isinstance(model_config, EmbeddingModelConfig):
+        names = ", ".join(changes)
         raise ConfigError(f"models of this family cannot hold what the objective learns ({names}).", where="`loss`")
 
-    return parts
+    return changes
 
 
 def check_vectors(section: LossSection, *, several: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from vembed_fs2.data.example import Example
 from vembed_fs2.data.images import decode_images
 from vembed_fs2.data.reader import EmbeddingDataReader
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import DataError
 from vembed_fs2.evaluation.datasets import task_from_examples
@@ -48,6 +49,7 @@ from vembed_fs2.recipes.train.objective import (
     check_row,
     create_blank,
     create_objective,
+    learned_changes,
     learned_parts,
 )
 from vembed_fs2.recipes.train.teacher import find_teacher, load_teacher
@@ -74,8 +76,8 @@ class PreparedTraining:
     teacher: ModelSource | None
     """The model to learn from, if the objective needs one."""
 
-    teacher_dim: int | None
-    """The size of the teacher's embeddings."""
+    learned: Sequence[LearnedPart]
+    """What the objective learns besides the encoder."""
 
     base_config: object
     """The configuration of the model that ``model.config_overrides`` changes."""
@@ -115,10 +117,11 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
 
         plan = plan_model(config)
         readers["the model"] = plan.reads
-        parts = learned_parts(loss, plan.config, plan.embedding_dim, teacher_dim)
-        override_config(plan.config, parts)
+        learned = learned_parts(loss, plan.embedding_dim, teacher_dim)
+        changes = learned_changes(learned, plan.config)
+        override_config(plan.config, changes)
 
-        config.model.config_overrides = {**plan.overrides, **parts} or None
+        config.model.config_overrides = {**plan.overrides, **changes} or None
         for section in (config.dataset, config.valid):
             make_absolute(section)
 
@@ -126,7 +129,7 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
         check_negatives(dataset, loss)
         valid_task = load_valid_task(config, {"the model": plan.reads}) if config.valid.paths else None
 
-        return PreparedTraining(dataset, valid_task, teacher, teacher_dim, plan.base)
+        return PreparedTraining(dataset, valid_task, teacher, learned, plan.base)
 
     @override
     def complete(self, prepared: PreparedTraining, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -149,13 +152,12 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
     @override
     def setup_model(self, context: RecipeContext, model: Module, newly_initialized: bool) -> Module:
         config = context.get_config_as(TrainConfig)
-        loss = create_objective(config.loss)
         assert isinstance(model, EmbeddingModel)
 
         if newly_initialized and isinstance(model, ComposedModel):
             load_towers(model, context.gangs)
 
-        model.train_learned_parts(loss.learned_parts(model.embedding_dim, self.open(config).teacher_dim))
+        model.train_learned_parts(self.open(config).learned)
         return model
 
     @override
