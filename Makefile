@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
 
-.PHONY: demo test test-full lint format bench bench-quality clean
+.PHONY: demo test test-full lint docs format bench bench-quality clean
 
 demo: $(STAMP)
 	rm -rf demo-text
@@ -27,6 +27,11 @@ lint: $(STAMP)
 	rm -rf build/typing && mkdir -p build/typing/vembed_fs2
 	ln -s $(CURDIR)/vembed_fs2/* $(CURDIR)/recipes $(CURDIR)/assets build/typing/vembed_fs2/
 	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vembed_fs2
+
+# A site of the guides and the API, in build/docs. A link or a name that leads nowhere is an error.
+docs: $(STAMP)
+	rm -rf build/docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 format: $(STAMP)
 	$(BIN)/ruff format .

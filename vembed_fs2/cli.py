@@ -41,6 +41,9 @@ _VERBS: Final[dict[str, Verb | dict[str, Verb]]] = {
     },
     "data": {"check": Verb("summarize data files and list their problems", "vembed_fs2.commands.data_check")},
     "demo": {
+        "data": Verb(
+            "write a CSV of questions, answers and hard negatives to try things with", "vembed_fs2.commands.demo_data"
+        ),
         "text": Verb("fine-tune a text model on Python documentation", "vembed_fs2.commands.demo_text"),
         "images": Verb("train a small model on handwritten digits", "vembed_fs2.commands.demo_images"),
     },

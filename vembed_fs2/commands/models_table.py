@@ -1,4 +1,4 @@
-"""The tables of ``docs/models.md``: ``python -m vembed_fs2.commands.models_table docs/models.md`` writes them anew."""
+"""The tables of models in the guides: ``python -m vembed_fs2.commands.models_table GUIDE...`` writes them anew."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Final
 
 from fairseq2.models import ModelFamily
 from ruamel.yaml import YAML
@@ -16,10 +17,30 @@ from vembed_fs2.hub.catalog import ModelEntry, describe_family, describe_model, 
 from vembed_fs2.hub.find import find_model
 from vembed_fs2.resolver import get_resolver
 
+CHOICES: Final = (
+    "sentence_transformers_all_minilm_l6_v2",
+    "baai_bge_small_en_v15",
+    "baai_bge_base_en_v15",
+    "nomic_modernbert_embed_base",
+    "alibaba_gte_modernbert_base",
+    "sentence_transformers_all_mpnet_base_v2",
+    "intfloat_multilingual_e5_small",
+    "intfloat_multilingual_e5_large_instruct",
+    "baai_bge_m3",
+    "openai_clip_vit_base_patch32",
+    "laion_clip_vit_large_patch14_datacomp_xl",
+    "google_siglip2_base_patch16_224",
+    "google_siglip2_so400m_patch16_naflex",
+    "facebook_dinov2_small",
+    "facebook_dinov3_vitb16_pretrain_lvd1689m",
+)
+"""The cards that ``docs/choosing-a-model.md`` compares: those that most people should look at first."""
 
-def create_tables() -> dict[str, str]:
-    """The families and the cards of this package, as Markdown."""
-    return {"families": _family_table(), "cards": _card_table()}
+
+def create_tables(text: str) -> dict[str, str]:
+    """The tables that a guide has a place for, as Markdown."""
+    tables = {"families": _family_table, "cards": _card_table, "choices": _choice_table}
+    return {name: create() for name, create in tables.items() if f"<!-- {name}:" in text}
 
 
 def replace_tables(text: str, tables: Mapping[str, str]) -> str:
@@ -69,6 +90,18 @@ def _card_table() -> str:
     return _markdown(["card", "architecture", "repository", "embedding", "parameters"], rows, numbers=2)
 
 
+def _choice_table() -> str:
+    rows = []
+    for name in CHOICES:
+        model = _describe_card(name, {})
+        text = "" if model.max_text_length is None else f"{model.max_text_length:,}"
+        image = "" if model.tokens_per_image is None else f"{model.tokens_per_image:,}"
+        rows.append([f"`{name}`", text, image, f"{model.embedding_dim}", f"{model.parameters / 1e6:,.0f} M"])
+
+    header = ["card", "longest text (tokens)", "tokens of an image", "embedding", "parameters"]
+    return _markdown(header, rows, numbers=4)
+
+
 def _describe_card(name: str, known: dict[tuple[str, str], ModelEntry]) -> ModelEntry:
     """
     :param known: what is known of configurations, which several cards may have.
@@ -93,8 +126,9 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: 
 
 
 def main() -> None:
-    file = Path(sys.argv[1])
-    write_text(file, replace_tables(file.read_text(encoding="utf-8"), create_tables()))
+    for file in map(Path, sys.argv[1:]):
+        text = file.read_text(encoding="utf-8")
+        write_text(file, replace_tables(text, create_tables(text)))
 
 
 if __name__ == "__main__":

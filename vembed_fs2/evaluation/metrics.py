@@ -51,7 +51,8 @@ def recall_at_k(ranks: Tensor, k: int) -> Tensor:
     cannot exceed ``k / R``; what metric-learning papers (Stanford Online
     Products and others) call "Recall@K" is :func:`hit_at_k`.
 
-    :param ranks: *Shape:* ``[Q, R]``. :returns: *Shape:* ``[Q]``, float64.
+    :param ranks: *Shape:* ``[Q, R]``.
+    :returns: *Shape:* ``[Q]``, float64.
     """
     return _within(ranks, k).sum(1).double() / _num_relevant(ranks)
 
@@ -61,7 +62,8 @@ def hit_at_k(ranks: Tensor, k: int) -> Tensor:
 
     ``hit_at_k(ranks, 1)`` is the accuracy of a nearest-neighbour classifier.
 
-    :param ranks: *Shape:* ``[Q, R]``. :returns: *Shape:* ``[Q]``, float64.
+    :param ranks: *Shape:* ``[Q, R]``.
+    :returns: *Shape:* ``[Q]``, float64.
     """
     _num_relevant(ranks)
     return _within(ranks, k).any(1).double()
@@ -72,7 +74,8 @@ def reciprocal_rank(ranks: Tensor, k: int | None = None) -> Tensor:
 
     The mean over queries is MRR, or MRR@k.
 
-    :param ranks: *Shape:* ``[Q, R]``. :returns: *Shape:* ``[Q]``, float64.
+    :param ranks: *Shape:* ``[Q, R]``.
+    :returns: *Shape:* ``[Q]``, float64.
     """
     best = _sorted(ranks)[:, 0]
     found = best < NOT_RETRIEVED if k is None else best <= _positive(k)
@@ -85,7 +88,8 @@ def average_precision(ranks: Tensor) -> Tensor:
     A relevant document that was not retrieved counts as precision 0. The mean
     over queries is MAP.
 
-    :param ranks: *Shape:* ``[Q, R]``. :returns: *Shape:* ``[Q]``, float64.
+    :param ranks: *Shape:* ``[Q, R]``.
+    :returns: *Shape:* ``[Q]``, float64.
     """
     ordered = _sorted(ranks)
     found = torch.arange(1, ordered.size(1) + 1, device=ranks.device, dtype=torch.float64)

@@ -6,14 +6,17 @@ import pytest
 
 from vembed_fs2.commands.models_table import create_tables, replace_tables
 
-GUIDE = Path(__file__).parents[3] / "docs/models.md"
+DOCS = Path(__file__).parents[3] / "docs"
 
 
-def test_the_tables_of_the_guide_are_current() -> None:
-    text = GUIDE.read_text(encoding="utf-8")
-    assert replace_tables(text, create_tables()) == text, (
-        "run `python -m vembed_fs2.commands.models_table docs/models.md`"
-    )
+@pytest.mark.parametrize(
+    ("guide", "tables"), [("models.md", {"families", "cards"}), ("choosing-a-model.md", {"choices"})]
+)
+def test_the_tables_of_the_guide_are_current(guide: str, tables: set[str]) -> None:
+    text = DOCS.joinpath(guide).read_text(encoding="utf-8")
+    made = create_tables(text)
+    assert made.keys() == tables
+    assert replace_tables(text, made) == text, f"run `python -m vembed_fs2.commands.models_table docs/{guide}`"
 
 
 def test_only_what_is_between_the_markers_is_replaced() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vembed_fs2.data.example import Item
-from vembed_fs2.demo import images, text
-from vembed_fs2.errors import DataError
+from vembed_fs2.demo import images, table, text
+from vembed_fs2.errors import DataError, VembedError
 from vembed_fs2.evaluation import task_from_files
 
 torch.set_num_threads(1)
@@ -237,3 +238,32 @@ def test_importing_the_demos_is_light() -> None:
     code = f"import sys, vembed_fs2.demo.text, vembed_fs2.demo.images; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_table_of_the_first_guide_has_hard_negatives_of_other_rows(tmp_path: Path) -> None:
+    files = table.write_table(tmp_path, num_train=60, num_valid=20)
+
+    rows = {file: list(csv.DictReader(file.open(newline="", encoding="utf-8"))) for file in files}
+    assert [len(rows[file]) for file in files] == [60, 20]
+    for part in rows.values():
+        answers = {row["positive"] for row in part}
+        for row in part:
+            negatives = {row["negative_1"], row["negative_2"]}
+            assert len(negatives) == 2
+            assert negatives <= answers - {row["positive"]}
+
+    written = files.train.read_bytes()
+    with pytest.raises(VembedError, match=r"'.*train\.csv' exists"):
+        table.write_table(tmp_path)
+    assert files.train.read_bytes() == written
+
+
+def test_hard_negatives_share_words_with_the_query() -> None:
+    pairs = [
+        {"query": "sort a list by a key", "positive": "list.sort takes a key function"},
+        {"query": "close a file", "positive": "file.close flushes what was written"},
+        {"query": "order of a list", "positive": "a list keeps the order in which items came"},
+        {"query": "sum of an array", "positive": "adds all elements of the array"},
+    ]
+    rows = table.build_table(pairs)
+    assert rows[0]["negative_1"] == pairs[2]["positive"]
