@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, final
 
@@ -156,6 +157,24 @@ class TextProcessor:
         """Whether a special token follows each text: the end token, for example."""
         ids = self._backend.encode("a").ids
         return bool(ids) and ids[-1] in self._tokenizer.all_special_ids
+
+    @cached_property
+    def _uncut(self) -> Tokenizer:
+        """The tokenizer, without a limit. Few models need it, and a large vocabulary takes its time."""
+        backend = _copy_backend(self._tokenizer)
+        self._open_clip.change_backend(backend)
+        return backend
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text that is not cut, special tokens included."""
+        ids: list[int] = self._uncut.encode(text).ids
+        return ids
+
+    def cut(self, text: str, count: int) -> str:
+        """Return a text without its last ``count`` tokens; empty if it has no more."""
+        encoding = self._uncut.encode(text, add_special_tokens=False)
+        kept = len(encoding) - count
+        return text[: encoding.offsets[kept - 1][1]] if kept > 0 else ""
 
     def __call__(
         self, texts: Sequence[str], *, prefixes: Sequence[str] | None = None, mask_prefixes: bool = False

@@ -14,7 +14,7 @@ from typing_extensions import override
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError, VembedError
 from vembed_fs2.formats.hf_config import read_field, refuse_other_values, resolve_hf_config, validate_hf_config
-from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Rule
+from vembed_fs2.formats.key_map import Drop, KeyMap, Rename
 from vembed_fs2.models.common.interop import TEXT_FIELDS, BackboneCheckpointFormat
 from vembed_fs2.models.family import drop_learned
 from vembed_fs2.models.qwen3.config import QWEN3_FAMILY, Qwen3Config, RopeScaling, Variant
@@ -93,9 +93,7 @@ _FIXED: Final[dict[str, tuple[object, ...]]] = {
 
 _LAYER: Final = "decoder.layers.*"
 
-_RULES: Final[Sequence[Rule]] = (
-    # Language-model and score heads, and a table of old versions.
-    Drop(theirs=r"(lm_head|score)\..*|(.*\.)?rotary_emb\.inv_freq"),
+DECODER_RULES: Final[Sequence[Rename]] = (
     Rename("embed_tokens.", "frontend.embed."),
     Rename("layers.*.input_layernorm.", f"{_LAYER}.self_attn_layer_norm."),
     *(Rename(f"layers.*.self_attn.{x}_proj.", f"{_LAYER}.self_attn.{x}_proj.") for x in "qkv"),
@@ -107,6 +105,10 @@ _RULES: Final[Sequence[Rule]] = (
     Rename("layers.*.mlp.down_proj.", f"{_LAYER}.ffn.output_proj."),
     Rename("norm.", "decoder.layer_norm."),
 )
+"""The names of a decoder's tensors there and here."""
+
+# Language-model and score heads, and a table of old versions.
+_DROPPED: Final = Drop(theirs=r"(lm_head|score)\..*|(.*\.)?rotary_emb\.inv_freq")
 
 
 @final
@@ -144,7 +146,7 @@ class Qwen3CheckpointFormat(BackboneCheckpointFormat):
     @override
     def key_map(self, config: object) -> KeyMap:
         # transformers' decoders have no place for what only objectives need.
-        return KeyMap(*_RULES, drop_learned(config), prefixes=["model."])
+        return KeyMap(_DROPPED, *DECODER_RULES, drop_learned(config), prefixes=["model."])
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
