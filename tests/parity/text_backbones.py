@@ -117,7 +117,7 @@ def assert_gradients_equal(
     back: dict[str, Any] = fmt.to_hg_state_dict(dict(grads), config)
     for name, parameter in hf.named_parameters():
         if name in back:
-            assert max_diff(back[name], parameter.grad) <= 1e-5, name
+            assert max_diff(back[name], parameter.grad) <= 1e-5 * max(1.0, float(parameter.grad.abs().max())), name
         else:
             assert name.startswith("pooler.") or not parameter.requires_grad, name
 

@@ -25,7 +25,7 @@ MODELS: Final = Path(__file__).parents[2] / "vembed_fs2/models"
 RUN: Final = 6
 """How many lines in a row make a pair."""
 
-MOST: Final = 20
+MOST: Final = 25
 """How many pairs there may be."""
 
 _LAYOUT: Final = (

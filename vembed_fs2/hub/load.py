@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from fairseq2.assets import AssetCardError, AssetDownloadError
@@ -19,6 +20,8 @@ from vembed_fs2.models.support import get_family_support
 from vembed_fs2.processing.processor import Processor
 from vembed_fs2.processing.towers import TowerProcessor
 from vembed_fs2.resolver import get_resolver
+
+log: Final = logging.getLogger("vembed_fs2")
 
 
 def load_model(
@@ -105,6 +108,16 @@ def load_tower_processor(
     head = getattr(model, "head", None)
     if isinstance(head, Head) and not head.config.include_prompt:
         processor.settings.include_prompt = False
+
+    # What the tokenizer does is right if the model was trained so. Old copies and version 5 of transformers are not:
+    # they lose the token, and nobody else says so.
+    last = isinstance(head, Head) and "last" in head.config.poolings
+    if last and processor.text is not None and not processor.text.appends_token:
+        log.warning(
+            "The model pools the last token of a text, but its tokenizer in %s appends no end token. If the model was"
+            " trained with one, its embeddings are wrong: add it to the post-processor of tokenizer.json.",
+            folder,
+        )
 
     if image_folder is not None:
         processor.image = TowerProcessor.load(image_folder, frozenset({"image"})).image

@@ -151,6 +151,12 @@ class TextProcessor:
         """The tokenizer of transformers."""
         return self._tokenizer
 
+    @property
+    def appends_token(self) -> bool:
+        """Whether a special token follows each text: the end token, for example."""
+        ids = self._backend.encode("a").ids
+        return bool(ids) and ids[-1] in self._tokenizer.all_special_ids
+
     def __call__(
         self, texts: Sequence[str], *, prefixes: Sequence[str] | None = None, mask_prefixes: bool = False
     ) -> TokenizedTexts:

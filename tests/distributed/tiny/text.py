@@ -4,6 +4,7 @@ from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.models.bert import BertConfig
 from vembed_fs2.models.bert.config import BertType
 from vembed_fs2.models.modernbert import ModernBertConfig
+from vembed_fs2.models.qwen3 import Qwen3Config
 
 from ..families import Case
 from ..steps import texts
@@ -28,9 +29,22 @@ MODERNBERT = ModernBertConfig(
     embed_dropout_p=0.1, attn_dropout_p=0.1, ffn_dropout_p=0.1, logit_scale_init=2.0, head=HeadConfig(pooling="mean"),
 )  # fmt: skip
 
+QWEN3 = Qwen3Config(
+    model_dim=16, max_seq_len=32, vocab_size=51, num_layers=2, num_attn_heads=4, num_key_value_heads=2, head_dim=8,
+    ffn_inner_dim=24, attn_dropout_p=0.1, logit_scale_init=2.0,
+)  # fmt: skip
+
+QWEN2 = Qwen3Config(
+    variant="qwen2", model_dim=16, max_seq_len=32, vocab_size=51, num_layers=2, num_attn_heads=4,
+    num_key_value_heads=2, head_dim=None, ffn_inner_dim=24, attn_dropout_p=0.1, logit_scale_init=2.0,
+    qk_norm=False, qkv_bias=True, is_causal=False, head=HeadConfig(pooling="mean"),
+)  # fmt: skip
+
 CASES = {
     "RoBERTa": Case("vembed_bert", ROBERTA, texts, texts),
     "DistilBERT": Case("vembed_bert", DISTILBERT, texts, texts),
     "MPNet": Case("vembed_bert", MPNET, texts, texts),
     "ModernBERT": Case("vembed_modernbert", MODERNBERT, texts, texts),
+    "Qwen3": Case("vembed_qwen3", QWEN3, texts, texts),
+    "Qwen2, both directions": Case("vembed_qwen3", QWEN2, texts, texts),
 }

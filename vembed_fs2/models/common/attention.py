@@ -216,12 +216,20 @@ class EncoderSDPA(SDPA):
 class PaddedSDPA(EncoderSDPA):
     """Scaled dot-product attention of every token to all tokens of its sequence, or (causal) to those before it."""
 
-    def __init__(self, *, dropout_p: float = 0.0, causal: bool = False) -> None:
+    def __init__(self, *, dropout_p: float = 0.0, causal: bool = False, window: int | None = None) -> None:
+        """
+        :param window: the number of tokens that a causal token attends to, itself included; ``None`` for all.
+        """
         super().__init__(dropout_p=dropout_p)
         self.causal = causal
+        self.window = window
 
     @override
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout, dropout_p: float) -> Tensor:
+        if self.window is not None and k.size(1) > self.window:
+            seen = torch.ones((k.size(1), k.size(1)), dtype=torch.bool, device=k.device).tril().triu(1 - self.window)
+            return attend(q, k, v, seen[None, None], dropout_p=dropout_p)
+
         # Padding follows the tokens, so a causal token does not see it anyway.
         mask = None if self.causal else _key_mask(k, layout)
         bias = None if mask is None else mask[:, None, None, :]
@@ -230,7 +238,8 @@ class PaddedSDPA(EncoderSDPA):
 
     @override
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, causal={self.causal}"
+        window = "" if self.window is None else f", window={self.window}"
+        return f"{super().extra_repr()}, causal={self.causal}{window}"
 
 
 def attend(
@@ -295,8 +304,13 @@ def _key_mask(keys: Tensor, layout: BatchLayout) -> Tensor | None:
     return torch.arange(keys.size(1), device=keys.device) < layout.seq_lens_pt.unsqueeze(1)
 
 
-def create_sdpa(*, dropout_p: float = 0.0, causal: bool = False) -> SDPA:
-    """Create the attention of an encoder: :class:`PaddedSDPA`, unless the user set another default in fairseq2."""
+def create_sdpa(*, dropout_p: float = 0.0, causal: bool = False, window: int | None = None) -> SDPA:
+    """Create the attention of an encoder: :class:`PaddedSDPA`, unless the user set another default in fairseq2.
+
+    :param window: the number of tokens that a causal token attends to, itself included; ``None`` for all.
+    """
     if get_default_sdpa_factory() is TorchSDPA:
-        return PaddedSDPA(dropout_p=dropout_p, causal=causal)
-    return create_default_sdpa(CausalAttentionBias() if causal else IdentityBias(), dropout_p=dropout_p)
+        return PaddedSDPA(dropout_p=dropout_p, causal=causal, window=window)
+
+    bias = CausalAttentionBias(attn_window_len=window) if causal else IdentityBias()
+    return create_default_sdpa(bias, dropout_p=dropout_p)

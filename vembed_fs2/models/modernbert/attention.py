@@ -1,12 +1,11 @@
-"""ModernBERT's attention: rotary positions, and layers in which a token sees only its neighbours.
+"""ModernBERT's attention in layers in which a token sees only its neighbours.
 
 Shapes: N sequences, S tokens, H heads, K head size, B blocks, C tokens of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, final
+from typing import Final, final
 
 import torch
 from fairseq2.data_type import DataType
@@ -20,93 +19,14 @@ from fairseq2.models.transformer import (
     create_default_sdpa,
     get_default_sdpa_factory,
 )
-from fairseq2.nn import BatchLayout, IncrementalStateBag, PositionEncoder
+from fairseq2.nn import BatchLayout
 from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from vembed_fs2.models.common.attention import EncoderSDPA, PackedLayout, PaddedLayout, attend
+from vembed_fs2.models.common.attention import EncoderSDPA, PaddedLayout, attend
 
 _MIN_BLOCK: Final = 32
-
-
-class RotaryLayout(PaddedLayout):  # type: ignore[misc]  # final in fairseq2
-    """A layout that carries the rotations of positions, which are the same in all layers of a kind."""
-
-    global_rotation: Tensor
-    """Cosines and sines for layers that attend to all tokens. *Shape:* ``[2, S, 1, K / 2]``."""
-
-    local_rotation: Tensor
-    """The same for layers that attend to near tokens."""
-
-    def __init__(self, seqs: Tensor, mask: Tensor | None, rotations: Sequence[Tensor]) -> None:
-        """
-        :param seqs: *Shape:* ``[N, S, *]``.
-        :param mask: True for tokens, which precede the padding. *Shape:* ``[N, S]``.
-        :param rotations: global and local ones.
-        """
-        super().__init__(seqs, mask)
-        self.global_rotation, self.local_rotation = rotations
-
-
-class PackedRotaryLayout(PackedLayout):  # type: ignore[misc]  # final in fairseq2
-    """A :class:`RotaryLayout` of packed sequences, with the rotation of each token."""
-
-    global_rotation: Tensor
-    """*Shape:* ``[2, tokens, 1, K / 2]``."""
-
-    local_rotation: Tensor
-
-    def __init__(self, mask: Tensor, rotations: Sequence[Tensor]) -> None:
-        """
-        :param mask: True for tokens, which precede the padding. *Shape:* ``[N, S]``.
-        :param rotations: global and local ones, of positions. *Shape:* ``[2, S, 1, K / 2]``.
-        """
-        super().__init__(mask)
-        positions = self.indices % mask.size(1)
-        self.global_rotation, self.local_rotation = (r.index_select(1, positions) for r in rotations)
-
-
-def create_rotation(length: int, head_dim: int, theta: float, device: Device) -> Tensor:
-    """The cosines and sines of Su et al., 2021 (https://arxiv.org/abs/2104.09864). *Returns:* ``[2, S, 1, K / 2]``."""
-    dims = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device)
-    frequencies = 1.0 / theta ** (dims.float() / head_dim)
-    steps = torch.arange(length, dtype=torch.float32, device=device)
-    angles = torch.outer(steps, frequencies).unsqueeze(1)
-    return torch.stack((angles.cos(), angles.sin()))
-
-
-@final
-class RotaryPositions(PositionEncoder):
-    """Rotates the halves of queries and keys by the angles of a :class:`RotaryLayout`."""
-
-    def __init__(self, head_dim: int, *, local: bool) -> None:
-        super().__init__(head_dim)
-        self.local = local
-
-    @override
-    def forward(
-        self, seqs: Tensor, seqs_layout: BatchLayout, *, state_bag: IncrementalStateBag | None = None
-    ) -> Tensor:
-        """
-        :param seqs: *Shape:* ``[N, S, H, K]``, or packed.
-        :returns: *Shape:* the same.
-        """
-        if not isinstance(seqs_layout, (RotaryLayout, PackedRotaryLayout)):
-            raise NotSupportedError(f"`{RotaryPositions}` needs a `{RotaryLayout}`.")
-
-        rotation = seqs_layout.local_rotation if self.local else seqs_layout.global_rotation
-        cos, sin = rotation.to(seqs.dtype)
-        left, right = seqs.chunk(2, dim=-1)
-
-        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-
-    if TYPE_CHECKING:
-        __call__ = forward
-
-    @override
-    def extra_repr(self) -> str:
-        return f"encoding_dim={self.encoding_dim}, local={self.local}"
 
 
 def create_local_sdpa(reach: int, *, dropout_p: float) -> SDPA:

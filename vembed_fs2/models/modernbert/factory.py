@@ -19,7 +19,8 @@ from vembed_fs2.models.common.attention import create_sdpa
 from vembed_fs2.models.common.checks import require_valid
 from vembed_fs2.models.common.dropout import Dropout
 from vembed_fs2.models.common.factory import ModelFactory
-from vembed_fs2.models.modernbert.attention import RotaryPositions, create_local_sdpa
+from vembed_fs2.models.common.rotary import RotaryPositions
+from vembed_fs2.models.modernbert.attention import create_local_sdpa
 from vembed_fs2.models.modernbert.config import ModernBertConfig
 from vembed_fs2.models.modernbert.model import ModernBertFrontend, ModernBertModel, NoNorm
 
@@ -78,7 +79,7 @@ class ModernBertFactory(ModelFactory[ModernBertConfig]):
             config.num_attn_heads,
             sdpa,
             qkv_proj_init_fn=self.init_projection,
-            pos_encoder=RotaryPositions(config.model_dim // config.num_attn_heads, local=local),
+            pos_encoder=RotaryPositions(config.model_dim // config.num_attn_heads, kind=int(local)),
             output_proj_init_fn=self.init_output_projection,
             bias=config.attn_bias,
         )

@@ -16,8 +16,13 @@ from typing_extensions import override
 from vembed_fs2.embedding.model import EncoderBatch
 from vembed_fs2.models.common.attention import default_needs_packing, should_pack
 from vembed_fs2.models.common.dropout import Dropout
+from vembed_fs2.models.common.rotary import (
+    PackedRotaryLayout,
+    RotaryLayout,
+    create_frequencies,
+    create_rotation,
+)
 from vembed_fs2.models.common.text_model import TextBackboneModel
-from vembed_fs2.models.modernbert.attention import PackedRotaryLayout, RotaryLayout, create_rotation
 
 
 @final
@@ -55,7 +60,8 @@ class ModernBertModel(TextBackboneModel):
 
         seqs = self.frontend(batch.text.input_ids)
         mask = batch.text.attention_mask
-        rotations = [create_rotation(seqs.size(1), self.head_dim, t, seqs.device) for t in self.thetas]
+        frequencies = [create_frequencies(self.head_dim, theta, seqs.device) for theta in self.thetas]
+        rotations = [create_rotation(seqs.size(1), f) for f in frequencies]
         if mask is not None and should_pack(mask, needed=self.needs_packing):
             layout = PackedRotaryLayout(mask, rotations)
             return layout.pad(self.encoder(layout.pack(seqs), layout))
