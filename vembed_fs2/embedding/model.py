@@ -95,6 +95,9 @@ class EmbeddingModel(Module, ABC):
     normalize = _FromHead[bool](lambda head: head.normalize, True)
     """If ``True``, the model's embeddings are meant to be of unit length."""
 
+    has_normalization = _FromHead[bool](lambda head: head.has_normalization, False)
+    """If ``True``, the model ends with a normalisation of its own, which comes before all that a caller asks for."""
+
     similarity = _FromHead[Similarity](lambda head: head.similarity, "cosine")
     """How two embeddings are compared; ``maxsim`` if there are several vectors per row."""
 
