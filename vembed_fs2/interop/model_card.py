@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from fairseq2.assets import AssetCard, AssetStore
 from ruamel.yaml import YAML
@@ -60,7 +62,7 @@ def write_model_card(exported: Exportable, folder: Path, name: str, *, more: Seq
 def escape(text: str) -> str:
     """Return a text as Markdown that shows it, on one line."""
     shown = html.escape(" ".join(text.split()), quote=False)
-    return "".join(f"&#{ord(char)};" if char in "\\`*_{}[]#|~$" else char for char in shown)
+    return re.sub(r"[\\`*{}\[\]#|~$]|__+|\b_|_\b", lambda found: "".join(f"&#{ord(c)};" for c in found.group()), shown)
 
 
 def code(text: str) -> str:
@@ -145,7 +147,7 @@ def _introduction(exported: Exportable) -> str:
     origin = (
         ""
         if base is None
-        else f" Its weights come from [{escape(base)}](https://huggingface.co/{base}), or start there."
+        else f" Its weights come from [{escape(base)}](https://huggingface.co/{quote(base)}), or start there."
     )
     return f"An embedding model: it turns {what} into {of}{vectors} that can be compared.{origin}"
 
