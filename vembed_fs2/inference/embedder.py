@@ -73,10 +73,11 @@ class Embedder:
 
         source = find_model(name_or_path, trust_remote_code=trust_remote_code)
         model = load_source(source, device=device, dtype=dtype)
-        processor = load_processor(model, source.processor_folder(), max_length=max_length)
+        folder = source.processor_folder()
+        processor = load_processor(model, folder, max_length=max_length)
 
         embedder = Embedder(model, processor, source)
-        embedder.ranges = read_ranges(source.processor_folder(), model.embedding_dim)
+        embedder.ranges = read_ranges(folder, model.embedding_dim)
         return embedder
 
     def __repr__(self) -> str:
@@ -250,7 +251,7 @@ class Embedder:
             raise VembedError("A multi-vector model has float32 embeddings only, which need no ranges.")
 
         if is_encoded:
-            blocks: Iterable[Tensor] = [torch.as_tensor(inputs).float()]
+            blocks: Iterable[Tensor] = [torch.as_tensor(inputs).detach().float()]
             if inputs.shape[1] != options.dim:
                 raise VembedError(f"Embeddings must have {options.dim} dimensions, but have {inputs.shape[1]}.")
         elif (several := as_several(inputs)) is None:

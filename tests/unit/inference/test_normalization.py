@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,14 @@ from sentence_transformers.models import Normalize, Pooling, Transformer
 from tests.parity.text_backbones import make_hf
 from vembed_fs2 import Embedder
 from vembed_fs2.demo.images import write_model_folder
+from vembed_fs2.embedding.batch import EncoderBatch
+from vembed_fs2.errors import VembedError
 from vembed_fs2.files import write_json
 from vembed_fs2.formats.folder import HEAD_FILE, IMAGE_HEAD_FILE
+from vembed_fs2.hub.find import find_model
+from vembed_fs2.hub.load import load_model
+from vembed_fs2.recipes.train.config import GradCacheSection
+from vembed_fs2.recipes.train.teacher import Teacher
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
@@ -148,18 +155,13 @@ def test_a_plain_clip_stays_raw_and_its_exports_equal_it(clip: Path, tmp_path: P
 @pytest.mark.parametrize("run", ["run_text", "run_image", "run_clip", "run_auto"])
 def test_runs_say_what_their_configuration_says(run: str) -> None:
     """Older runs say ``normalize: true`` of each head."""
-    ours = Embedder.load(FIXTURES / run, device="cpu") if FIXTURES.joinpath(run, "processor").exists() else None
-    from vembed_fs2.hub.load import load_model
-
-    model = load_model(FIXTURES / run) if ours is None else ours.model
+    model = load_model(FIXTURES / run)
     assert model.normalize
     assert model.has_normalization is (model.head.config.normalize is True)
 
 
 @pytest.mark.parametrize(("value", "expected"), [(True, "model"), (False, "none"), (None, "unit")])
 def test_vectors_of_tokens_follow_the_same_rule(plain: Path, tmp_path: Path, value: bool | None, expected: str) -> None:
-    from shutil import copytree
-
     copytree(plain, tmp_path / "m")
     write_json(tmp_path / "m" / HEAD_FILE, {"pooling": "none", "normalize": value})
     ours = Embedder.load(tmp_path / "m", device="cpu")
@@ -177,16 +179,28 @@ def test_vectors_of_tokens_follow_the_same_rule(plain: Path, tmp_path: Path, val
     assert is_unit == {"default": wanted[0], "false": wanted[1], "true": True, "raw": False}
 
 
-def test_raw_and_unit_exclude_each_other(plain: Path) -> None:
-    from vembed_fs2.errors import VembedError
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_other_dual_encoders_as_modules_of_sentence_transformers(tmp_path: Path, normalizes: bool) -> None:
+    """Those that are wrapped as transformers has them."""
+    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    texts, images = {**tower, "vocab_size": 20}, {**tower, "image_size": 8, "patch_size": 4}
+    model = make_hf("ChineseCLIP", {"text_config": texts, "vision_config": images, "projection_dim": 12})
+    model.save_pretrained(tmp_path / "m")
+    kinds = {"": "CLIPModel", "1_Normalize": "Normalize"} if normalizes else {"": "CLIPModel"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    tmp_path.joinpath("m", "modules.json").write_text(json.dumps(modules))
 
+    found = load_model(tmp_path / "m")
+    assert found.family == "vembed_auto"
+    assert (found.normalize, found.has_normalization) == (normalizes, normalizes)
+
+
+def test_raw_and_unit_exclude_each_other(plain: Path) -> None:
     with pytest.raises(VembedError, match="`raw` and `normalize_embeddings` exclude each other"):
         Embedder.load(plain, device="cpu").encode(TEXTS, raw=True, normalize_embeddings=True)
 
 
 def test_cards_of_sentence_transformers_normalise() -> None:
-    from vembed_fs2.hub.find import find_model
-
     for name, expected in {
         "sentence_transformers_all_minilm_l6_v2": True,
         "sentence_transformers_multi_qa_mpnet_base_dot_v1": False,
@@ -197,10 +211,6 @@ def test_cards_of_sentence_transformers_normalise() -> None:
 
 
 def test_a_teacher_is_scaled_as_its_model_says(clip: Path) -> None:
-    from vembed_fs2.embedding.batch import EncoderBatch
-    from vembed_fs2.recipes.train.config import GradCacheSection
-    from vembed_fs2.recipes.train.teacher import Teacher
-
     modules = [{"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}]
     clip.joinpath("modules.json").write_text(json.dumps(modules))
     embedder = Embedder.load(clip, device="cpu")
