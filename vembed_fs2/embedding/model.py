@@ -68,7 +68,18 @@ class _FromHead(Generic[T]):
         self._read = read
         self._default = default
 
+    def __set_name__(self, owner: type[EmbeddingModel], name: str) -> None:
+        self._name = name
+
+    def __set__(self, model: EmbeddingModel, value: T | None) -> None:
+        model.__dict__[self._name] = value
+
     def __get__(self, model: EmbeddingModel | None, owner: type[EmbeddingModel]) -> T:
+        # Nobody says anything by `None`, such as that of `HeadConfig.normalize`.
+        if model is not None and (assigned := model.__dict__.get(self._name)) is not None:
+            value: T = assigned
+            return value
+
         head = None if model is None else model._modules.get("head")
         if isinstance(head, Head):
             return self._read(head)
