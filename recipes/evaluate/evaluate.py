@@ -76,7 +76,7 @@ def compression(embedder: Embedder, settings: EvaluateSettings) -> Compress | No
 
     :raises VembedError: the model cannot be quantized.
     """
-    options = VectorOptions.of(embedder.model, truncate_dim=settings.truncate_dim)
+    options = VectorOptions.of(embedder.model, truncate_dim=settings.truncate_dim or embedder.embedding_dim)
     precision = check_precision(settings.precision)
     if precision == "float32":
         return None

@@ -127,6 +127,10 @@ class ModelFolder:
         """How texts are prepared, prompts included, as fields of ``ProcessorSettings``."""
         return {}
 
+    def truncate_dim(self) -> int | None:
+        """The leading dimensions of embeddings that are kept, where the folder says it."""
+        return None if self.modules is None else self.modules.truncate_dim
+
     def image_options(self) -> dict[str, Any] | None:
         """How images are prepared, as ``preprocessor_config.json`` says it; ``None`` if that is a file."""
         return None

@@ -98,6 +98,9 @@ class SentenceModules:
     do_lower_case: bool = False
     """If ``True``, texts are lowercased before tokenization."""
 
+    truncate_dim: int | None = None
+    """The leading dimensions of embeddings that are kept, if the folder says it."""
+
 
 def read_modules(root: Path) -> SentenceModules:
     """Read a sentence-transformers folder.
@@ -120,7 +123,16 @@ def read_modules(root: Path) -> SentenceModules:
     )
     max_length, do_lower_case = _read_transformer(backbone)
 
-    return SentenceModules(backbone, head, dense_folders, max_length, prompts, default_prompt_name, do_lower_case)
+    return SentenceModules(
+        backbone,
+        head,
+        dense_folders,
+        max_length,
+        prompts,
+        default_prompt_name,
+        do_lower_case,
+        _read_truncate_dim(root / "config_sentence_transformers.json"),
+    )
 
 
 def find_clip(root: Path) -> tuple[Path, bool] | None:
@@ -277,6 +289,13 @@ def _read_prompts(file: Path) -> tuple[dict[str, str], str | None, SingleSimilar
         raise ModelLoadError(f"{file}: `similarity_fn_name` '{similarity}' is not supported.")
 
     return prompts, default, similarity
+
+
+def _read_truncate_dim(file: Path) -> int | None:
+    value = read_json(file).get("truncate_dim") if file.is_file() else None
+    if value is not None and (type(value) is not int or value < 1):
+        raise ModelLoadError(f"{file}: `truncate_dim` must be a positive integer, but is {value!r} instead.")
+    return value
 
 
 def _refuse_unknown(file: Path, config: Mapping[str, Any], known: set[str]) -> None:

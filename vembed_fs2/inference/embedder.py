@@ -14,6 +14,7 @@ from torch import Tensor
 from vembed_fs2.data.example import Item, Role
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import DataError, VembedError
+from vembed_fs2.formats.folder import ModelFolder
 from vembed_fs2.formats.ranges import Ranges, read_ranges
 from vembed_fs2.formats.registry import get_writer
 from vembed_fs2.hub.find import ModelSource, find_model
@@ -47,6 +48,9 @@ class Embedder:
         self.ranges: Ranges | None = None
         """What int8 and uint8 embeddings lie between: see :meth:`calibrate`."""
 
+        self.truncate_dim: int | None = None
+        """The leading dimensions that are kept, if a call does not say it; a folder of sentence-transformers may."""
+
         self._has_warned = False
 
     @staticmethod
@@ -78,6 +82,8 @@ class Embedder:
 
         embedder = Embedder(model, processor, source)
         embedder.ranges = read_ranges(folder, model.embedding_dim)
+        if (opened := ModelFolder.maybe_open(folder)) is not None:
+            embedder.truncate_dim = opened.truncate_dim()
         return embedder
 
     def __repr__(self) -> str:
@@ -106,8 +112,8 @@ class Embedder:
 
     @property
     def embedding_dim(self) -> int:
-        """The size of an embedding."""
-        return self.model.embedding_dim
+        """The size of an embedding, if a call does not truncate it."""
+        return min(self.truncate_dim or self.model.embedding_dim, self.model.embedding_dim)
 
     def encode(
         self,
@@ -323,7 +329,7 @@ class Embedder:
     ) -> VectorOptions:
         return VectorOptions.of(
             self.model,
-            truncate_dim=truncate_dim,
+            truncate_dim=self.embedding_dim if truncate_dim is None else truncate_dim,
             precision=precision,
             normalize=normalize_embeddings,
             raw=raw,

@@ -24,3 +24,6 @@ class Exportable(Protocol):
 
     @property
     def ranges(self) -> Ranges | None: ...
+
+    @property
+    def truncate_dim(self) -> int | None: ...

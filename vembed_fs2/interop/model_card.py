@@ -158,7 +158,7 @@ def _facts(exported: Exportable) -> dict[str, str]:
 
     facts = {
         "inputs": ", ".join(f"{modality}s" for modality in sorted(model.modalities, reverse=True)),
-        "embedding size": str(model.embedding_dim),
+        "embedding size": str(exported.truncate_dim or model.embedding_dim),
         "unit length": "yes" if model.normalize else "no",
         "similarity": "MaxSim" if model.is_multi_vector else model.similarity,
         "parameters": f"{count:,}",

@@ -36,6 +36,7 @@ def write_modules(
     do_lower_case: bool,
     dense_state: Mapping[str, Tensor],
     embedding_dim: int,
+    truncate_dim: int | None = None,
 ) -> None:
     """Write the files that make a Hugging Face folder a sentence-transformers folder.
 
@@ -65,7 +66,9 @@ def write_modules(
         root.joinpath(folders[-1][1]).mkdir(exist_ok=True)
 
     write_json(root / TRANSFORMER_FILES[0], {"max_seq_length": max_length, "do_lower_case": do_lower_case})
-    settings = {"prompts": dict(prompts), "default_prompt_name": default_prompt_name}
+    settings: dict[str, object] = {"prompts": dict(prompts), "default_prompt_name": default_prompt_name}
+    if truncate_dim is not None:
+        settings["truncate_dim"] = truncate_dim
     write_json(root / "config_sentence_transformers.json", {**settings, "similarity_fn_name": head.similarity})
 
     _write_list(root, folders)
@@ -140,6 +143,7 @@ def write_head(exported: Exportable, folder: Path) -> None:
         do_lower_case=settings.do_lower_case,
         dense_state={k: v.cpu() for k, v in exported.model.state_dict().items() if k.startswith("head.dense.")},
         embedding_dim=exported.model.embedding_dim,
+        truncate_dim=exported.truncate_dim,
     )
 
 

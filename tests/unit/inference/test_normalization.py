@@ -18,7 +18,7 @@ from tests.parity.text_backbones import make_hf
 from vembed_fs2 import Embedder
 from vembed_fs2.demo.images import write_model_folder
 from vembed_fs2.embedding.batch import EncoderBatch
-from vembed_fs2.errors import VembedError
+from vembed_fs2.errors import ModelLoadError, VembedError
 from vembed_fs2.files import write_json
 from vembed_fs2.formats.folder import HEAD_FILE, IMAGE_HEAD_FILE
 from vembed_fs2.hub.find import find_model
@@ -193,6 +193,27 @@ def test_other_dual_encoders_as_modules_of_sentence_transformers(tmp_path: Path,
     found = load_model(tmp_path / "m")
     assert found.family == "vembed_auto"
     assert (found.normalize, found.has_normalization) == (normalizes, normalizes)
+
+
+def test_folders_say_how_many_dimensions_are_kept(plain: Path, tmp_path: Path) -> None:
+    theirs = SentenceTransformer(modules=[Transformer(str(plain)), Pooling(32), Normalize()], device="cpu")
+    theirs.truncate_dim = 16
+    theirs.save(str(tmp_path / "m"), create_model_card=False)
+    ours, theirs = Embedder.load(tmp_path / "m", device="cpu"), SentenceTransformer(str(tmp_path / "m"), device="cpu")
+    assert ours.embedding_dim == theirs.get_embedding_dimension() == 16
+    assert_equal(ours, theirs, TEXTS)
+    assert ours.encode(TEXTS, truncate_dim=32).shape == (3, 32)
+    codes = ours.encode(TEXTS, precision="ubinary")
+    assert np.allclose(ours.similarity(codes, codes).diagonal(), 1)
+
+    ours.save_sentence_transformers(tmp_path / "out")
+    assert_equal(Embedder.load(tmp_path / "out", device="cpu"), theirs, TEXTS)
+    assert_equal(ours, SentenceTransformer(str(tmp_path / "out"), device="cpu"), TEXTS)
+
+    file = tmp_path / "m" / "config_sentence_transformers.json"
+    write_json(file, {"truncate_dim": "many"})
+    with pytest.raises(ModelLoadError, match="`truncate_dim` must be a positive integer, but is 'many'"):
+        Embedder.load(tmp_path / "m", device="cpu")
 
 
 def test_raw_and_unit_exclude_each_other(plain: Path) -> None:
