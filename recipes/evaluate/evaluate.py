@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vembed_fs2.data.dataset import ExampleDataset
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.errors import VembedError
 from vembed_fs2.evaluation.datasets import task_from_examples, task_from_files, task_from_folder
 from vembed_fs2.evaluation.report import Results, write_results
-from vembed_fs2.evaluation.retrieval import evaluate_embedder
+from vembed_fs2.evaluation.retrieval import Compress, evaluate_embedder
 from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.inference.embedder import Embedder
+from vembed_fs2.inference.quantize import check_precision, dequantize, measure_ranges, quantize
+from vembed_fs2.inference.vectors import VectorOptions
 from vembed_fs2.recipes.evaluate.settings import EvaluateDataSection, EvaluateSettings
 
 
@@ -59,9 +62,38 @@ def evaluate_models(
             ks=settings.ks,
             similarity=embedder.model.similarity,
             gather=gather,
+            truncate_dim=settings.truncate_dim,
+            compress=compression(embedder, settings),
         )
 
     return results
+
+
+def compression(embedder: Embedder, settings: EvaluateSettings) -> Compress | None:
+    """Return what embeddings lose by the precision that is asked for; ``None`` if they lose nothing.
+
+    Bytes lie between the model's own ranges, or else between the documents' smallest and largest values.
+
+    :raises VembedError: the model cannot be quantized.
+    """
+    options = VectorOptions.of(embedder.model, truncate_dim=settings.truncate_dim or embedder.embedding_dim)
+    precision = check_precision(settings.precision)
+    if precision == "float32":
+        return None
+    if options.is_multi_vector:
+        raise VembedError(f"`precision` of a multi-vector model must be float32, but is {precision!r}.")
+
+    def compress(queries: Tensor, corpus: Tensor) -> tuple[Tensor, Tensor]:
+        kept = embedder.ranges
+        ranges = None if kept is None else kept.fit(options.scaling, options.dim)
+        if ranges is None and len(corpus):
+            ranges = measure_ranges([corpus])
+
+        arrays = (quantize(x.numpy(), precision, ranges) for x in (queries, corpus))
+        restored = [torch.from_numpy(dequantize(x, precision, ranges, options.dim)) for x in arrays]
+        return restored[0], restored[1]
+
+    return compress
 
 
 def load_embedder(name: str, settings: EvaluateSettings, device: torch.device | str | None = None) -> Embedder:
@@ -78,6 +110,10 @@ def write_report(file: Path, settings: EvaluateSettings, results: Mapping[str, R
     paths = [str(path) for path in settings.data.paths]
 
     about: dict[str, Any] = {"data": paths, "max_length": settings.max_length, "bf16": settings.bf16}
+    if settings.truncate_dim is not None:
+        about["truncate_dim"] = settings.truncate_dim
+    if settings.precision != "float32":
+        about["precision"] = settings.precision
     if settings.baseline is not None:
         about |= {"baseline": settings.baseline, "baseline_metrics": results[settings.baseline]}
     write_results(file, results[settings.model], model=settings.model, **about)

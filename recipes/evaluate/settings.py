@@ -61,6 +61,12 @@ class EvaluateSettings:
     batch_size: int | None = None
     """The most inputs per forward pass; chosen by their length if ``None``."""
 
+    truncate_dim: int | None = None
+    """The number of leading dimensions that are kept; all if ``None``."""
+
+    precision: str = "float32"
+    """What embeddings are quantized to before they are compared: float32, int8, uint8, binary or ubinary."""
+
     bf16: bool = False
     """If ``True``, models compute in bfloat16."""
 

@@ -51,6 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-root", type=Path, metavar="DIR", help="folder that images lie in")
     parser.add_argument("--max-length", type=int, metavar="N", help="longest text in tokens")
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="most inputs per forward pass")
+    parser.add_argument(
+        "--truncate-dim", type=_positive, metavar="N", help="keep this many leading dimensions (default: all)"
+    )
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "int8", "uint8", "binary", "ubinary"),
+        help="quantize embeddings before they are compared (default: float32)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument(
@@ -101,6 +110,8 @@ def _read_settings(args: argparse.Namespace) -> EvaluateSettings:
         ks=args.ks,
         max_length=args.max_length,
         batch_size=args.batch_size,
+        truncate_dim=args.truncate_dim,
+        precision=args.precision,
         bf16=args.bf16,
         trust_remote_code=args.trust_remote_code,
     )

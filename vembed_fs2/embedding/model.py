@@ -68,7 +68,18 @@ class _FromHead(Generic[T]):
         self._read = read
         self._default = default
 
+    def __set_name__(self, owner: type[EmbeddingModel], name: str) -> None:
+        self._name = name
+
+    def __set__(self, model: EmbeddingModel, value: T | None) -> None:
+        model.__dict__[self._name] = value
+
     def __get__(self, model: EmbeddingModel | None, owner: type[EmbeddingModel]) -> T:
+        # Nobody says anything by `None`, such as that of `HeadConfig.normalize`.
+        if model is not None and (assigned := model.__dict__.get(self._name)) is not None:
+            value: T = assigned
+            return value
+
         head = None if model is None else model._modules.get("head")
         if isinstance(head, Head):
             return self._read(head)
@@ -94,6 +105,9 @@ class EmbeddingModel(Module, ABC):
 
     normalize = _FromHead[bool](lambda head: head.normalize, True)
     """If ``True``, the model's embeddings are meant to be of unit length."""
+
+    has_normalization = _FromHead[bool](lambda head: head.has_normalization, False)
+    """If ``True``, the model ends with a normalisation of its own, which comes before all that a caller asks for."""
 
     similarity = _FromHead[Similarity](lambda head: head.similarity, "cosine")
     """How two embeddings are compared; ``maxsim`` if there are several vectors per row."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from vembed_fs2.evaluation.task import NOTHING_RELEVANT, Relevant
 if TYPE_CHECKING:
     from vembed_fs2.evaluation.task import RetrievalTask
 
+
+Compress: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Returns queries and documents, ``[Q, D]`` and ``[N, D]`` on the CPU, as they are after a compression that loses."""
 
 DEFAULT_KS: Final = (1, 5, 10)
 
@@ -188,6 +191,8 @@ def evaluate_embedder(
     similarity: Similarity = "cosine",
     device: torch.device | None = None,
     gather: RowGather | None = None,
+    truncate_dim: int | None = None,
+    compress: Compress | None = None,
 ) -> dict[str, float]:
     """Encode a task's queries and documents and return what :func:`evaluate_retrieval` does.
 
@@ -200,12 +205,15 @@ def evaluate_embedder(
         input (``[L_i, D]``), is evaluated by ``maxsim``.
     :param device: Where to compare the embeddings; the CPU by default.
     :param gather: The gang, of a backend that takes tensors on the CPU; one process by default.
+    :param truncate_dim: The leading dimensions that are kept; given to the embedder if it is not ``None``.
+    :param compress: What single vectors go through before they are compared, for example to bytes and back.
     """
     gather = gather or RowGather()
+    options = {} if truncate_dim is None else {"truncate_dim": truncate_dim}
     own = share_of(len(task.queries), gather)
     items = [task.corpus[i] for i in share_of(len(task.corpus), gather)]
 
-    encoded = embedder.encode_document(items, batch_size=batch_size)
+    encoded = embedder.encode_document(items, batch_size=batch_size, **options)
     corpus, document_mask = _padded_vectors(gather_shares(encoded, len(task.corpus), gather))
     excluded = task.excluded()
     exclude = None if excluded is None else torch.tensor([excluded[i] for i in own], dtype=torch.int64)
@@ -213,8 +221,11 @@ def evaluate_embedder(
         rows = torch.tensor(own, dtype=torch.int64)
         queries, query_mask = corpus[rows], None if document_mask is None else document_mask[rows]
     else:
-        encoded = embedder.encode_query([task.queries[i] for i in own], batch_size=batch_size)
+        encoded = embedder.encode_query([task.queries[i] for i in own], batch_size=batch_size, **options)
         queries, query_mask = _padded_vectors(encoded)
+
+    if compress is not None:
+        queries, corpus = compress(queries, corpus)
 
     scores = _score_queries(
         queries,

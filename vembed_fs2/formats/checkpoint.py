@@ -290,7 +290,7 @@ def set_image_head(config: object, head: ImageHeadConfig) -> None:
     """
     name = "image_head" if hasattr(config, "image_head") else "head"
     current = getattr(config, name, None)
-    if isinstance(current, ImageHeadConfig):
+    if isinstance(current, ImageHeadConfig) or (name == "image_head" and head.is_pooler_alone):
         setattr(config, name, head)
     elif hasattr(config, name) and current is None:
         setattr(config, name, HeadConfig(**vars(head)))

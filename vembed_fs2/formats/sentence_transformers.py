@@ -40,6 +40,13 @@ POOLING_KEYS: Final = {
 }
 
 
+EMPTY_PROMPTS: Final = {"query": "", "document": ""}
+"""
+The prompts that sentence-transformers adds to those of a folder. So neither side
+has the default prompt there, and documents never have one called ``passage`` or ``corpus``.
+"""
+
+
 ACTIVATIONS: Final = {
     "identity": "torch.nn.modules.linear.Identity",
     "tanh": "torch.nn.modules.activation.Tanh",
@@ -91,6 +98,9 @@ class SentenceModules:
     do_lower_case: bool = False
     """If ``True``, texts are lowercased before tokenization."""
 
+    truncate_dim: int | None = None
+    """The leading dimensions of embeddings that are kept, if the folder says it."""
+
 
 def read_modules(root: Path) -> SentenceModules:
     """Read a sentence-transformers folder.
@@ -113,11 +123,22 @@ def read_modules(root: Path) -> SentenceModules:
     )
     max_length, do_lower_case = _read_transformer(backbone)
 
-    return SentenceModules(backbone, head, dense_folders, max_length, prompts, default_prompt_name, do_lower_case)
+    return SentenceModules(
+        backbone,
+        head,
+        dense_folders,
+        max_length,
+        prompts,
+        default_prompt_name,
+        do_lower_case,
+        _read_truncate_dim(root / "config_sentence_transformers.json"),
+    )
 
 
-def find_clip(root: Path) -> Path | None:
-    """Return the folder of a CLIP model in transformers' layout, if ``modules.json`` names one.
+def find_clip(root: Path) -> tuple[Path, bool] | None:
+    """Return the folder of a CLIP model in transformers' layout, and whether a normalisation follows it.
+
+    *Returns:* ``None`` if ``modules.json`` names no such model.
 
     :raises ModelLoadError: something else than a normalisation follows the model.
     """
@@ -129,7 +150,7 @@ def find_clip(root: Path) -> Path | None:
     if kinds[1:] not in ([], ["Normalize"]):
         raise ModelLoadError(f"{root / 'modules.json'}: {kinds[1:]} after CLIPModel is not supported.")
 
-    return modules[0][1]
+    return modules[0][1], "Normalize" in kinds
 
 
 def _list_modules(root: Path) -> list[tuple[str, Path]]:
@@ -260,7 +281,7 @@ def _read_prompts(file: Path) -> tuple[dict[str, str], str | None, SingleSimilar
             prompts[name] = _read(file, {f"prompts.{name}": text}, f"prompts.{name}", str)
 
     default = config.get("default_prompt_name")
-    if default is not None and default not in prompts:
+    if default is not None and default not in {**EMPTY_PROMPTS, **prompts}:
         raise ModelLoadError(f"{file}: `default_prompt_name` is '{default}', but `prompts` has no such prompt.")
 
     similarity: SingleSimilarity = config.get("similarity_fn_name") or "cosine"
@@ -268,6 +289,13 @@ def _read_prompts(file: Path) -> tuple[dict[str, str], str | None, SingleSimilar
         raise ModelLoadError(f"{file}: `similarity_fn_name` '{similarity}' is not supported.")
 
     return prompts, default, similarity
+
+
+def _read_truncate_dim(file: Path) -> int | None:
+    value = read_json(file).get("truncate_dim") if file.is_file() else None
+    if value is not None and (type(value) is not int or value < 1):
+        raise ModelLoadError(f"{file}: `truncate_dim` must be a positive integer, but is {value!r} instead.")
+    return value
 
 
 def _refuse_unknown(file: Path, config: Mapping[str, Any], known: set[str]) -> None:

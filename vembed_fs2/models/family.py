@@ -274,7 +274,10 @@ def read_dialect_config(folder: ModelFolder, resolver: DependencyResolver | None
 
     try:
         family, dialect = find_dialect(folder.dialect, folder.config, resolver)
-        return family, dialect.from_config(folder.root, folder.config)
+        config = dialect.from_config(folder.root, folder.config)
+        if (head := folder.image_head()) is not None:
+            set_image_head(config, head)
+        return family, config
     except ModelLoadError as ex:
         raise ModelLoadError(f"{folder.config_file}: {ex}") from None
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple, final
 
 import numpy as np
 import torch
-from tokenizers import Encoding, Tokenizer, normalizers
+from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -31,6 +31,9 @@ _TOKENIZER_FILES: Final = (
 
 # Tokenizers without a limit say 1e30.
 _NO_LIMIT: Final = 10**9
+
+_MAX_PREFIXES: Final = 1024
+"""The prefixes whose lengths are remembered."""
 
 
 class TokenizedTexts(NamedTuple):
@@ -172,10 +175,14 @@ class TextProcessor:
             texts = [prefix + text for prefix, text in zip(prefixes, texts)]
 
         encodings = self._backend.encode_batch(self._open_clip.clean(texts))
-        width = self._width or max((len(e) for e in encodings), default=0)
-        pooling_mask = None
+        lengths = torch.tensor([len(e) for e in encodings], dtype=torch.int64)
+
+        # The model sees one padding token of a text without tokens, and poolings see none.
+        width = self._width or max(map(len, encodings), default=0) or min(len(encodings), 1)
+        attention_mask = _mask(lengths.clamp(min=1), width) if self._is_masked else None
+        pooling_mask = _mask(lengths, width) if self._is_masked and bool((lengths == 0).any()) else None
         if prefixes is not None and mask_prefixes:
-            pooling_mask = self._mask(encodings, width)
+            pooling_mask = _mask(lengths, width)
             for row, prefix in enumerate(prefixes):
                 pooling_mask[row, : self._prefix_length(prefix)] = False
 
@@ -185,16 +192,12 @@ class TextProcessor:
 
         return TokenizedTexts(
             input_ids,
-            self._mask(encodings, width) if self._is_masked else None,
+            attention_mask,
             _pad([e.type_ids for e in encodings], width, self._pad_type_id, left=self._pads_left)
             if "token_type_ids" in self._names
             else None,
             pooling_mask,
         )
-
-    def _mask(self, encodings: Sequence[Encoding], width: int) -> Tensor:
-        lengths = torch.tensor([len(e) for e in encodings], dtype=torch.int64)
-        return torch.arange(width) < lengths.unsqueeze(1)
 
     def _prefix_length(self, prefix: str) -> int:
         """The tokens of ``prefix``, with the special tokens before it but not those after it."""
@@ -202,6 +205,8 @@ class TextProcessor:
         if length is None:
             ids = self._backend.encode(self._open_clip.clean([prefix])[0]).ids
             length = len(ids) - 1 if ids and ids[-1] in self._tokenizer.all_special_ids else len(ids)
+            if len(self._prefix_lengths) >= _MAX_PREFIXES:  # Every row may have an instruction of its own.
+                self._prefix_lengths = {"": 0}
             self._prefix_lengths[prefix] = length
         return length
 
@@ -243,6 +248,11 @@ def _copy_backend(tokenizer: Any) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _mask(lengths: Tensor, width: int) -> Tensor:
+    """True for the first tokens of each text. *Returns:* ``[T, L]``."""
+    return torch.arange(width) < lengths.unsqueeze(1)
 
 
 def _pad(rows: Sequence[Sequence[int]], width: int, value: int, *, left: bool) -> Tensor:

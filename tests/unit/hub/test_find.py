@@ -395,7 +395,12 @@ def test_clip_folders_of_sentence_transformers_are_read(tmp_path: Path) -> None:
         "type": "sentence_transformers.models.CLIPModel",
     }
     root.joinpath("modules.json").write_text(json.dumps([module]))
-    assert torch.equal(vectors(root), vectors(root / "0_CLIPModel"))
+    plain = vectors(root / "0_CLIPModel")
+    assert torch.allclose(torch.nn.functional.normalize(vectors(root)), plain, atol=1e-6)  # Without a normalisation.
+
+    normalize = {"idx": 1, "name": "1", "path": "1_Normalize", "type": "sentence_transformers.models.Normalize"}
+    root.joinpath("modules.json").write_text(json.dumps([module, normalize]))
+    assert torch.equal(vectors(root), plain)
     dense = {"idx": 1, "name": "1", "path": "1_Dense", "type": "sentence_transformers.models.Dense"}
     root.joinpath("modules.json").write_text(json.dumps([module, dense]))
     with pytest.raises(ModelLoadError, match="after CLIPModel is not supported"):

@@ -175,8 +175,8 @@ class ComposedConfig(EmbeddingModelConfig):
     embedding_dim: int = 512
     """The size of embeddings."""
 
-    normalize: bool = True
-    """If ``True``, embeddings are of unit length (applied by ``Embedder`` and the objectives, not by the model)."""
+    normalize: bool | None = None
+    """Whether the model ends with a normalisation; see :class:`~vembed_fs2.embedding.head.HeadConfig`."""
 
     def validate(self) -> ValidationResult:
         return to_result(check_positive(self, "embedding_dim"))
