@@ -237,7 +237,7 @@ DDP reduces in such a call, which with a static graph comes from another.
 def after_backward(function: Callable[[], None], rounds: int = _ROUNDS) -> None:
     """Call ``function`` at the end of the backward pass that is running, after DDP and FSDP2 have reduced theirs."""
     call = function if rounds == 0 else lambda: after_backward(function, rounds - 1)
-    Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]
+    Variable._execution_engine.queue_callback(call)
 
 
 def average_gradients(parameters: Sequence[Parameter], group: ProcessGroup | None = None) -> None:

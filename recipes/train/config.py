@@ -79,7 +79,7 @@ class DataSection:
     """Files of rows, and how to read them."""
 
     paths: Sequence[Path] = field(default_factory=list)
-    """JSONL, CSV, TSV or Parquet files, or folders of them."""
+    """JSONL, CSV, TSV or Parquet files, patterns such as ``data/*.jsonl``, or folders of files."""
 
     columns: dict[str, str | list[str] | None] = field(default_factory=dict)
     """Our field -> the file's column, or columns of several negatives; ``None`` leaves the field out."""
@@ -92,6 +92,9 @@ class DataSection:
 
     allow_urls: bool = False
     """If ``True``, images may be fetched from URLs."""
+
+    quoting: Literal["rfc4180", "none"] = "rfc4180"
+    """How CSV and TSV files are quoted; ``none`` if a quote is a character like any other."""
 
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a row that cannot be used."""
@@ -135,15 +138,41 @@ class DatasetSection(DataSection):
 
 @dataclass(kw_only=True)
 class ValidSection(DataSection):
-    """The held-out data; without ``paths`` there is no validation."""
+    """The held-out data: files of rows, or queries, corpus and qrels. Without any there is no validation.
+
+    ``paths`` may be a folder in the layout of BEIR.
+    """
+
+    queries: Path | None = None
+    """A file of queries: ``_id``, and ``text`` or ``image``."""
+
+    corpus: Path | None = None
+    """A file of documents: ``_id``, and ``text`` or ``image``."""
+
+    qrels: Path | None = None
+    """A file of judgements: query, document, grade; or TREC's four columns."""
+
+    split: str = "test"
+    """Which judgements of a folder."""
 
     batch_size: int = 64
     """The number of inputs per rank and batch."""
+
+    @property
+    def is_given(self) -> bool:
+        return bool(self.paths) or None not in (self.queries, self.corpus, self.qrels)
 
     def validate(self) -> ValidationResult:
         result = ValidationResult()
         if self.batch_size < 1:
             result.add_error(f"`batch_size` must be greater than or equal to 1, but is {self.batch_size} instead.")
+
+        given = [file is not None for file in (self.queries, self.corpus, self.qrels)]
+        if any(given) and not all(given):
+            result.add_error("`queries`, `corpus` and `qrels` must be specified together.")
+        if any(given) and self.paths:
+            result.add_error("`paths` must not be specified together with `queries`, `corpus` and `qrels`.")
+
         return result
 
 
@@ -280,11 +309,11 @@ class TrainConfig:
 
     def validate(self) -> ValidationResult:
         result = ValidationResult()
-        has_valid = bool(self.valid.paths)
+        has_valid = self.valid.is_given
         if not has_valid and self.regime.validate_at_start:
-            result.add_error("`regime.validate_at_start` needs held-out data in `valid.paths`.")
+            result.add_error("`regime.validate_at_start` needs held-out data, such as `valid.paths`.")
         if not has_valid and self.regime.score_metric is not None:
-            result.add_error("`regime.score_metric` needs held-out data in `valid.paths`.")
+            result.add_error("`regime.score_metric` needs held-out data, such as `valid.paths`.")
 
         if (score_metric := self.regime.score_metric) not in (None, *VALID_METRICS):
             result.add_error(
