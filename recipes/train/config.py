@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,6 +267,33 @@ class GradCacheSection:
         return result
 
 
+@dataclass(kw_only=True)
+class FreezeSection:
+    """The parameters that keep their values, besides those that the model's own configuration freezes."""
+
+    embeddings: bool = False
+    """If ``True``, what comes before the layers is frozen: embeddings of tokens, patches and positions."""
+
+    layers: int = 0
+    """The number of first layers that are frozen, of each encoder, with what comes before them."""
+
+    params: Sequence[str] = field(default_factory=list)
+    """Regular expressions: parameters that are frozen, by the beginnings of their names."""
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        if self.layers < 0:
+            result.add_error(f"`layers` must be greater than or equal to 0, but is {self.layers} instead.")
+
+        for pattern in self.params:
+            try:
+                re.compile(pattern)
+            except re.error as ex:
+                result.add_error(f"`params`: '{pattern}' is not a valid regular expression: {ex}.")
+
+        return result
+
+
 def _default_trainer() -> TrainerSection:
     mode: Literal["static", "off"] = "static" if has_fast_bf16() else "off"
     return TrainerSection(mixed_precision=MixedPrecisionConfig(mode=mode), max_grad_norm=1.0)
@@ -284,6 +312,7 @@ class TrainConfig:
 
     model: EmbeddingModelSection = field(default_factory=lambda: EmbeddingModelSection())
     processor: ProcessorSection = field(default_factory=lambda: ProcessorSection())
+    freeze: FreezeSection = field(default_factory=lambda: FreezeSection())
     dataset: DatasetSection = field(default_factory=lambda: DatasetSection())
     valid: ValidSection = field(default_factory=lambda: ValidSection())
     loss: LossSection = field(default_factory=lambda: LossSection())

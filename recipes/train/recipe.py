@@ -42,7 +42,13 @@ from vembed_fs2.recipes.optim import register_optim
 from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.train.config import DataSection, TrainConfig, ValidSection
 from vembed_fs2.recipes.train.dataset import Collator, ContrastiveBatch
-from vembed_fs2.recipes.train.model import create_processor, override_config, plan_model
+from vembed_fs2.recipes.train.model import (
+    count_parameters,
+    create_processor,
+    freeze_parameters,
+    override_config,
+    plan_model,
+)
 from vembed_fs2.recipes.train.objective import (
     Reads,
     check_negatives,
@@ -159,6 +165,7 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
             load_towers(model, context.gangs)
 
         model.train_learned_parts(self.open(config).learned)
+        freeze_parameters(model, config.freeze)
         return model
 
     @override
@@ -169,6 +176,7 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
         model = context.get_model_as(EmbeddingModel)
         gather = RowGather(gangs.dp.as_process_group() if gangs.dp.size > 1 else None)
         loss = create_objective(config.loss, gather)
+        log.info("%s of %s parameters are trained.", *(f"{count:,}" for count in count_parameters(model)))
 
         dataset = prepared.dataset
         if dataset.num_skipped:  # Said in full when it was opened, but before there was a log file.
