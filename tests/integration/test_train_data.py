@@ -95,9 +95,9 @@ def test_a_held_out_task_is_measured_as_evaluate_does(bert_folder: Path, tmp_pat
         folder = tmp_path / name
         run(
             "train", folder, "--no-rich", "--config", f"model.path={bert_folder}", "dataset.paths=[~/rows-*.jsonl.gz]",
-            *BASE, f"regime.num_steps={num_steps}", "regime.score_metric=ndcg@10", "regime.keep_best_n_checkpoints=1", *CONSTANT,
-            *(f"regime.{what}_every_n_steps=5" for what in ("validate", "checkpoint", "publish_metrics")), *more,
-            **variables,
+            *BASE, f"regime.num_steps={num_steps}", "regime.score_metric=ndcg@10", "regime.keep_best_n_checkpoints=1",
+            *CONSTANT, *(f"regime.{what}_every_n_steps=5" for what in ("validate", "checkpoint", "publish_metrics")),
+            *more, **variables,
         ).expect(0)  # fmt: skip
         return folder
 
