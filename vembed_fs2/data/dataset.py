@@ -154,7 +154,7 @@ class ExampleDataset:
         several: dict[int, int] = {}
         for row in self._source.rows_with_lists(self._schema.positive_columns()):
             if row >= size:
-                break
+                continue
             with suppress(DataError):  # Found when the row is read.
                 folder, untyped = self._source.file(row).parent, self._source.untyped
                 count = self._schema.count_positives(self._source[row], folder, untyped=untyped)

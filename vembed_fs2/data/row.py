@@ -267,8 +267,8 @@ class RowReader:
 
         apart = {"positive_scores": ("positive", positives), "negative_scores": ("negative", negatives)}
         found = {field: self._scores(field) for field in apart}
-        if not any(found.values()):
-            return self._joint_scores(scores, key, positives, negatives)
+        if not any(found.values()) or any(documents and not found[f] for f, (_, documents) in apart.items()):
+            return self._joint_scores(scores, key, positives, negatives)  # Scores of one kind alone compare nothing.
 
         for field, (kind, documents) in apart.items():
             if scores:

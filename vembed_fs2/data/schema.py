@@ -70,7 +70,7 @@ class RowSchema:
         self.mode = mode
         self.columns = dict(columns or {})
         self.allow_urls = allow_urls
-        self._image_root = image_root
+        self._image_root = None if image_root is None else os.path.expanduser(image_root)
         self._roots: dict[Path, str] = {}
         self._layouts: dict[tuple[str, ...], Layout] = {}
 
@@ -79,8 +79,8 @@ class RowSchema:
             errors.append(f"`mode` must be one of {', '.join(MODES)}, but is {mode!r}.{did_you_mean(mode, MODES)}")
 
         errors += self._column_errors()
-        if image_root is not None and not os.path.isdir(image_root):
-            errors.append(f"`image_root` must be a folder, but {os.fspath(image_root)} is none.")
+        if self._image_root is not None and not os.path.isdir(self._image_root):
+            errors.append(f"`image_root` must be a folder, but {self._image_root} is none.")
         if errors:
             raise ConfigError(errors, where="The data configuration")
 

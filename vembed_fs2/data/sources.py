@@ -114,7 +114,7 @@ class RowSource:
         shard, row = found[0]
         return (
             f"{shard.where(row)}: a quoted field holds a tab or a line break, so that what looks like several fields or"
-            f" rows is one ({len(found):,} such rows). If quotes are plain characters in this file, as in MS MARCO's,"
+            f" rows is one ({len(found):,} in all). If quotes are plain characters in this file, as in MS MARCO's,"
             " set `quoting` to 'none'."
         )
 

@@ -320,7 +320,7 @@ def _read_items(
     """
     source = _open(file, quoting)
 
-    root = os.path.realpath(image_root or file.parent)
+    root = os.path.realpath(_expanded(image_root or file.parent))
     ids: dict[str, int] = {}
     items: list[Item] = []
     for i in range(len(source)):

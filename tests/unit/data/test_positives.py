@@ -60,6 +60,15 @@ def test_only_the_first_rows_of_the_file_count(tmp_path: Path, check: bool) -> N
     assert summary(dataset) == EXPECTED[:3]
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_lists_in_two_columns(tmp_path: Path, suffix: str) -> None:
+    two = ["a", "b"]
+    rows = [{"query": "q", "pos": None, "positives": two}, {"query": "r", "pos": two, "positives": None}] * 2
+    for max_rows in (1, 3):
+        dataset = ExampleDataset(write(tmp_path / f"x.{suffix}", rows), check=False, max_rows=max_rows)
+        assert [e.positive.text for e in dataset if e.positive is not None] == two * max_rows
+
+
 def test_a_row_that_cannot_be_used_takes_all_its_positives_with_it(tmp_path: Path) -> None:
     broken = {"query": "x", "pos": ["p", ""]}
     file = write(tmp_path / "x.jsonl", [*FLAG[:1], broken, *FLAG[1:]])
@@ -121,7 +130,10 @@ PAIR = {"query": "q", "positive": "p"}
         ({"query": "q", "pos": ["a", "b"], "scores": [1]}, "'scores' scores one positive, but the row has 2: give"),
         ({**PAIR, "scores": [1], "pos_scores": [1]}, "'pos_scores' must not be given together with 'scores'"),
         ({**PAIR, "pos_scores": [1, 2]}, "'pos_scores' must have 1 entries, one for each positive, but has 2"),
-        ({**PAIR, "neg": ["n"], "pos_scores": [1]}, "'negative_scores' must have 1 entries, one for each negative"),
+        (
+            {**PAIR, "neg": ["n"], "pos_scores": [1], "neg_scores": [1, 2]},
+            "'neg_scores' must have 1 entries, one for each",
+        ),
         ({"query": "q", "label": 1, "pos_scores": [1]}, "'pos_scores' must have 0 entries"),
         ({"query": "q", "label": 1, "scores": [1]}, "'scores' scores the positive, but the row has none"),
     ],
@@ -129,6 +141,16 @@ PAIR = {"query": "q", "positive": "p"}
 def test_broken_rows(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         ExampleDataset(write(tmp_path / "x.jsonl", [row]))
+
+
+@pytest.mark.parametrize(
+    "scores", [{"pos_scores": [1]}, {"negative_scores": [0.5]}, {"pos_scores": [], "neg_scores": None}]
+)
+def test_scores_of_one_kind_alone_are_no_scores(tmp_path: Path, scores: dict[str, Any]) -> None:
+    file = write(
+        tmp_path / "x.jsonl", [{**PAIR, "neg": ["n"], **scores}, {**PAIR, "neg": ["n"], "scores": [2, 1], **scores}]
+    )
+    assert [example.scores for example in ExampleDataset(file)] == [(), (2, 1)]
 
 
 def test_the_prompt_of_flag_embedding_is_the_instruction(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image as PILImage
 
 from vembed_fs2.commands.data_check import check_dataset, render
 from vembed_fs2.data.dataset import ExampleDataset
@@ -69,7 +70,7 @@ def test_quotes_that_join_rows_or_fields_of_tsv_are_a_warning(
         ExampleDataset(file)
     (record,) = caplog.records
     assert sentence in record.getMessage()
-    assert "(1 such rows)" in record.getMessage()
+    assert "(1 in all)" in record.getMessage()
     assert "set `quoting` to 'none'" in record.getMessage()
 
     report = check_dataset(file)
@@ -275,6 +276,10 @@ def test_patterns_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [r["q"] for r in rows("a/**/*.jsonl")] == ["a/10.jsonl", "a/2.jsonl", "a/deep/x.jsonl"]
     assert [r["q"] for r in rows("a/**")] == ["a/10.jsonl", "a/2.jsonl", "a/deep/x.jsonl"]
     assert [r["q"] for r in rows("*.jsonl*")] == ["b[1].jsonl", "c"]
+
+    PILImage.new("RGB", (2, 2)).save(tmp_path / "a/x.png")
+    pictures = write(tmp_path / "p.jsonl", json.dumps({"query": "q", "positive_image": "x.png"}) + "\n")
+    assert len(ExampleDataset(pictures, image_root="~/a")) == 1
 
     with pytest.raises(DataError, match=r"d\*.jsonl matches no file"):
         RowSource("d*.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from fairseq2.models import ModelFamily
 from torch.nn import Dropout, Module
 
+from tests.unit.models.test_composed import CONFIG, IMAGE
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import ConfigError
+from vembed_fs2.models.composed import create_composed_model
 from vembed_fs2.recipes.train.config import FreezeSection
 from vembed_fs2.recipes.train.model import count_parameters, freeze_parameters
 from vembed_fs2.recipes.train.objective import create_blank
@@ -61,6 +64,19 @@ def test_embeddings_and_first_layers_of_every_family(family: str) -> None:
     for num_layers in (2, min(map(len, model.layer_stacks()))):
         first = [f"{names[id(stack)]}.{i}" for stack in model.layer_stacks() for i in range(num_layers)]
         assert frozen(model, layers=num_layers) == embeddings | within(model, first)
+
+
+def test_the_encoders_of_a_composed_model() -> None:
+    model = create_composed_model(replace(CONFIG, image=replace(IMAGE, freeze="all")))
+    first = ["text.backbone.frontend", "text.backbone.encoder.layers.0"]
+    assert frozen(model, layers=1) == within(model, first)
+
+    freeze_parameters(model, FreezeSection(layers=1))
+    model.train()
+    assert not model.text.backbone.get_submodule("frontend").training
+    assert not model.image.backbone.training
+    assert model.text.backbone.get_submodule("encoder.layers.1").training
+    assert model.image.projection.training
 
 
 def test_patterns_match_the_beginnings_of_names() -> None:
