@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from fairseq2.utils.config import ReplacePathDirective, StandardConfigMerger, StandardConfigProcessor
 from fairseq2.utils.structured import StandardValueConverter, StructureError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from vembed_fs2.errors import ConfigError
 
@@ -35,7 +35,7 @@ def load_yaml(file: Path) -> Mapping[str, Any]:
     except OSError as ex:
         raise ConfigError(f"the file cannot be read: {ex.strerror}", where=str(file)) from None
     except (UnicodeDecodeError, YAMLError) as ex:
-        raise ConfigError(f"not valid YAML: {ex}", where=str(file)) from None
+        raise ConfigError(f"not valid YAML: {_yaml_problem(ex)}", where=str(file)) from None
 
     if not isinstance(content, dict):
         raise ConfigError("it must hold keys and values", where=str(file))
@@ -43,6 +43,13 @@ def load_yaml(file: Path) -> Mapping[str, Any]:
     processed = StandardConfigProcessor([]).process(content, [ReplacePathDirective(file.resolve().parent)])
     assert isinstance(processed, Mapping)
     return processed
+
+
+def _yaml_problem(ex: Exception) -> str:
+    """Say in one line what is wrong, and in which line of a file."""
+    if not isinstance(ex, MarkedYAMLError) or ex.problem is None or ex.problem_mark is None:
+        return str(ex).partition("\n")[0]
+    return f"{ex.problem} in line {ex.problem_mark.line + 1}, column {ex.problem_mark.column + 1}"
 
 
 def parse_overrides(items: Sequence[str]) -> Mapping[str, Any]:
@@ -65,8 +72,8 @@ def parse_overrides(items: Sequence[str]) -> Mapping[str, Any]:
 
         try:
             value = parse_yaml(text)
-        except YAMLError:
-            errors.append(f"The value of '{item}' is not valid YAML.")
+        except YAMLError as ex:
+            errors.append(f"The value of '{item}' is not valid YAML: {_yaml_problem(ex)}.")
             continue
 
         *parents, key = name.strip().split(".")

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from vembed_fs2.data.dataset import ExampleDataset
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.errors import VembedError
-from vembed_fs2.evaluation.datasets import task_from_examples, task_from_files, task_from_folder
+from vembed_fs2.evaluation.datasets import find_task, task_from_examples
 from vembed_fs2.evaluation.report import Results, write_results
 from vembed_fs2.evaluation.retrieval import Compress, evaluate_embedder
 from vembed_fs2.evaluation.task import RetrievalTask
@@ -28,18 +27,20 @@ def load_task(data: EvaluateDataSection) -> RetrievalTask:
     :raises VembedError: nothing is named, or it cannot be read.
     """
     paths = list(data.paths)
-    triple = (data.queries, data.corpus, data.qrels)
-    if any(triple):
-        if paths or data.queries is None or data.corpus is None or data.qrels is None:
-            raise VembedError("The data must be files of rows, or all of `queries`, `corpus` and `qrels`.")
-        return task_from_files(data.queries, data.corpus, data.qrels, image_root=data.image_root)
+    task = find_task(
+        paths,
+        (data.queries, data.corpus, data.qrels),
+        data.split,
+        image_root=data.image_root,
+        quoting=data.quoting,
+        ties=data.ties,
+    )
+    if task is not None:
+        return task
 
-    if not paths:
-        raise VembedError("The data must be files of rows, or a folder with queries, corpus and qrels.")
-    if len(paths) == 1 and paths[0].is_dir() and any(paths[0].glob("qrels*")):
-        return task_from_folder(paths[0], data.split, image_root=data.image_root)
-
-    dataset = ExampleDataset(paths, columns=data.columns, mode=data.mode, image_root=data.image_root)
+    dataset = ExampleDataset(
+        paths, columns=data.columns, mode=data.mode, image_root=data.image_root, quoting=data.quoting
+    )
     return task_from_examples(list(dataset))
 
 
@@ -114,6 +115,8 @@ def write_report(file: Path, settings: EvaluateSettings, results: Mapping[str, R
         about["truncate_dim"] = settings.truncate_dim
     if settings.precision != "float32":
         about["precision"] = settings.precision
+    if settings.data.ties != "corpus":
+        about["ties"] = settings.data.ties
     if settings.baseline is not None:
         about |= {"baseline": settings.baseline, "baseline_metrics": results[settings.baseline]}
     write_results(file, results[settings.model], model=settings.model, **about)

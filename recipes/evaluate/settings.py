@@ -16,7 +16,7 @@ class EvaluateDataSection:
     """The queries, the documents, and which belong together: ``paths``, or the three files."""
 
     paths: Sequence[Path] = field(default_factory=list)
-    """Files of rows as for training, or one folder with queries, corpus and qrels."""
+    """Files of rows as for training, or one folder with queries, corpus and qrels (patterns and ``~`` as well)."""
 
     queries: Path | None = None
     """A file of queries: ``_id``, and ``text`` or ``image``."""
@@ -38,6 +38,12 @@ class EvaluateDataSection:
 
     image_root: Path | None = None
     """The folder that images must lie in; the folder of the data file by default."""
+
+    quoting: str = "rfc4180"
+    """How CSV and TSV files are quoted: rfc4180, or none if a quote is a character like any other."""
+
+    ties: str = "corpus"
+    """Which of two documents with the same score comes first: by the order of the corpus, or as trec_eval has it."""
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,7 @@ class DataSection:
     """Files of rows, and how to read them."""
 
     paths: Sequence[Path] = field(default_factory=list)
-    """JSONL, CSV, TSV or Parquet files, or folders of them."""
+    """JSONL, CSV, TSV or Parquet files, patterns such as ``data/*.jsonl``, or folders of files."""
 
     columns: dict[str, str | list[str] | None] = field(default_factory=dict)
     """Our field -> the file's column, or columns of several negatives; ``None`` leaves the field out."""
@@ -92,6 +93,9 @@ class DataSection:
 
     allow_urls: bool = False
     """If ``True``, images may be fetched from URLs."""
+
+    quoting: Literal["rfc4180", "none"] = "rfc4180"
+    """How CSV and TSV files are quoted; ``none`` if a quote is a character like any other."""
 
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a row that cannot be used."""
@@ -135,15 +139,41 @@ class DatasetSection(DataSection):
 
 @dataclass(kw_only=True)
 class ValidSection(DataSection):
-    """The held-out data; without ``paths`` there is no validation."""
+    """The held-out data: files of rows, or queries, corpus and qrels. Without any there is no validation.
+
+    ``paths`` may be a folder in the layout of BEIR.
+    """
+
+    queries: Path | None = None
+    """A file of queries: ``_id``, and ``text`` or ``image``."""
+
+    corpus: Path | None = None
+    """A file of documents: ``_id``, and ``text`` or ``image``."""
+
+    qrels: Path | None = None
+    """A file of judgements: query, document, grade; or TREC's four columns."""
+
+    split: str = "test"
+    """Which judgements of a folder."""
 
     batch_size: int = 64
     """The number of inputs per rank and batch."""
+
+    @property
+    def is_given(self) -> bool:
+        return bool(self.paths) or None not in (self.queries, self.corpus, self.qrels)
 
     def validate(self) -> ValidationResult:
         result = ValidationResult()
         if self.batch_size < 1:
             result.add_error(f"`batch_size` must be greater than or equal to 1, but is {self.batch_size} instead.")
+
+        given = [file is not None for file in (self.queries, self.corpus, self.qrels)]
+        if any(given) and not all(given):
+            result.add_error("`queries`, `corpus` and `qrels` must be specified together.")
+        if any(given) and self.paths:
+            result.add_error("`paths` must not be specified together with `queries`, `corpus` and `qrels`.")
+
         return result
 
 
@@ -237,6 +267,33 @@ class GradCacheSection:
         return result
 
 
+@dataclass(kw_only=True)
+class FreezeSection:
+    """The parameters that keep their values, besides those that the model's own configuration freezes."""
+
+    embeddings: bool = False
+    """If ``True``, what comes before the layers is frozen: embeddings of tokens, patches and positions."""
+
+    layers: int = 0
+    """The number of first layers that are frozen, of each encoder, with what comes before them."""
+
+    params: Sequence[str] = field(default_factory=list)
+    """Regular expressions: parameters that are frozen, by the beginnings of their names."""
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        if self.layers < 0:
+            result.add_error(f"`layers` must be greater than or equal to 0, but is {self.layers} instead.")
+
+        for pattern in self.params:
+            try:
+                re.compile(pattern)
+            except re.error as ex:
+                result.add_error(f"`params`: '{pattern}' is not a valid regular expression: {ex}.")
+
+        return result
+
+
 def _default_trainer() -> TrainerSection:
     mode: Literal["static", "off"] = "static" if has_fast_bf16() else "off"
     return TrainerSection(mixed_precision=MixedPrecisionConfig(mode=mode), max_grad_norm=1.0)
@@ -255,6 +312,7 @@ class TrainConfig:
 
     model: EmbeddingModelSection = field(default_factory=lambda: EmbeddingModelSection())
     processor: ProcessorSection = field(default_factory=lambda: ProcessorSection())
+    freeze: FreezeSection = field(default_factory=lambda: FreezeSection())
     dataset: DatasetSection = field(default_factory=lambda: DatasetSection())
     valid: ValidSection = field(default_factory=lambda: ValidSection())
     loss: LossSection = field(default_factory=lambda: LossSection())
@@ -280,11 +338,11 @@ class TrainConfig:
 
     def validate(self) -> ValidationResult:
         result = ValidationResult()
-        has_valid = bool(self.valid.paths)
+        has_valid = self.valid.is_given
         if not has_valid and self.regime.validate_at_start:
-            result.add_error("`regime.validate_at_start` needs held-out data in `valid.paths`.")
+            result.add_error("`regime.validate_at_start` needs held-out data, such as `valid.paths`.")
         if not has_valid and self.regime.score_metric is not None:
-            result.add_error("`regime.score_metric` needs held-out data in `valid.paths`.")
+            result.add_error("`regime.score_metric` needs held-out data, such as `valid.paths`.")
 
         if (score_metric := self.regime.score_metric) not in (None, *VALID_METRICS):
             result.add_error(

@@ -14,6 +14,7 @@ from fairseq2.runtime.dependency import DependencyLookup
 from fairseq2.utils.config import StandardConfigMerger
 from fairseq2.utils.structured import StandardValueConverter
 
+from vembed_fs2.embedding.freezing import find_first_parameters, find_matches, plain_name
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.hub.find import find_model
@@ -23,7 +24,7 @@ from vembed_fs2.models.composed import ComposedConfig, ComposedModel
 from vembed_fs2.models.composed.interop import forget_sources
 from vembed_fs2.processing.processor import Processor
 from vembed_fs2.recipes.layers import structure
-from vembed_fs2.recipes.train.config import EmbeddingModelSection, TrainConfig
+from vembed_fs2.recipes.train.config import EmbeddingModelSection, FreezeSection, TrainConfig
 from vembed_fs2.recipes.train.objective import Reads, check_vectors, create_blank
 from vembed_fs2.resolver import get_resolver
 
@@ -90,6 +91,7 @@ def plan_model(config: TrainConfig) -> ModelPlan:
 def _check(config: TrainConfig, family: str, model_config: object) -> EmbeddingModel:
     """Check that the model can be trained with the objective; return it without weights."""
     model = create_blank(family, model_config)
+    freeze_parameters(model, config.freeze)
     errors = []
     if not any(parameter.requires_grad for parameter in model.parameters()):
         errors.append("all parameters are frozen: nothing is left to train.")
@@ -106,6 +108,38 @@ def _check(config: TrainConfig, family: str, model_config: object) -> EmbeddingM
 
     check_vectors(config.loss, several=model.is_multi_vector)
     return model
+
+
+def freeze_parameters(model: EmbeddingModel, section: FreezeSection) -> None:
+    """Freeze what the configuration says.
+
+    :raises ConfigError: there are fewer layers, or a pattern matches nothing.
+    """
+    frozen: set[str] = set()
+    errors = []
+    if section.embeddings or section.layers:
+        encoders = list((model.towers or {}).values())
+        try:
+            frozen |= find_first_parameters(model, model.layer_stacks(), encoders, section.layers)
+        except ConfigError as ex:
+            errors += ex.errors
+
+    try:
+        names = [plain_name(name) for name, _ in model.named_parameters() if name not in model.learned]
+        frozen |= find_matches(names, section.params)
+    except ConfigError as ex:
+        errors += [f"`params`: {error}" for error in ex.errors]
+
+    if errors:
+        raise ConfigError(errors, where="`freeze`")
+    if frozen:
+        model.freeze(frozen - model.learned.keys())
+
+
+def count_parameters(model: EmbeddingModel) -> tuple[int, int]:
+    """Return the number of trained parameters, and of all."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
 def override_config(model_config: object, overrides: Mapping[str, object]) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from vembed_fs2.distributed import RowGather
 from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import DataError
-from vembed_fs2.evaluation.datasets import task_from_examples
+from vembed_fs2.evaluation.datasets import find_task, task_from_examples
 from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.fairseq2_seams import complete_checkpoint, list_components, seconds_since_report
 from vembed_fs2.hub.find import ModelSource
@@ -39,9 +40,15 @@ from vembed_fs2.recipes.base import VembedRecipe
 from vembed_fs2.recipes.folder import link_checkpoints
 from vembed_fs2.recipes.optim import register_optim
 from vembed_fs2.recipes.stop import StopRequest
-from vembed_fs2.recipes.train.config import DataSection, TrainConfig
+from vembed_fs2.recipes.train.config import DataSection, TrainConfig, ValidSection
 from vembed_fs2.recipes.train.dataset import Collator, ContrastiveBatch
-from vembed_fs2.recipes.train.model import create_processor, override_config, plan_model
+from vembed_fs2.recipes.train.model import (
+    count_parameters,
+    create_processor,
+    freeze_parameters,
+    override_config,
+    plan_model,
+)
 from vembed_fs2.recipes.train.objective import (
     Reads,
     check_negatives,
@@ -127,7 +134,7 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
 
         dataset = open_dataset(config.dataset, partial(check_row, loss=loss, readers=readers))
         check_negatives(dataset, loss)
-        valid_task = load_valid_task(config, {"the model": plan.reads}) if config.valid.paths else None
+        valid_task = load_valid_task(config, {"the model": plan.reads}) if config.valid.is_given else None
 
         return PreparedTraining(dataset, valid_task, teacher, learned, plan.base)
 
@@ -158,6 +165,7 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
             load_towers(model, context.gangs)
 
         model.train_learned_parts(self.open(config).learned)
+        freeze_parameters(model, config.freeze)
         return model
 
     @override
@@ -168,6 +176,7 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
         model = context.get_model_as(EmbeddingModel)
         gather = RowGather(gangs.dp.as_process_group() if gangs.dp.size > 1 else None)
         loss = create_objective(config.loss, gather)
+        log.info("%s of %s parameters are trained.", *(f"{count:,}" for count in count_parameters(model)))
 
         dataset = prepared.dataset
         if dataset.num_skipped:  # Said in full when it was opened, but before there was a log file.
@@ -234,8 +243,16 @@ def log_to_files() -> None:
 
 def make_absolute(section: DataSection) -> None:
     """Say where the files are whatever the working folder is: a run is resumed with the same ones, or refused."""
-    section.paths = [Path(path).absolute() for path in section.paths]
-    section.image_root = None if section.image_root is None else Path(section.image_root).absolute()
+    section.paths = [_absolute(path) for path in section.paths]
+    section.image_root = None if section.image_root is None else _absolute(section.image_root)
+    if isinstance(section, ValidSection):
+        for name in ("queries", "corpus", "qrels"):
+            if (file := getattr(section, name)) is not None:
+                setattr(section, name, _absolute(file))
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.expanduser(path)).absolute()
 
 
 def open_dataset(section: DataSection, accept: Callable[[Example], None]) -> ExampleDataset:
@@ -249,6 +266,7 @@ def open_dataset(section: DataSection, accept: Callable[[Example], None]) -> Exa
         mode=section.mode,
         image_root=section.image_root,
         allow_urls=section.allow_urls,
+        quoting=section.quoting,
         on_error=section.on_error,
         max_rows=section.max_rows,
         accept=accept,
@@ -294,11 +312,33 @@ def set_num_steps(config: TrainConfig, steps_per_epoch: int) -> None:
 
 
 def load_valid_task(config: TrainConfig, readers: Mapping[str, Reads]) -> RetrievalTask:
-    """Make a retrieval task of the held-out rows.
+    """Read the held-out queries and documents, or make a retrieval task of the held-out rows.
 
     :param readers: what the models that read the rows can read, by what messages call them.
     """
     section = config.valid
+    task = find_task(
+        section.paths,
+        (section.queries, section.corpus, section.qrels),
+        section.split,
+        image_root=section.image_root,
+        quoting=section.quoting,
+        row_options={
+            "valid.columns": bool(section.columns),
+            "valid.mode": section.mode != "auto",
+            "valid.max_rows": section.max_rows is not None,
+            "valid.on_error": section.on_error != "raise",
+            "valid.allow_urls": section.allow_urls,
+        },
+    )
+    if task is not None:
+        for role, items in (("query", task.queries), ("document", task.corpus)):
+            for number, item in enumerate(items, 1):
+                check_readable(
+                    Example(item, source=item.source or f"The {role} {number} of the held-out data"), readers
+                )
+        return task
+
     examples = list(open_dataset(section, partial(check_readable, readers=readers)))
     if section.on_error == "skip":
         # All now: what is relevant to which query must not change during the training.

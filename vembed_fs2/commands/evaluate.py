@@ -13,7 +13,7 @@ from shutil import rmtree
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
-from vembed_fs2.commands.arguments import add_trust_argument, parse_columns
+from vembed_fs2.commands.arguments import add_quoting_argument, add_trust_argument, parse_columns
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.recipes.evaluate.settings import RESULTS_FILE, EvaluateDataSection, EvaluateSettings
 
@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FIELD=NAME",
         help="the file's name for a field; can be repeated",
+    )
+    add_quoting_argument(parser)
+    parser.add_argument(
+        "--ties",
+        choices=("corpus", "trec_eval"),
+        default="corpus",
+        help="documents of the same score: in the order of the corpus, or greatest id first (default: corpus)",
     )
     parser.add_argument("--image-root", type=Path, metavar="DIR", help="folder that images lie in")
     parser.add_argument("--max-length", type=int, metavar="N", help="longest text in tokens")
@@ -101,6 +108,8 @@ def _read_settings(args: argparse.Namespace) -> EvaluateSettings:
         columns=parse_columns(args.column),
         mode=args.mode,
         image_root=args.image_root,
+        quoting=args.quoting,
+        ties=args.ties,
     )
 
     return EvaluateSettings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +22,14 @@ class Shard(ABC):
 
     @abstractmethod
     def read(self, row: int) -> RawRow: ...
+
+    def rows_with_lists(self, columns: Sequence[str]) -> Iterable[int]:
+        """The rows in which one of these columns may hold a list of several values."""
+        return range(len(self))
+
+    def joined_rows(self) -> Sequence[int]:
+        """The rows of which a quoted field holds what separates fields or rows."""
+        return ()
 
     def where(self, row: int) -> str:
         return f"{self.file}:row {row + 1}"

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize, pad
 from typing_extensions import Self, override
 
 from vembed_fs2.embedding.batch import EncoderBatch as EncoderBatch
+from vembed_fs2.embedding.freezing import stop_dropout
 from vembed_fs2.embedding.head import DenseConfig as DenseConfig
 from vembed_fs2.embedding.head import Head as Head
 from vembed_fs2.embedding.head import HeadConfig as HeadConfig
@@ -141,7 +142,9 @@ class EmbeddingModel(Module, ABC):
     """An image shape that the model takes: channels, height, width in pixels."""
 
     frozen_parameters: frozenset[str] = frozenset()
-    """The names of the parameters that are never trained: those that the factory of the family freezes."""
+    """The names of the parameters that are never trained: those that the factory of the family freezes, and more."""
+
+    _has_frozen_parts = False
 
     logit_scale: Tensor | None
     logit_bias: Tensor | None
@@ -282,6 +285,21 @@ class EmbeddingModel(Module, ABC):
         super().requires_grad_(requires_grad)
         for name in self.frozen_parameters:
             self.get_parameter(name).requires_grad_(False)
+        return self
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Keep these parameters as they are in training. A part of which all are frozen has no dropout either."""
+        self.frozen_parameters |= frozenset(names)
+        self._has_frozen_parts = True
+        for name in self.frozen_parameters:
+            self.get_parameter(name).requires_grad_(False)
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; but what :meth:`freeze` froze only computes features."""
+        super().train(mode)
+        if self._has_frozen_parts:
+            stop_dropout(self, self.frozen_parameters)
         return self
 
     def add_learned_parts(self, parts: Iterable[LearnedPart]) -> None:

@@ -162,7 +162,7 @@ def test_encoders_that_do_not_fit_are_refused() -> None:
     )
     assert errors == [
         "`text`: `trained_layers` must be at most 2, but is 3 instead.",
-        "`image`: `frozen_params`: 'text' matches no parameter of the encoder; the first one is 'logit_scale'.",
+        "`image`: `frozen_params`: 'text' matches no parameter; the first one is 'logit_scale'.",
     ]
 
 

@@ -203,6 +203,7 @@ def test_a_file_knows_its_folder(tmp_path: Path) -> None:
     [
         (b"a: [", "not valid YAML"),
         (b"a: \xff", "not valid YAML: 'utf-8' codec"),
+        (b"a: 1\na: 2", 'not valid YAML: found duplicate key "a" .* in line 2, column 1$'),
         (b"- 1", "keys and values"),
         (None, "cannot be read"),
     ],

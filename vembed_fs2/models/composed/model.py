@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 from typing_extensions import Self, override
 
+from vembed_fs2.embedding.freezing import plain_name, stop_dropout
 from vembed_fs2.embedding.head import Head, States
 from vembed_fs2.embedding.inputs import ImageInputs
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch, Modality
 from vembed_fs2.models.common.dropout import Dropout
 from vembed_fs2.models.composed.backbone import TowerEncoder
-from vembed_fs2.models.composed.freezing import plain_name, stop_dropout
 
 MODALITIES: Final[tuple[Modality, ...]] = ("text", "image")
 
