@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from fairseq2.recipe.config import CommonSection, GangSection
 from fairseq2.utils.validation import ValidationResult
 
+from vembed_fs2.dtypes import find_dtype
+from vembed_fs2.errors import VembedError
 from vembed_fs2.recipes.evaluate.settings import EvaluateSettings
 
 
@@ -28,6 +30,11 @@ class EvaluateConfig(EvaluateSettings):
             value = getattr(self, name)
             if value is not None and value < low:
                 result.add_error(f"`{name}` must be greater than or equal to {low}, but is {value} instead.")
+
+        try:
+            find_dtype(self.dtype)
+        except VembedError as ex:
+            result.add_error(str(ex))
 
         if self.gang.tensor_parallel_size != 1:
             result.add_error("`gang.tensor_parallel_size` must be 1: each process holds the whole model.")

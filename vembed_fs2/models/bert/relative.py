@@ -105,11 +105,11 @@ class PackedRelativeLayout(PackedLayout):  # type: ignore[misc]  # final in fair
         :param bias: *Shape:* ``[H, L, L]``.
         """
         super().__init__(mask)
-        self._padded = RelativeLayout(seqs, mask, bias)
+        self._relative = RelativeLayout(seqs, mask, bias)
 
     @override
     def padded_layout(self, seqs: Tensor) -> PaddedLayout:
-        return self._padded
+        return self._relative
 
 
 @final
