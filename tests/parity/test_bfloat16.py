@@ -1,4 +1,4 @@
-"""All families with weights in bfloat16: close to float32, float32 at the end, and the same whatever else is encoded."""
+"""All families with weights in bfloat16: close to float32, float32 at the end, whatever else is encoded."""
 
 from __future__ import annotations
 

@@ -121,7 +121,9 @@ def test_long_and_empty_sequences_are_left_to_torch() -> None:
         assert not can_attend_in_bfloat16(q[:0], k[:0], causal=False)
 
 
-@pytest.mark.parametrize(("products", "tiles", "fits"), [(True, False, True), (True, True, False), (False, False, False)])
+@pytest.mark.parametrize(
+    ("products", "tiles", "fits"), [(True, False, True), (True, True, False), (False, False, False)]
+)
 def test_it_depends_on_the_processor(products: bool, tiles: bool, fits: bool) -> None:
     q, k, _ = inputs()
     with (
