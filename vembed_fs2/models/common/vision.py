@@ -75,10 +75,11 @@ class PatchProjection(Conv2d):
         rows, columns = self.kernel_size
         height, width = x_PCHW.size(2) // rows, x_PCHW.size(3) // columns
 
-        patches = x_PCHW[:, :, : height * rows, : width * columns].unflatten(3, (width, columns))
-        patches = patches.unflatten(2, (height, rows)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x_PCHW = x_PCHW[:, :, : height * rows, : width * columns]
+        patches = x_PCHW.reshape(*x_PCHW.shape[:2], height, rows, width, columns).permute(0, 2, 4, 1, 3, 5)
 
-        return linear(patches, self.weight.flatten(1), self.bias).transpose(1, 2).unflatten(2, (height, width))
+        # [P, h, w, M] of [P, h, w, C * rows * columns].
+        return linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class PatchLayout(PaddedLayout):  # type: ignore[misc]  # final in fairseq2
