@@ -8,6 +8,8 @@ from typing import get_args
 from fairseq2.recipe.config import CommonSection, GangSection
 from fairseq2.utils.validation import ValidationResult
 
+from vembed_fs2.dtypes import find_dtype
+from vembed_fs2.errors import VembedError
 from vembed_fs2.inference.quantize import Precision
 from vembed_fs2.recipes.evaluate.settings import EvaluateSettings
 
@@ -34,6 +36,10 @@ class EvaluateConfig(EvaluateSettings):
         if self.precision not in get_args(Precision):
             known = ", ".join(get_args(Precision))
             result.add_error(f"`precision` must be one of {known}, but is '{self.precision}' instead.")
+        try:
+            find_dtype(self.dtype)
+        except VembedError as ex:
+            result.add_error(str(ex))
 
         if self.gang.tensor_parallel_size != 1:
             result.add_error("`gang.tensor_parallel_size` must be 1: each process holds the whole model.")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vembed_fs2.data.dataset import ExampleDataset
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.dtypes import dtype_name, find_dtype
 from vembed_fs2.evaluation.datasets import find_task, task_from_examples
 from vembed_fs2.evaluation.report import Results, write_results
 from vembed_fs2.evaluation.retrieval import Compress, evaluate_embedder
@@ -100,7 +101,11 @@ def compression(embedder: Embedder, settings: EvaluateSettings) -> Compress | No
 def load_embedder(name: str, settings: EvaluateSettings, device: torch.device | str | None = None) -> Embedder:
     """Load a model to evaluate."""
     embedder = Embedder.load(
-        name, device=device, max_length=settings.max_length, trust_remote_code=settings.trust_remote_code
+        name,
+        device=device,
+        dtype=settings.dtype,
+        max_length=settings.max_length,
+        trust_remote_code=settings.trust_remote_code,
     )
     embedder.autocast_dtype = torch.bfloat16 if settings.bf16 else None
     return embedder
@@ -110,7 +115,12 @@ def write_report(file: Path, settings: EvaluateSettings, results: Mapping[str, R
     """Write the results as JSON, with what they are of."""
     paths = [str(path) for path in settings.data.paths]
 
-    about: dict[str, Any] = {"data": paths, "max_length": settings.max_length, "bf16": settings.bf16}
+    about: dict[str, Any] = {
+        "data": paths,
+        "max_length": settings.max_length,
+        "dtype": dtype_name(find_dtype(settings.dtype)),
+        "bf16": settings.bf16,
+    }
     if settings.truncate_dim is not None:
         about["truncate_dim"] = settings.truncate_dim
     if settings.precision != "float32":

@@ -72,9 +72,11 @@ class EvaluateSettings:
 
     precision: str = "float32"
     """What embeddings are quantized to before they are compared: float32, int8, uint8, binary or ubinary."""
+    dtype: str = "float32"
+    """The type of the weights, or ``auto``: bfloat16 where the hardware multiplies it natively, else float32."""
 
     bf16: bool = False
-    """If ``True``, models compute in bfloat16."""
+    """If ``True``, models compute in bfloat16 by autocast, whatever the type of their weights."""
 
     trust_remote_code: bool = False
     """If ``True``, Python code that comes with a model is run. It can do anything."""

@@ -22,6 +22,7 @@ from fairseq2.recipe.config import (
 from fairseq2.utils.validation import ValidationResult
 from typing_extensions import override
 
+from vembed_fs2.dtypes import has_fast_bf16 as has_fast_bf16
 from vembed_fs2.gradcache import parse_budget
 from vembed_fs2.losses import LOSSES, InfoNCEConfig, create_loss
 from vembed_fs2.losses.nested import prefix_keys
@@ -297,13 +298,6 @@ class FreezeSection:
 def _default_trainer() -> TrainerSection:
     mode: Literal["static", "off"] = "static" if has_fast_bf16() else "off"
     return TrainerSection(mixed_precision=MixedPrecisionConfig(mode=mode), max_grad_norm=1.0)
-
-
-def has_fast_bf16() -> bool:
-    """Whether the hardware multiplies bfloat16 matrices natively."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @dataclass(kw_only=True)

@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """Build pairs, evaluate, fine-tune, evaluate again, export."""
     from vembed_fs2.commands.demo import heading, minilm_folder, train
     from vembed_fs2.demo.text import write_pairs
+    from vembed_fs2.dtypes import has_fast_bf16
     from vembed_fs2.evaluation.datasets import task_from_files
     from vembed_fs2.evaluation.report import print_results, write_results
     from vembed_fs2.evaluation.retrieval import evaluate_embedder
@@ -27,7 +28,6 @@ def run(args: argparse.Namespace) -> int:
     from vembed_fs2.inference.embedder import Embedder
     from vembed_fs2.recipes.evaluate.evaluate import load_embedder
     from vembed_fs2.recipes.evaluate.settings import EvaluateSettings
-    from vembed_fs2.recipes.train.config import has_fast_bf16
 
     out: Path = args.output_dir
     check_new_folder(out)

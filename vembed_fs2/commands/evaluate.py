@@ -14,6 +14,7 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 from vembed_fs2.commands.arguments import add_quoting_argument, add_trust_argument, parse_columns
+from vembed_fs2.dtypes import AUTO, DTYPE_NAMES, dtype_name, find_dtype
 from vembed_fs2.errors import ConfigError
 from vembed_fs2.recipes.evaluate.settings import RESULTS_FILE, EvaluateDataSection, EvaluateSettings
 
@@ -68,7 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="quantize embeddings before they are compared (default: float32)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--dtype",
+        choices=[AUTO, *DTYPE_NAMES],
+        default="float32",
+        help="type of the weights (default: float32); auto is bfloat16 where the hardware multiplies it natively",
+    )
+    precision.add_argument("--bf16", action="store_true", help="compute in bfloat16 with weights in float32 (autocast)")
     parser.add_argument(
         "--nproc-per-node", type=_positive, metavar="N", help="share the work among N processes on this machine"
     )
@@ -121,6 +129,7 @@ def _read_settings(args: argparse.Namespace) -> EvaluateSettings:
         batch_size=args.batch_size,
         truncate_dim=args.truncate_dim,
         precision=args.precision,
+        dtype=dtype_name(find_dtype(args.dtype, args.device)),
         bf16=args.bf16,
         trust_remote_code=args.trust_remote_code,
     )

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from vembed_fs2.commands.arguments import add_trust_argument
+from vembed_fs2.dtypes import DTYPE_NAMES, dtype_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hf for transformers, sentence-transformers (default; transformers reads it as well), open_clip, or the "
         "layout of a plugin",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        default="float32",
+        help="type that the weights are written in (default: float32); bfloat16 halves the folder and rounds them",
+    )
     add_trust_argument(parser)
 
 
@@ -30,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
     check_new_folder(args.output_dir)
     write = get_writer(args.format)
-    write(Embedder.load(args.model, device="cpu", trust_remote_code=args.trust_remote_code), args.output_dir)
-    print(f"Written to {args.output_dir}.")
+    embedder = Embedder.load(args.model, device="cpu", dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    write(embedder, args.output_dir)
+    print(f"Written to {args.output_dir}, in {dtype_name(embedder.dtype)}.")
 
     return 0

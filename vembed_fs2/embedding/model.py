@@ -27,7 +27,7 @@ from vembed_fs2.embedding.head import SingleSimilarity as SingleSimilarity
 from vembed_fs2.embedding.head import States as States
 from vembed_fs2.embedding.head import is_late_interaction
 from vembed_fs2.embedding.inputs import ImageInputs, Kind, TextInputs
-from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart, learned_dtype
 from vembed_fs2.embedding.learned import EmbeddingModelConfig as EmbeddingModelConfig
 from vembed_fs2.errors import DataError
 
@@ -314,7 +314,7 @@ class EmbeddingModel(Module, ABC):
             if getattr(self, part.name, None) is not None:
                 raise ValueError(f"`{part.name}` is a part of the model; the objective must learn another name.")
 
-            initial = part.initial().to(device=like.device, dtype=like.dtype)
+            initial = part.initial().to(device=like.device, dtype=learned_dtype(like.dtype))
             if part.is_trained:
                 self.register_parameter(part.name, Parameter(initial))
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar, cast, final
@@ -14,10 +15,11 @@ from fairseq2.utils.validation import StandardObjectValidator, ValidationError, 
 from torch import Tensor
 from typing_extensions import override
 
+from vembed_fs2.dtypes import dtype_name
 from vembed_fs2.embedding.head import HeadConfig, ImageHeadConfig
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, TEACHER_PROJECTION
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.files import write_json
+from vembed_fs2.files import read_json, write_json
 from vembed_fs2.formats.folder import ModelFolder
 from vembed_fs2.formats.key_map import Drop, KeyMap
 
@@ -122,9 +124,11 @@ class CheckpointFormat(HuggingFaceConverter):
         """
         from huggingface_hub import save_torch_state_dict
 
+        tensors = cast(dict[str, Tensor], self.to_hg_state_dict(state_dict, config))
         folder.mkdir(parents=True, exist_ok=True)
         self.write_config(folder, config)
-        save_torch_state_dict(cast(dict[str, Tensor], self.to_hg_state_dict(state_dict, config)), folder)
+        _write_dtype(folder / "config.json", tensors.values())
+        save_torch_state_dict(tensors, folder)
         self.write_files(folder, config)
 
     def write_config(self, folder: Path, config: object) -> None:
@@ -141,6 +145,19 @@ class CheckpointFormat(HuggingFaceConverter):
 
     def write_files(self, folder: Path, config: object) -> None:
         """Write what else belongs to an exported folder, after configuration and weights. Nothing, by default."""
+
+
+def _write_dtype(file: Path, tensors: Iterable[Tensor]) -> None:
+    """Say in ``config.json`` which type the weights are written in: the one that most of their numbers have."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            counts[dtype_name(tensor.dtype)] += tensor.numel()
+
+    if counts:
+        # The name that every version of transformers reads.
+        values = {key: value for key, value in read_json(file).items() if key != "dtype"}
+        write_json(file, dict(sorted({**values, "torch_dtype": counts.most_common(1)[0][0]}.items())))
 
 
 @final

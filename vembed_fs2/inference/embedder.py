@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vembed_fs2.data.example import Item, Role
+from vembed_fs2.dtypes import DtypeLike, dtype_name, find_dtype
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import DataError, VembedError
 from vembed_fs2.formats.folder import ModelFolder
@@ -27,6 +29,8 @@ from vembed_fs2.inference.quantize import Array, Precision, as_floats, measure_r
 from vembed_fs2.inference.similarity import Embedded, compare_all, compare_pairs
 from vembed_fs2.inference.vectors import VectorOptions
 from vembed_fs2.processing.processor import Processor
+
+log = logging.getLogger("vembed_fs2")
 
 
 class Embedder:
@@ -58,19 +62,23 @@ class Embedder:
         name_or_path: str | Path,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: DtypeLike = torch.float32,
         max_length: int | None = None,
         trust_remote_code: bool = False,
     ) -> Embedder:
         """Load a card, a Hugging Face or sentence-transformers folder, a run folder or a checkpoint folder.
 
         :param device: where to compute; a GPU if there is one.
+        :param dtype: the type of the weights, and so of what is computed: a torch type, its name, or "auto",
+            which is bfloat16 where the device multiplies it natively and float32 elsewhere. Embeddings are
+            float32 whatever it is.
         :param max_length: overrides the model's longest text, in tokens.
         :param trust_remote_code: whether Python code that comes with the model may be run. It can do anything.
         :raises ModelLoadError: there is no such model, or it is broken.
         :raises VembedError: an option is not valid.
         """
         device = _find_device(device)
+        dtype = find_dtype(dtype, device)
 
         if max_length is not None and max_length < 3:
             raise VembedError(f"`max_length` must be greater than or equal to 3, but is {max_length}.")
@@ -109,6 +117,11 @@ class Embedder:
     def device(self) -> torch.device:
         """The device that computes embeddings."""
         return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights, without what the model holds for objectives."""
+        return next(p.dtype for name, p in self.model.named_parameters() if name not in self.model.learned)
 
     @property
     def embedding_dim(self) -> int:
@@ -298,12 +311,14 @@ class Embedder:
         return floats
 
     def save(self, folder: str | Path, layout: str) -> None:
-        """Write a folder that another library loads.
+        """Write a folder that another library loads. The weights are written in the type that they were loaded in.
 
         :param layout: ``hf`` (transformers), ``sentence-transformers``, ``open_clip``, or the layout of a plugin.
         :raises VembedError: ``folder`` exists and is not empty, the layout cannot
             express the model, or there is no such layout.
         """
+        if self.dtype.itemsize < 4:
+            log.warning("The weights are written as they were loaded, in %s.", dtype_name(self.dtype))
         get_writer(layout)(self, Path(folder))
 
     def save_hf(self, folder: str | Path) -> None:
