@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from vembed_fs2.console import Screen
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.embedding.head import MAXSIM, Similarity
 from vembed_fs2.errors import DataError
@@ -188,6 +189,7 @@ def evaluate_embedder(
     similarity: Similarity = "cosine",
     device: torch.device | None = None,
     gather: RowGather | None = None,
+    show_progress_bar: bool | Screen | None = None,
 ) -> dict[str, float]:
     """Encode a task's queries and documents and return what :func:`evaluate_retrieval` does.
 
@@ -200,12 +202,17 @@ def evaluate_embedder(
         input (``[L_i, D]``), is evaluated by ``maxsim``.
     :param device: Where to compare the embeddings; the CPU by default.
     :param gather: The gang, of a backend that takes tensors on the CPU; one process by default.
+    :param show_progress_bar: Given to the embedder, if it is given here.
     """
     gather = gather or RowGather()
     own = share_of(len(task.queries), gather)
     items = [task.corpus[i] for i in share_of(len(task.corpus), gather)]
 
-    encoded = embedder.encode_document(items, batch_size=batch_size)
+    options: dict[str, Any] = {"batch_size": batch_size}
+    if show_progress_bar is not None:  # An embedder need not know it.
+        options["show_progress_bar"] = show_progress_bar
+
+    encoded = embedder.encode_document(items, **options)
     corpus, document_mask = _padded_vectors(gather_shares(encoded, len(task.corpus), gather))
     excluded = task.excluded()
     exclude = None if excluded is None else torch.tensor([excluded[i] for i in own], dtype=torch.int64)
@@ -213,7 +220,7 @@ def evaluate_embedder(
         rows = torch.tensor(own, dtype=torch.int64)
         queries, query_mask = corpus[rows], None if document_mask is None else document_mask[rows]
     else:
-        encoded = embedder.encode_query([task.queries[i] for i in own], batch_size=batch_size)
+        encoded = embedder.encode_query([task.queries[i] for i in own], **options)
         queries, query_mask = _padded_vectors(encoded)
 
     scores = _score_queries(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from vembed_fs2.console import Screen
 from vembed_fs2.data.example import Item, Role
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import DataError, VembedError
@@ -94,7 +96,7 @@ class Embedder:
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
-        show_progress_bar: bool | None = None,
+        show_progress_bar: bool | Screen | None = None,
         truncate_dim: int | None = None,
         precision: Precision = "float32",
         normalize_embeddings: bool | None = None,
@@ -110,6 +112,8 @@ class Embedder:
         :param prompt_name: the name of one of the model's prompts.
         :param prompt: a text put before each text; overrides ``prompt_name``.
         :param batch_size: the most inputs per forward pass; chosen by length if ``None``.
+        :param show_progress_bar: show how many inputs are encoded, their rate and the time left on the standard error
+            (or a :class:`~vembed_fs2.console.Screen`); outside a terminal, as a line now and then.
         :param truncate_dim: keep this many leading dimensions (Matryoshka).
         :param normalize_embeddings: scale each vector to unit length; ``None`` does what the model says.
         :param role: the side that the inputs stand on, as :meth:`encode_query` and :meth:`encode_document` say it.
@@ -123,10 +127,8 @@ class Embedder:
         several = as_several(inputs)
         items = [as_single(inputs)] if several is None else list(as_items(several))
 
-        encoded = self._encode(items, role, self._prompt(prompt_name, prompt), batch_size, options)
-        if show_progress_bar:
-            encoded = track(encoded, len(items))
-
+        show, total = show_progress_bar, len(items)
+        encoded = self._encode(items, role, self._prompt(prompt_name, prompt), batch_size, options, show, total)
         output = options.collect(encoded, len(items), self.device)
         return output[0] if several is None else output
 
@@ -144,7 +146,7 @@ class Embedder:
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
-        show_progress_bar: bool | None = None,
+        show_progress_bar: bool | Screen | None = None,
         truncate_dim: int | None = None,
         precision: Precision = "float32",
         normalize_embeddings: bool | None = None,
@@ -171,8 +173,10 @@ class Embedder:
         if several is None:  # A string would be a stream of its letters.
             raise DataError("`inputs` must be a list or an iterator. For one input, use `encode`.")
 
-        encoded = self._encode(as_items(several), role, self._prompt(prompt_name, prompt), batch_size, options)
-        return options.in_order(track(encoded, None) if show_progress_bar else encoded)
+        items, show = as_items(several), show_progress_bar
+        return options.in_order(
+            self._encode(items, role, self._prompt(prompt_name, prompt), batch_size, options, show, None)
+        )
 
     def similarity(self, a: Embedded, b: Embedded) -> Any:
         """Compare all of ``a`` with all of ``b``, as the model's embeddings are compared. *Returns:* ``[N, M]``.
@@ -214,6 +218,8 @@ class Embedder:
         prompt: str | None,
         batch_size: int | None,
         options: VectorOptions,
+        show: bool | Screen | None,
+        total: int | None,
     ) -> Iterator[Encoded]:
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise VembedError(f"`batch_size` must be an integer greater than or equal to 1, but is {batch_size!r}.")
@@ -221,7 +227,10 @@ class Embedder:
             raise VembedError(f"`role` must be one of {', '.join(get_args(Role))}, but is {role!r}.")
 
         encoder = Encoder(self.model, self.processor, autocast_dtype=self.autocast_dtype)
-        return encoder.encode(items, role=role, prompt=prompt, batch_size=batch_size, finish=options.finish)
+        encode = partial(encoder.encode, items, role=role, prompt=prompt, batch_size=batch_size)
+        if show:
+            return track(encode, options.finish, total=total, show=show, role=role)
+        return encode(finish=options.finish)
 
     def _prompt(self, name: str | None, prompt: str | None) -> str | None:
         """The prompt that the caller asks for; ``None`` leaves it to the processor."""
