@@ -159,6 +159,21 @@ def structure(kls: type[Any], values: Mapping[str, Any], component_config: Compo
     return StandardValueConverter().structure(values, kls)
 
 
+def structure_sections(
+    kls: type[Any], values: Mapping[str, Any], component_config: ComponentConfigs
+) -> dict[str, object]:
+    """Convert the sections of ``kls`` that have no errors, by name, of values that :func:`structure` refuses."""
+    sections = {}
+    for name, hint in get_type_hints(kls).items():
+        section, value = _section_of(hint), values.get(name)
+        if not (is_dataclass(section) and isinstance(section, type) and isinstance(value, Mapping)):
+            continue
+        if not any(_find_errors(section, value, f"{name}.", component_config)):
+            sections[name] = StandardValueConverter().structure(value, section)
+
+    return sections
+
+
 def _find_errors(kls: type[Any], values: Mapping[str, Any], path: str, components: ComponentConfigs) -> Iterator[str]:
     hints = get_type_hints(kls)
     names = [f.name for f in fields(kls)]

@@ -24,6 +24,9 @@ _RETRIEVAL: Final = (
 VALID_METRICS: Final = tuple(descriptor.name for descriptor in _RETRIEVAL)
 """What a validation measures."""
 
+METRIC_NAMES: Final = {descriptor.name: descriptor.display_name for descriptor in _RETRIEVAL}
+"""How these are shown, and written to files."""
+
 _DESCRIPTORS: Final = (
     *_RETRIEVAL,
     MetricDescriptor("num_negatives", "Negatives per Query", 205, format_as_float),

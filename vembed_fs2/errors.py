@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+CONFIGURATION: Final = "The configuration"
 
 
 class VembedError(Exception):
@@ -15,7 +19,8 @@ class ConfigError(VembedError):
     :param errors: one sentence each.
     """
 
-    def __init__(self, errors: list[str] | str, *, where: str = "The configuration") -> None:
+    def __init__(self, errors: list[str] | str, *, where: str = CONFIGURATION) -> None:
+        self.where = where
         self.errors = [errors] if isinstance(errors, str) else list(errors)
         lines = "\n".join(f"  - {e}" for e in self.errors)
         super().__init__(f"{where} is not valid:\n{lines}")
@@ -27,6 +32,34 @@ class DataError(VembedError):
 
 class ModelLoadError(VembedError):
     """A model folder, card or checkpoint that cannot be loaded."""
+
+
+class Problems:
+    """Collects errors of independent steps, so that all of them are said at once."""
+
+    def __init__(self) -> None:
+        self._errors: list[VembedError] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keep an error of this block for later."""
+        try:
+            yield
+        except VembedError as ex:
+            self._errors.append(ex)
+
+    def check(self) -> None:
+        """:raises VembedError: the error that was collected, or one that lists all of them."""
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            raise ConfigError([text for error in self._errors for text in _sentences(error)])
+
+
+def _sentences(error: VembedError) -> list[str]:
+    if isinstance(error, ConfigError):
+        return [text if error.where == CONFIGURATION else f"{error.where}: {text}" for text in error.errors]
+    return [str(error)]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

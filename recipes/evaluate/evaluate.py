@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vembed_fs2.console import Screen
 from vembed_fs2.data.dataset import ExampleDataset
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.dtypes import dtype_name, find_dtype
+from vembed_fs2.errors import VembedError
 from vembed_fs2.evaluation.datasets import find_task, task_from_examples
-from vembed_fs2.evaluation.report import Results, write_results
+from vembed_fs2.evaluation.report import Results, print_results, write_results
 from vembed_fs2.evaluation.retrieval import Compress, evaluate_embedder
 from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.inference.embedder import Embedder
@@ -46,17 +48,23 @@ def load_task(data: EvaluateDataSection) -> RetrievalTask:
 
 
 def evaluate_models(
-    settings: EvaluateSettings, task: RetrievalTask, load: Callable[[str], Embedder], gather: RowGather | None = None
+    settings: EvaluateSettings,
+    task: RetrievalTask,
+    load: Callable[[str], Embedder],
+    screen: Screen,
+    gather: RowGather | None = None,
 ) -> dict[str, dict[str, float]]:
     """Evaluate the models one after the other.
 
     :param load: returns a model by its name.
+    :param screen: shows how far it is.
     :param gather: the gang, as :func:`~vembed_fs2.evaluation.retrieval.evaluate_embedder` takes it.
     :returns: the results by the name of the model, in the order in which they are shown.
     """
     results = {}
     for name in settings.models:
-        embedder = load(name)
+        with screen.working(f"Loading {name}"):
+            embedder = load(name)
         results[name] = evaluate_embedder(
             embedder,
             task,
@@ -66,6 +74,7 @@ def evaluate_models(
             gather=gather,
             truncate_dim=settings.truncate_dim,
             compress=compression(embedder, settings),
+            show_progress_bar=screen,
         )
 
     return results
@@ -109,6 +118,13 @@ def load_embedder(name: str, settings: EvaluateSettings, device: torch.device | 
     )
     embedder.autocast_dtype = torch.bfloat16 if settings.bf16 else None
     return embedder
+
+
+def show_results(settings: EvaluateSettings, results: Mapping[str, Results]) -> None:
+    """Print the results as a table."""
+    counts = results[settings.model]
+    num_queries = int(counts["num_queries"] + counts["num_queries_without_relevant"])
+    print_results(results, title=f"{num_queries:,} queries, {int(counts['num_documents']):,} documents")
 
 
 def write_report(file: Path, settings: EvaluateSettings, results: Mapping[str, Results]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final, Literal
 
 import torch
 from fairseq2.recipe.config import (
@@ -23,11 +23,22 @@ from fairseq2.utils.validation import ValidationResult
 from typing_extensions import override
 
 from vembed_fs2.dtypes import has_fast_bf16 as has_fast_bf16
+from vembed_fs2.errors import ConfigError
 from vembed_fs2.gradcache import parse_budget
 from vembed_fs2.losses import LOSSES, InfoNCEConfig, create_loss
 from vembed_fs2.losses.nested import prefix_keys
+from vembed_fs2.models.composed import COMPOSED_FAMILY
 from vembed_fs2.recipes.metrics import VALID_METRICS
 from vembed_fs2.recipes.optim import ADAMW, WARMUP_DECAY, EmbeddingAdamWConfig, WarmupDecayConfig
+from vembed_fs2.recipes.train.archs import find_arch_config
+
+NO_PROCESSOR: Final = "`processor.path` must name a folder with a tokenizer or image processor"
+
+PROCESSOR_FOLDERS: Final = (
+    " Any folder of such a model that transformers loads is one; of a card, `fairseq2 vembed export CARD FOLDER "
+    "--format hf` writes one."
+)
+"""Where a folder for ``processor.path`` comes from."""
 
 
 @dataclass(kw_only=True)
@@ -295,6 +306,28 @@ class FreezeSection:
         return result
 
 
+@dataclass(kw_only=True)
+class TrainRegimeSection(RegimeSection):
+    """fairseq2's, with what it overlooks."""
+
+    @override
+    def validate(self) -> ValidationResult:
+        # fairseq2 divides by these.
+        zeros = [name for name, value in vars(self).items() if "_every_n_" in name and value == 0]
+        others: dict[str, Any] = dict.fromkeys(zeros)
+
+        result = super(TrainRegimeSection, replace(self, **others)).validate()
+        for name in zeros:
+            result.add_error(f"`{name}` must be greater than or equal to 1.")
+
+        if self.export_hugging_face:
+            result.add_error(
+                "`export_hugging_face` is not supported: the folders that fairseq2 writes lack the tokenizer and "
+                "the image processor. `fairseq2 vembed export OUTPUT_DIR FOLDER` writes the model of a run."
+            )
+        return result
+
+
 def _default_trainer() -> TrainerSection:
     mode: Literal["static", "off"] = "static" if has_fast_bf16() else "off"
     return TrainerSection(mixed_precision=MixedPrecisionConfig(mode=mode), max_grad_norm=1.0)
@@ -320,8 +353,8 @@ class TrainConfig:
     lr_scheduler: LRSchedulerSection = field(
         default_factory=lambda: LRSchedulerSection(name=WARMUP_DECAY, config=WarmupDecayConfig())
     )
-    regime: RegimeSection = field(
-        default_factory=lambda: RegimeSection(
+    regime: TrainRegimeSection = field(
+        default_factory=lambda: TrainRegimeSection(
             checkpoint_every_n_data_epochs=1,
             validate_every_n_data_epochs=1,
             publish_metrics_every_n_steps=10,
@@ -329,6 +362,18 @@ class TrainConfig:
         )
     )
     common: CommonSection = field(default_factory=lambda: CommonSection(no_sweep_dir=True))
+
+    def _new_model_errors(self, family: str) -> Sequence[str]:
+        """What is wrong with a model that has new weights."""
+        try:
+            find_arch_config(family, self.model.arch)
+        except ConfigError as ex:
+            return ex.errors
+
+        # The encoders of a composed model may have files of their own.
+        if self.processor.path is None and family != COMPOSED_FAMILY:
+            return [f"{NO_PROCESSOR}, because new weights come without.{PROCESSOR_FOLDERS}"]
+        return []
 
     def validate(self) -> ValidationResult:
         result = ValidationResult()
@@ -352,6 +397,10 @@ class TrainConfig:
                 if needs_teacher
                 else "`teacher` is given, but `loss` needs none."
             )
+
+        if self.model.name is None and self.model.path is None and self.model.family is not None:
+            for error in self._new_model_errors(self.model.family):
+                result.add_error(error)
 
         trainer = self.trainer
         if trainer.max_grad_norm is not None and not trainer.max_grad_norm > 0.0:

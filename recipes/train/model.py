@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
 from fairseq2.gang import Gangs
 from fairseq2.models import ModelFamily
-from fairseq2.runtime.dependency import DependencyLookup
 from fairseq2.utils.config import StandardConfigMerger
 from fairseq2.utils.structured import StandardValueConverter
 
 from vembed_fs2.embedding.freezing import find_first_parameters, find_matches, plain_name
 from vembed_fs2.embedding.model import EmbeddingModel
-from vembed_fs2.errors import ConfigError
+from vembed_fs2.errors import ConfigError, ModelLoadError
 from vembed_fs2.hub.find import find_model
 from vembed_fs2.hub.load import load_processor
 from vembed_fs2.hub.towers import refuse_sources, resolve_towers
@@ -24,7 +22,13 @@ from vembed_fs2.models.composed import ComposedConfig, ComposedModel
 from vembed_fs2.models.composed.interop import forget_sources
 from vembed_fs2.processing.processor import Processor
 from vembed_fs2.recipes.layers import structure
-from vembed_fs2.recipes.train.config import EmbeddingModelSection, FreezeSection, TrainConfig
+from vembed_fs2.recipes.train.archs import find_arch_config
+from vembed_fs2.recipes.train.config import (
+    NO_PROCESSOR,
+    PROCESSOR_FOLDERS,
+    FreezeSection,
+    TrainConfig,
+)
 from vembed_fs2.recipes.train.objective import Reads, check_vectors, create_blank
 from vembed_fs2.resolver import get_resolver
 
@@ -62,7 +66,8 @@ def plan_model(config: TrainConfig) -> ModelPlan:
         raise ConfigError(f"`model.config_overrides` must hold keys and values, but is {overrides!r}.")
 
     if section.path is None and section.name is None:
-        model_config, family = new_model_config(section), str(section.family)
+        family = str(section.family)
+        model_config = find_arch_config(family, section.arch)
         if isinstance(model_config, ComposedConfig):
             # Not merged over the architecture's encoders: another family's encoders have other fields.
             overrides, section.arch = resolve_towers(model_config, overrides), None
@@ -98,13 +103,16 @@ def _check(config: TrainConfig, family: str, model_config: object) -> EmbeddingM
 
     has_files = config.processor.path is not None or config.model.name is not None
     if isinstance(model, ComposedModel) and not has_files and None in (model.text.source, model.image.source):
-        errors.append(
-            "`processor.path` must name a folder with a tokenizer and an image processor, because `text` or `image` "
-            "has no `path` or `name`."
-        )
+        errors.append(f"{NO_PROCESSOR}, because `text` or `image` has no `path` or `name`.{PROCESSOR_FOLDERS}")
 
     if errors:
         raise ConfigError(errors, where="`model`")
+
+    if config.model.path is None and config.model.name is None and config.processor.path is not None:
+        try:
+            load_processor(model, config.processor.path)
+        except ModelLoadError as ex:
+            raise ConfigError(f"`processor.path`: {ex}{PROCESSOR_FOLDERS}") from None
 
     check_vectors(config.loss, several=model.is_multi_vector)
     return model
@@ -159,33 +167,6 @@ def _family_config(section: str, name: str) -> type[object] | None:
     return None if family is None else family.config_kls
 
 
-def new_model_config(section: EmbeddingModelSection) -> object:
-    """Return the configuration of an architecture.
-
-    :raises ConfigError: there is no such family or architecture.
-    """
-    resolver = get_resolver()
-    family = resolver.maybe_resolve(ModelFamily, key=section.family)
-    if family is None:
-        known = [str(k) for k in DependencyLookup(resolver, ModelFamily).iter_keys()]
-        raise ConfigError(_not_known("model.family", str(section.family), known))
-
-    if section.arch is None:
-        return family.config_kls()
-
-    config = family.maybe_get_arch_config(section.arch)
-    if config is None:
-        raise ConfigError(_not_known("model.arch", section.arch, family.get_archs()))
-
-    return config
-
-
-def _not_known(key: str, name: str, known: Iterable[str]) -> str:
-    nearest = get_close_matches(name, list(known), 1)
-    hint = f" Did you mean '{nearest[0]}'?" if nearest else f" Known: {', '.join(sorted(known))}."
-    return f"`{key}` '{name}' is not known.{hint}"
-
-
 def create_processor(
     config: TrainConfig, model: EmbeddingModel, gangs: Gangs, *, max_length: int | None = None
 ) -> Processor[Any]:
@@ -222,7 +203,7 @@ def _processor_folders(config: TrainConfig, model: EmbeddingModel, gangs: Gangs)
 
     sources = [find_model(name) for name in names if name is not None]
     if len(sources) < len(names):
-        raise ConfigError("`processor.path` must name a folder with a tokenizer or image processor.")
+        raise ConfigError(f"{NO_PROCESSOR}.{PROCESSOR_FOLDERS}")
 
     if gangs.root.rank == 0:
         for source in sources:

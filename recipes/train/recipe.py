@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,12 @@ from typing import Any, final
 
 from fairseq2.checkpoint import CheckpointDir
 from fairseq2.gang import Gangs
+from fairseq2.metrics.recorders import MetricRecorder
 from fairseq2.optim.lr_schedulers import LRScheduler
 from fairseq2.recipe.base import RecipeContext
 from fairseq2.runtime.dependency import DependencyContainer, DependencyResolver
 from fairseq2.task import Task
+from fairseq2.trainer import Trainer
 from fairseq2.utils.structured import StandardValueConverter
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -28,7 +31,7 @@ from vembed_fs2.data.reader import EmbeddingDataReader
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel
-from vembed_fs2.errors import DataError
+from vembed_fs2.errors import DataError, Problems
 from vembed_fs2.evaluation.datasets import find_task, task_from_examples
 from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.fairseq2_seams import complete_checkpoint, list_components, seconds_since_report
@@ -40,8 +43,10 @@ from vembed_fs2.recipes.base import VembedRecipe
 from vembed_fs2.recipes.folder import link_checkpoints
 from vembed_fs2.recipes.optim import register_optim
 from vembed_fs2.recipes.stop import StopRequest
+from vembed_fs2.recipes.trackers import check_wandb
 from vembed_fs2.recipes.train.config import DataSection, TrainConfig, ValidSection
 from vembed_fs2.recipes.train.dataset import Collator, ContrastiveBatch
+from vembed_fs2.recipes.train.display import TrainDisplay, describe_data, describe_model
 from vembed_fs2.recipes.train.model import (
     count_parameters,
     create_processor,
@@ -89,6 +94,9 @@ class PreparedTraining:
     base_config: object
     """The configuration of the model that ``model.config_overrides`` changes."""
 
+    facts: Mapping[str, str]
+    """What a training shows of the model, the rows and the teacher."""
+
 
 @final
 class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
@@ -96,6 +104,7 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
 
     def __init__(self) -> None:
         self.stop = StopRequest()
+        self._display: TrainDisplay | None = None
 
     @property
     @override
@@ -115,14 +124,24 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
         if config.trainer.data_parallelism != "fsdp" and config.trainer.mixed_precision.mode == "static":
             config.trainer.mixed_precision.mode = "auto"  # Autocast, as fairseq2 does; but it warns.
 
+        facts = {"model": describe_model(config.model)}  # Now, because planning puts the folder of the weights in.
         loss = create_objective(config.loss)
         teacher, teacher_dim, readers = None, None, {}
-        if loss.needs_teacher:
-            teacher = find_teacher(config.teacher)
-            blank = create_blank(teacher.family, teacher.config)
-            teacher_dim, readers["the teacher"] = blank.embedding_dim, Reads.of(blank)
 
-        plan = plan_model(config)
+        problems = Problems()
+        with problems.collect():
+            check_wandb(config.common)
+
+        if loss.needs_teacher:
+            with problems.collect():
+                teacher = find_teacher(config.teacher)
+                blank = create_blank(teacher.family, teacher.config)
+                teacher_dim, readers["the teacher"] = blank.embedding_dim, Reads.of(blank)
+
+        with problems.collect():
+            plan = plan_model(config)
+        problems.check()
+
         readers["the model"] = plan.reads
         learned = learned_parts(loss, plan.embedding_dim, teacher_dim)
         changes = learned_changes(learned, plan.config)
@@ -132,11 +151,23 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
         for section in (config.dataset, config.valid):
             make_absolute(section)
 
-        dataset = open_dataset(config.dataset, partial(check_row, loss=loss, readers=readers))
-        check_negatives(dataset, loss)
-        valid_task = load_valid_task(config, {"the model": plan.reads}) if config.valid.is_given else None
+        valid_task = None
+        with problems.collect():
+            dataset = open_dataset(config.dataset, partial(check_row, loss=loss, readers=readers))
+            check_negatives(dataset, loss)
+        if config.valid.is_given:
+            with problems.collect():
+                valid_task = load_valid_task(config, {"the model": plan.reads})
+        problems.check()
 
-        return PreparedTraining(dataset, valid_task, teacher, learned, plan.base)
+        facts["data"] = describe_data(config.dataset.paths, len(dataset))
+        if valid_task is not None:
+            num_inputs = len(valid_task.queries), len(valid_task.corpus)
+            facts["validation"] = "{:,} queries over {:,} documents".format(*num_inputs)
+        if teacher is not None:
+            facts["teacher"] = teacher.name
+
+        return PreparedTraining(dataset, valid_task, teacher, learned, plan.base, facts)
 
     @override
     def complete(self, prepared: PreparedTraining, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -149,8 +180,15 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
         return 128 + self.stop.signum if self.stop.signum else 0
 
     @override
+    def show_end(self, output_dir: Path) -> None:
+        if self._display is not None:
+            name = signal.Signals(self.stop.signum).name if self.stop.signum else ""
+            self._display.show_end(output_dir, name, self.exit_status())
+
+    @override
     def register(self, container: DependencyContainer) -> None:
         register_optim(container)
+        container.collection.register(MetricRecorder, lambda resolver: self._display)
 
     @override
     def has_static_autograd_graph(self, context: RecipeContext) -> bool:
@@ -208,6 +246,9 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
         dp_model = context.get_data_parallel_model()
         unit = ContrastiveTrainUnit(dp_model, model, loss, config.grad_cache, self.stop, teacher)
 
+        self._display = display = TrainDisplay(self.screen, config, context)
+        display.start(model, prepared.facts, reader.steps_per_epoch)
+
         valid_units, valid_readers = [], []
         if (task := prepared.valid_task) is not None:
             valid_units.append(RetrievalEvalUnit(model, task, gangs.dp))
@@ -225,13 +266,21 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
         trainer = context.create_trainer(unit, reader, valid_units or None, valid_readers or None)  # type: ignore[misc]
         unit.seconds_since_report = seconds_since_report(trainer)
         unit.finite.install(trainer, context.get_optimizer())
+        unit.on_step = display.begin_step
+        trainer.register_checkpoint_save_hook(display.show_checkpoint)
 
         for valid_unit in valid_units:
-            # An error in a validation, such as a broken image, must not cost the checkpoint that is being written.
-            valid_unit.on_start = partial(complete_checkpoint, trainer)
+            valid_unit.on_start = partial(self._begin_validation, trainer, valid_unit.num_inputs)
+            valid_unit.on_batch = display.advance_validation
 
         self.stop.install(trainer)
         return trainer
+
+    def _begin_validation(self, trainer: Trainer, num_inputs: int) -> None:
+        # An error in a validation, such as a broken image, must not cost the checkpoint that is being written.
+        complete_checkpoint(trainer)
+        assert self._display is not None
+        self._display.begin_validation(num_inputs)
 
 
 def log_to_files() -> None:

@@ -59,6 +59,9 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         self.seconds_since_report: Callable[[], float] | None = None
         """The seconds of training since the last report, without validations. It is the trainer that counts them."""
 
+        self.on_step: Callable[[int], None] | None = None
+        """Called at the start of each step, with its number."""
+
     @override
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
         self.finite.bag = metric_bag
@@ -69,6 +72,8 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
     @override
     def set_step_nr(self, step_nr: int) -> None:
         self._stop.poll()
+        if self.on_step is not None:
+            self.on_step(step_nr)
 
     @override
     def process_batch(self, batch: ContrastiveBatch, metric_bag: MetricBag) -> tuple[Tensor, int]:

@@ -150,10 +150,16 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
     on_start: Callable[[], None] | None = None
     """Called by all ranks before they encode."""
 
+    on_batch: Callable[[int], None] | None = None
+    """Called after each batch, with its number of inputs."""
+
     def __init__(self, model: EmbeddingModel, task: RetrievalTask, dp_gang: Gang) -> None:
         self._model = model
         self._task = task
         self._is_first = dp_gang.rank == 0
+        self.num_inputs = -(-(len(task.queries) + len(task.corpus)) // dp_gang.size)
+        """How many queries and documents this rank encodes, or a few more."""
+
         self._gather = RowGather(dp_gang.as_process_group() if dp_gang.size > 1 else None)
         self._parts: dict[str, list[_Part]] = {"query": [], "document": []}
 
@@ -171,6 +177,8 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
     def process_batch(self, batch: ValidBatch, metric_bag: MetricBag) -> None:
         output = self._model(batch.inputs)
         self._parts[batch.role].append(_Part(batch.indices, output.values.float(), output.mask))
+        if self.on_batch is not None:
+            self.on_batch(batch.indices.size(0))
 
     @override
     def finalize(self, metric_bag: MetricBag) -> None:

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree
@@ -137,18 +136,30 @@ def _read_settings(args: argparse.Namespace) -> EvaluateSettings:
 
 def _run_here(settings: EvaluateSettings, args: argparse.Namespace) -> int:
     """Evaluate in this process, which needs neither a gang nor a folder."""
-    from vembed_fs2.recipes.evaluate.evaluate import evaluate_models, load_embedder, load_task
+    from vembed_fs2.console import Screen
+    from vembed_fs2.recipes.evaluate.evaluate import (
+        evaluate_models,
+        load_embedder,
+        load_task,
+        show_results,
+        write_report,
+    )
 
     def load(name: str) -> Embedder:
         return load_embedder(name, settings, args.device)
 
-    _show(settings, evaluate_models(settings, load_task(settings.data), load), args.output)
+    with Screen() as screen:
+        results = evaluate_models(settings, load_task(settings.data), load, screen)
+
+    show_results(settings, results)
+    if args.output is not None:
+        write_report(args.output, settings, results)
     return 0
 
 
 def _run_gang(settings: EvaluateSettings, args: argparse.Namespace) -> int:
-    """Run the recipe. It writes a folder, of which only the results are wanted, or the logs if it fails."""
-    from vembed_fs2.files import read_json
+    """Run the recipe. It prints the results, and writes a folder, which is wanted for its logs if it fails."""
+    from vembed_fs2.files import read_json, write_json
     from vembed_fs2.recipes.arguments import add_recipe_arguments
     from vembed_fs2.recipes.launch import run_recipe
 
@@ -162,15 +173,11 @@ def _run_gang(settings: EvaluateSettings, args: argparse.Namespace) -> int:
     add_recipe_arguments(parser)
     values = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in asdict(settings).items()]
     launch = [] if args.nproc_per_node is None else ["--nproc-per-node", str(args.nproc_per_node)]
-    command = [str(folder), *launch, "--quiet", "--no-rich", "--config", *values]
+    command = [str(folder), *launch, "--config", *values]
 
     status = run_recipe("vembed_fs2.recipes.evaluate", parser.parse_args(command))
-    if status == 0 and (file := folder / RESULTS_FILE).exists():  # Only the first process of the gang has it.
-        report = read_json(file)
-        results = {settings.model: report["metrics"]}
-        if settings.baseline is not None:
-            results = {settings.baseline: report["baseline_metrics"], **results}
-        _show(settings, results, args.output)
+    if status == 0 and args.output is not None and (file := folder / RESULTS_FILE).exists():
+        write_json(args.output, read_json(file))  # Only the first process of the gang has it.
 
     if status == 1:
         print(f"The log files are in {folder / 'logs'}.", file=sys.stderr)
@@ -178,15 +185,3 @@ def _run_gang(settings: EvaluateSettings, args: argparse.Namespace) -> int:
         rmtree(folder, ignore_errors=True)
 
     return status
-
-
-def _show(settings: EvaluateSettings, results: Mapping[str, Mapping[str, float]], output: Path | None) -> None:
-    from vembed_fs2.evaluation.report import print_results
-    from vembed_fs2.recipes.evaluate.evaluate import write_report
-
-    counts = results[settings.model]
-    num_queries = int(counts["num_queries"] + counts["num_queries_without_relevant"])
-    print_results(results, title=f"{num_queries:,} queries, {int(counts['num_documents']):,} documents")
-
-    if output is not None:
-        write_report(output, settings, results)

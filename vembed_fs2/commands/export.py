@@ -31,14 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the model and write it."""
+    from vembed_fs2.console import Screen
     from vembed_fs2.files import check_new_folder
     from vembed_fs2.formats.registry import get_writer
     from vembed_fs2.inference.embedder import Embedder
 
     check_new_folder(args.output_dir)
     write = get_writer(args.format)
-    embedder = Embedder.load(args.model, device="cpu", dtype=args.dtype, trust_remote_code=args.trust_remote_code)
-    write(embedder, args.output_dir)
+    with Screen() as screen:
+        with screen.working(f"Loading {args.model}"):
+            embedder = Embedder.load(
+                args.model, device="cpu", dtype=args.dtype, trust_remote_code=args.trust_remote_code
+            )
+        with screen.working(f"Writing {args.output_dir}"):
+            write(embedder, args.output_dir)
+
     print(f"Written to {args.output_dir}, in {dtype_name(embedder.dtype)}.")
 
     return 0

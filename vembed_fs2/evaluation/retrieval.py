@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from vembed_fs2.console import Screen
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.embedding.head import MAXSIM, Similarity
 from vembed_fs2.errors import DataError
@@ -193,6 +194,7 @@ def evaluate_embedder(
     gather: RowGather | None = None,
     truncate_dim: int | None = None,
     compress: Compress | None = None,
+    show_progress_bar: bool | Screen | None = None,
 ) -> dict[str, float]:
     """Encode a task's queries and documents and return what :func:`evaluate_retrieval` does.
 
@@ -207,13 +209,19 @@ def evaluate_embedder(
     :param gather: The gang, of a backend that takes tensors on the CPU; one process by default.
     :param truncate_dim: The leading dimensions that are kept; given to the embedder if it is not ``None``.
     :param compress: What single vectors go through before they are compared, for example to bytes and back.
+    :param show_progress_bar: Given to the embedder, if it is given here.
     """
     gather = gather or RowGather()
-    options = {} if truncate_dim is None else {"truncate_dim": truncate_dim}
+    options: dict[str, Any] = {"batch_size": batch_size}
+    if truncate_dim is not None:
+        options["truncate_dim"] = truncate_dim
+    if show_progress_bar is not None:  # An embedder need not know it.
+        options["show_progress_bar"] = show_progress_bar
+
     own = share_of(len(task.queries), gather)
     items = [task.corpus[i] for i in share_of(len(task.corpus), gather)]
 
-    encoded = embedder.encode_document(items, batch_size=batch_size, **options)
+    encoded = embedder.encode_document(items, **options)
     corpus, document_mask = _padded_vectors(gather_shares(encoded, len(task.corpus), gather))
     excluded = task.excluded()
     exclude = None if excluded is None else torch.tensor([excluded[i] for i in own], dtype=torch.int64)
@@ -221,7 +229,7 @@ def evaluate_embedder(
         rows = torch.tensor(own, dtype=torch.int64)
         queries, query_mask = corpus[rows], None if document_mask is None else document_mask[rows]
     else:
-        encoded = embedder.encode_query([task.queries[i] for i in own], batch_size=batch_size, **options)
+        encoded = embedder.encode_query([task.queries[i] for i in own], **options)
         queries, query_mask = _padded_vectors(encoded)
 
     if compress is not None:

@@ -278,12 +278,15 @@ def _reason_of(error: StructureError) -> str:
     return " ".join(reasons)
 
 
-def config_errors(config: object) -> list[str]:
-    """Return all that ``validate`` of a configuration and of the configurations inside it finds wrong."""
+def config_errors(config: object, path: str = "") -> list[str]:
+    """Return all that ``validate`` of a configuration and of the configurations inside it finds wrong.
+
+    :param path: what the configuration is below of, with a dot at its end.
+    """
     try:
         StandardObjectValidator().validate(config)
     except ValidationError as ex:
-        return _list_errors(ex.result, "")
+        return _list_errors(ex.result, path)
     return []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vembed_fs2.console import Screen
 from vembed_fs2.data.example import Item, Role
 from vembed_fs2.dtypes import DtypeLike, dtype_name, find_dtype
 from vembed_fs2.embedding.model import EmbeddingModel
@@ -134,7 +136,7 @@ class Embedder:
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
-        show_progress_bar: bool | None = None,
+        show_progress_bar: bool | Screen | None = None,
         truncate_dim: int | None = None,
         precision: Precision | None = "float32",
         normalize_embeddings: bool | None = None,
@@ -155,6 +157,8 @@ class Embedder:
         :param prompt_name: the name of one of the model's prompts.
         :param prompt: a text put before each text; overrides ``prompt_name``.
         :param batch_size: the most inputs per forward pass; chosen by length if ``None``.
+        :param show_progress_bar: show how many inputs are encoded, their rate and the time left on the standard error
+            (or a :class:`~vembed_fs2.console.Screen`); outside a terminal, as a line now and then.
         :param truncate_dim: keep this many leading dimensions (Matryoshka), after the normalisation that the model
             ends with, if it has one.
         :param precision: ``int8`` and ``uint8`` need ranges: the model's (see :meth:`calibrate`), or ``ranges``.
@@ -182,10 +186,8 @@ class Embedder:
         several = as_several(inputs)
         items = [as_single(inputs)] if several is None else list(as_items(several))
 
-        encoded = self._encode(items, role, self._prompt(prompt_name, prompt), batch_size, options)
-        if show_progress_bar:
-            encoded = track(encoded, len(items))
-
+        show, total = show_progress_bar, len(items)
+        encoded = self._encode(items, role, self._prompt(prompt_name, prompt), batch_size, options, show, total)
         output = options.collect(encoded, len(items), self.device)
         if several is None:
             return output[0]
@@ -205,7 +207,7 @@ class Embedder:
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
-        show_progress_bar: bool | None = None,
+        show_progress_bar: bool | Screen | None = None,
         truncate_dim: int | None = None,
         precision: Precision | None = "float32",
         normalize_embeddings: bool | None = None,
@@ -237,8 +239,10 @@ class Embedder:
         if several is None:  # A string would be a stream of its letters.
             raise DataError("`inputs` must be a list or an iterator. For one input, use `encode`.")
 
-        encoded = self._encode(as_items(several), role, self._prompt(prompt_name, prompt), batch_size, options)
-        return options.in_order(track(encoded, None) if show_progress_bar else encoded)
+        items, show = as_items(several), show_progress_bar
+        return options.in_order(
+            self._encode(items, role, self._prompt(prompt_name, prompt), batch_size, options, show, None)
+        )
 
     def calibrate(
         self,
@@ -246,7 +250,7 @@ class Embedder:
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
-        show_progress_bar: bool | None = None,
+        show_progress_bar: bool | Screen | None = None,
         truncate_dim: int | None = None,
         normalize_embeddings: bool | None = None,
         *,
@@ -277,8 +281,9 @@ class Embedder:
             raise DataError("`inputs` must be a list or an iterator of many inputs.")
         else:
             items = as_items(several)
-            encoded = self._encode(items, role, self._prompt(prompt_name, prompt), batch_size, options)
-            blocks = (part.values for _, part in (track(encoded, None) if show_progress_bar else encoded))
+            prompt = self._prompt(prompt_name, prompt)
+            encoded = self._encode(items, role, prompt, batch_size, options, show_progress_bar, None)
+            blocks = (part.values for _, part in encoded)
 
         self.ranges = Ranges(values=measure_ranges(blocks), scaling=options.scaling)
         return self.ranges.values
@@ -360,6 +365,8 @@ class Embedder:
         prompt: str | None,
         batch_size: int | None,
         options: VectorOptions,
+        show: bool | Screen | None,
+        total: int | None,
     ) -> Iterator[Encoded]:
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise VembedError(f"`batch_size` must be an integer greater than or equal to 1, but is {batch_size!r}.")
@@ -370,7 +377,10 @@ class Embedder:
             items = self._watch(items)
 
         encoder = Encoder(self.model, self.processor, autocast_dtype=self.autocast_dtype)
-        return encoder.encode(items, role=role, prompt=prompt, batch_size=batch_size, finish=options.finish)
+        encode = partial(encoder.encode, items, role=role, prompt=prompt, batch_size=batch_size)
+        if show:
+            return track(encode, options.finish, total=total, show=show, role=role)
+        return encode(finish=options.finish)
 
     def _watch(self, items: Iterable[Item]) -> Iterator[Item]:
         """Pass inputs on; say it once if a text names an image."""

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from vembed_fs2.console import Screen
 from vembed_fs2.recipes.launch import _advice, _run_fairseq2
 from vembed_fs2.recipes.processes import RESUME, run_processes
 
@@ -139,13 +140,16 @@ def test_only_a_lost_connection_is_left_to_the_launcher(
     monkeypatch.setattr(import_module("fairseq2.recipe.run"), "run", fail)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(logging.getLogger("fairseq2"), "propagate", True)
-    arguments: Any = SimpleNamespace(output_dir=tmp_path, checkpoint_dir=None, no_rich=True, traceback=False)
+    arguments: Any = SimpleNamespace(
+        output_dir=tmp_path, checkpoint_dir=None, no_rich=True, verbose=False, traceback=False
+    )
+    recipe: Any = SimpleNamespace(screen=Screen(shown=False))
     monkeypatch.setenv("RANK", "0")
     for launcher in (False, True):
         if launcher:
             monkeypatch.setenv("VEMBED_ERROR_CLAIM", str(tmp_path / "error"))
         with pytest.raises(SystemExit):
-            _run_fairseq2(None, None, arguments)
+            _run_fairseq2(recipe, None, arguments)
         assert logging.getLogger("fairseq2").propagate is not (is_lost and launcher)
 
     deferred = [file.read_text() for file in tmp_path.glob("error.rank_0")]
