@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from fairseq2.utils.config import StandardConfigMerger
 from fairseq2.utils.structured import StandardValueConverter
 
 from vembed_fs2.embedding.model import EmbeddingModel
-from vembed_fs2.errors import ConfigError
+from vembed_fs2.errors import ConfigError, did_you_mean
 from vembed_fs2.hub.find import find_model
 from vembed_fs2.hub.load import load_processor
 from vembed_fs2.hub.towers import refuse_sources, resolve_towers
@@ -147,8 +146,8 @@ def new_model_config(section: EmbeddingModelSection) -> object:
 
 
 def _not_known(key: str, name: str, known: Iterable[str]) -> str:
-    nearest = get_close_matches(name, list(known), 1)
-    hint = f" Did you mean '{nearest[0]}'?" if nearest else f" Known: {', '.join(sorted(known))}."
+    known = sorted(known)
+    hint = did_you_mean(name, known) or f" Known: {', '.join(known)}."
     return f"`{key}` '{name}' is not known.{hint}"
 
 

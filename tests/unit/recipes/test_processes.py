@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from vembed_fs2.recipes.launch import _advice, _run_fairseq2
+from vembed_fs2.recipes.launch import _run_fairseq2, advice_of
 from vembed_fs2.recipes.processes import RESUME, run_processes
 
 
@@ -56,7 +56,7 @@ def test_what_to_do_is_the_recipes_to_say(capfd: pytest.CaptureFixture[str]) -> 
     assert printed.out == ""
     assert "from a library" in printed.err
     assert printed.err.splitlines()[-1] == ("error: the process of rank 0 was killed by SIGKILL. Was the memory full?")
-    assert [_advice(f"vembed_fs2.recipes.{name}") for name in ("train", "evaluate")] == [RESUME, ""]
+    assert [advice_of(f"vembed_fs2.recipes.{name}") for name in ("train", "evaluate")] == [RESUME, ""]
 
 
 def test_processes_end_with_a_killed_launcher(tmp_path: Path) -> None:
