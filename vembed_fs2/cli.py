@@ -70,7 +70,8 @@ class _Parser(argparse.ArgumentParser):
 
         elif message.startswith("unrecognized arguments: "):
             option = next((word for word in message.split() if word.startswith("-")), "").partition("=")[0]
-            message += did_you_mean(option, options_of(self.asked or self))
+            hint = did_you_mean(option, options_of(self.asked or self)) if option else ""
+            message += f".{hint}" if hint else ""
 
         super().error(message)
 
@@ -191,7 +192,7 @@ def _add_verbs(
     subparsers = parser.add_subparsers(metavar="VERB")
     asked: argparse.ArgumentParser | None = None
     for name, verb in verbs.items():
-        is_asked = argv is None or argv[:1] == [name]
+        is_asked = argv is None or (len(argv) > 0 and argv[0] == name)
         if isinstance(verb, dict):
             child = subparsers.add_parser(
                 name, help=_GROUP_HELP[name], description=_GROUP_HELP[name].capitalize() + "."

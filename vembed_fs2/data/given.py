@@ -104,19 +104,19 @@ def _open(rows: Any) -> tuple[Any, Iterable[Any]]:
     if isinstance(rows, Mapping):
         names = ", ".join(map(repr, list(rows)[:5]))
         raise DataError(f"The data must be {_KINDS}, but is a dict of {names}. Give one of its values, or rows.")
-    if isinstance(rows, (bytes, bytearray)) or not isinstance(rows, Iterable):
-        raise DataError(f"The data must be {_KINDS}, but is of type `{type(rows).__name__}`.")
 
     package = type(rows).__module__.partition(".")[0]
     if package == "datasets" and hasattr(rows, "with_format") and hasattr(rows, "__len__"):
         return _with_rows(rows.with_format("arrow")[:])
     if package == "pandas" and hasattr(rows, "columns"):
         return _open_pandas(rows)
-    if hasattr(rows, "__arrow_c_stream__"):
+    if hasattr(rows, "schema") and (hasattr(rows, "__arrow_c_stream__") or hasattr(rows, "__arrow_c_array__")):
         import pyarrow as pa
 
         return _with_rows(pa.table(rows))
 
+    if isinstance(rows, (bytes, bytearray)) or not isinstance(rows, Iterable):
+        raise DataError(f"The data must be {_KINDS}, but is of type `{type(rows).__name__}`.")
     return None, rows
 
 
@@ -188,7 +188,7 @@ class _RowWriter:
         number = 0
         with file.open("w", encoding="utf-8", errors="surrogatepass") as stream:
             for number, row in enumerate(rows, 1):
-                stream.write(self._line(row, f"Row {number} of the data"))
+                stream.write(self._line(row, f"Row {number}"))
 
         if number == 0:
             raise DataError("The data has no rows.")
