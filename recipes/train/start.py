@@ -73,8 +73,8 @@ def train(
         raise ConfigError(f"`nproc_per_node` must be at least 1, but is {nproc_per_node}.", where="The call")
 
     output_dir = Path(folder).expanduser()
-    for path in filter(None, (output_dir, checkpoint_dir)):
-        check_writable(Path(path))
+    for path in [output_dir] if checkpoint_dir is None else [output_dir, Path(checkpoint_dir)]:
+        check_writable(path)
 
     layers = [load_preset(_PACKAGE, preset)] if preset is not None else []
     layers += _layers_of(config)

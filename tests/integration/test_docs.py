@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from vembed_fs2.recipes.launch import describe_presets
+
 from .command_line import run_block, run_script
 
 ROOT = Path(__file__).parents[2]
@@ -51,11 +53,25 @@ def test_commands_of_the_guide_run(guide: str, folder: Path) -> None:
         run_block(command, folder)
 
 
-@pytest.mark.parametrize("guide", ["README.md", "docs/inference.md"])
+@pytest.mark.parametrize("guide", ["README.md", "docs/training.md", "docs/inference.md"])
 def test_python_of_the_guide_runs(guide: str, folder: Path) -> None:
     script = folder / "guide.py"
     script.write_text("\n".join(blocks(guide, "python")))
     run_script(script, cwd=folder).expect(0)
+
+
+@pytest.mark.parametrize("block", blocks("docs/losses.md", "python"))
+def test_each_block_of_the_objectives_guide_runs_by_itself(block: str, tmp_path: Path) -> None:
+    script = tmp_path / "guide.py"
+    script.write_text(block)
+    run_script(script, cwd=tmp_path).expect(0)
+
+
+def test_training_guide_lists_all_presets() -> None:
+    text = (ROOT / "docs/training.md").read_text()
+    for line in describe_presets("vembed_fs2.recipes.train").splitlines():
+        name, description = line.split(maxsplit=1)
+        assert f"| `{name}` | {description} |" in text
 
 
 def test_models_guide_lists_all_cards() -> None:
