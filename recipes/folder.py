@@ -44,8 +44,7 @@ def prepare_output_dir(
     """
     file = output_dir / "config.yaml"
 
-    # fairseq2 begins its log before it writes the configuration: a configuration alone is a user's file.
-    if not file.exists() or not output_dir.joinpath("logs").is_dir():
+    if not _is_run(output_dir):
         _check_empty(output_dir)
         return
 
@@ -69,11 +68,15 @@ def check_new_or_run(output_dir: Path) -> bool:
 
     :raises ConfigError: it holds files, but no run.
     """
-    # fairseq2 begins its log before it writes the configuration: a configuration alone is a user's file.
-    if not (output_dir / "config.yaml").exists() or not output_dir.joinpath("logs").is_dir():
+    if not _is_run(output_dir):
         _check_empty(output_dir)
         return False
     return next(_steps(output_dir / "checkpoints"), None) is not None
+
+
+def _is_run(folder: Path) -> bool:
+    # fairseq2 begins its log before it writes the configuration: a configuration alone is a user's file.
+    return (folder / "config.yaml").exists() and (folder / "logs").is_dir()
 
 
 def link_checkpoints(output_dir: Path, checkpoint_dir: Path) -> None:

@@ -12,12 +12,11 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from vembed_fs2.errors import ConfigError, VembedError, did_you_mean, pack_error
+from vembed_fs2.errors import ConfigError, VembedError, pack_error
 from vembed_fs2.recipes.arguments import add_recipe_arguments
+from vembed_fs2.recipes.presets import describe_presets, load_preset
 from vembed_fs2.recipes.processes import RESUME, claim_error, defer_error, is_error_claimed, run_processes
 from vembed_fs2.recipes.secrets import redact_logs, redactor
 
@@ -96,38 +95,8 @@ def advice_of(package: str) -> str:
     return advice
 
 
-def presets_of(package: str) -> dict[str, Path]:
-    """Return the presets of a recipe, by name."""
-    folder = Path(str(files(package) / "configs"))
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-
-
-def describe_presets(package: str) -> str:
-    """List the presets with what the first line of each file says: a comment, so that it is a configuration as well."""
-    presets = presets_of(package)
-    width = max(map(len, presets), default=0)
-    lines = []
-    for name, file in presets.items():
-        first = file.read_text(encoding="utf-8").partition("\n")[0]
-        lines.append(f"{name:<{width}}  {first.removeprefix('#').strip() if first.startswith('#') else ''}".rstrip())
-    return "\n".join(lines)
-
-
-def load_preset(package: str, name: str) -> Mapping[str, Any]:
-    """Read a preset.
-
-    :raises ConfigError: there is none of that name.
-    """
-    from vembed_fs2.recipes.layers import load_yaml
-
-    presets = presets_of(package)
-    if name not in presets:
-        hint = did_you_mean(name, presets) or f" Presets: {', '.join(presets) or 'none'}."
-        raise ConfigError(f"'{name}' is not a preset.{hint}", where="--preset")
-    return load_yaml(presets[name])
-
-
 def command_of(package: str, args: argparse.Namespace) -> list[str]:
+    """Return the command that runs a recipe in a process of its own."""
     # Without the working folder, which `-c` adds: a user's `datasets.py` may lie there.
     code = "import sys; sys.path = [p for p in sys.path if p]; from vembed_fs2.recipes.launch import main; "
     return [sys.executable, "-c", f"{code}main({package!r})", *_as_arguments(args)]

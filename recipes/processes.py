@@ -98,9 +98,8 @@ def _run(
 ) -> Outcome:
     with TemporaryDirectory(prefix="vembed_") as folder:
         claim = Path(folder) / "error"
-        common = {**os.environ, _CLAIM: str(claim)}
-        if returns:
-            common[_RETURNS] = "1"
+        common = {name: value for name, value in os.environ.items() if name != _RETURNS}
+        common |= {_CLAIM: str(claim), **({_RETURNS: "1"} if returns else {})}
 
         gang = _Gang(command, [{**common, **environment} for environment in environments], claim, stdout, echo)
         with _signals_to(gang.forward):

@@ -18,8 +18,9 @@ from vembed_fs2.data.given import as_paths, write_rows
 from vembed_fs2.errors import ConfigError, DataError, VembedError, unpack_error
 from vembed_fs2.recipes.arguments import add_recipe_arguments
 from vembed_fs2.recipes.folder import ROWS, check_new_or_run, check_writable
-from vembed_fs2.recipes.launch import advice_of, command_of, create_config, dump_config, load_preset
+from vembed_fs2.recipes.launch import advice_of, command_of, create_config, dump_config
 from vembed_fs2.recipes.layers import load_yaml, nest
+from vembed_fs2.recipes.presets import load_preset
 from vembed_fs2.recipes.processes import Outcome, call_processes
 from vembed_fs2.recipes.train.config import DataSection, TrainConfig
 from vembed_fs2.recipes.train.recipe import create_recipe
@@ -73,10 +74,11 @@ def train(
         raise ConfigError(f"`nproc_per_node` must be at least 1, but is {nproc_per_node}.", where="The call")
 
     output_dir = Path(folder).expanduser()
-    for path in [output_dir] if checkpoint_dir is None else [output_dir, Path(checkpoint_dir)]:
+    checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
+    for path in filter(None, (output_dir, checkpoint_dir)):
         check_writable(path)
 
-    layers = [load_preset(_PACKAGE, preset)] if preset is not None else []
+    layers = [load_preset(_PACKAGE, preset, "`preset`")] if preset is not None else []
     layers += _layers_of(config)
     if model is not None:
         layers.append({"model": _find_model(model)})
@@ -142,11 +144,20 @@ def _give_rows(
     if rows is None or as_paths(rows) is not None:
         return
 
-    options = {"columns": section.columns, "image_root": section.image_root, "replace": replace}
     try:
-        section.paths = [write_rows(rows, folder, file_name, **options)]  # type: ignore[arg-type]
+        file = write_rows(
+            rows,
+            folder,
+            file_name,
+            columns=section.columns,
+            image_root=section.image_root,
+            on_error=section.on_error,
+            replace=replace,
+        )
     except DataError as ex:
         raise DataError(f"`{argument}`: {ex}") from None
+
+    section.paths = [file]
     section.image_root = None  # The images are beside the file now.
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from vembed_fs2.recipes.launch import describe_presets
+from vembed_fs2.recipes.presets import describe_presets
 
 from .command_line import run_block, run_script
 

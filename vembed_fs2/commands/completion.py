@@ -68,7 +68,7 @@ def _known_names() -> Mapping[str, Sequence[str]]:
     from vembed_fs2.data.schema import MODES
     from vembed_fs2.formats.registry import list_layouts
     from vembed_fs2.hub.catalog import embedding_families, family_cards
-    from vembed_fs2.recipes.launch import presets_of
+    from vembed_fs2.recipes.presets import presets_of
     from vembed_fs2.recipes.train.config import TrainConfig
     from vembed_fs2.resolver import get_resolver
 

@@ -14,6 +14,7 @@ from typing import Any, Final, NoReturn
 
 from PIL import Image as PILImage
 
+from vembed_fs2.data.dataset import OnError
 from vembed_fs2.data.decode import decode_image
 from vembed_fs2.data.schema import Columns, field_of
 from vembed_fs2.errors import DataError
@@ -26,9 +27,9 @@ _KINDS: Final = "files, an iterable of dicts, or a table of pandas, polars, Arro
 def as_paths(data: object) -> list[Path] | None:
     """Return the files that ``data`` names; ``None`` if it holds rows itself."""
     if isinstance(data, (str, os.PathLike)):
-        return [Path(data)]
+        return [Path(data).expanduser()]
     if isinstance(data, (list, tuple)) and data and all(isinstance(entry, (str, os.PathLike)) for entry in data):
-        return [Path(entry) for entry in data]
+        return [Path(entry).expanduser() for entry in data]
     return None
 
 
@@ -39,6 +40,7 @@ def write_rows(
     *,
     columns: Columns | None = None,
     image_root: Path | None = None,
+    on_error: OnError = "raise",
     replace: bool = True,
 ) -> Path:
     """Write rows to a file, which appears complete or not at all.
@@ -53,6 +55,8 @@ def write_rows(
     :param columns: see :class:`~vembed_fs2.data.schema.RowSchema`.
     :param image_root: the folder that images must lie in whose paths are texts; the working folder by default. A
         ``Path`` may lead anywhere: it does not come from data.
+    :param on_error: ``skip`` leaves the path of an image that cannot be copied as it is: the reader leaves such a row
+        out, and counts it.
     :param replace: whether a file with other rows is replaced.
     :returns: the file.
     :raises DataError: there is no row, one cannot be written (the message has its number, which begins at 1), or the
@@ -64,7 +68,7 @@ def write_rows(
     if table is not None and _holds_no_paths(table, columns or {}):
         return _settle(folder / f"{name}.parquet", lambda file: _write_table(table, file), _same_tables, replace)
 
-    writer = _RowWriter(folder / "images", image_root or Path.cwd(), columns or {})
+    writer = _RowWriter(folder / "images", image_root or Path.cwd(), columns or {}, on_error)
     return _settle(folder / f"{name}.jsonl", lambda file: writer.write(given, file), _same_files, replace)
 
 
@@ -178,10 +182,11 @@ def _same_tables(left: Path, right: Path) -> bool:
 class _RowWriter:
     """Writes rows as JSONL, and their images to a folder."""
 
-    def __init__(self, folder: Path, root: Path, columns: Columns) -> None:
+    def __init__(self, folder: Path, root: Path, columns: Columns, on_error: OnError) -> None:
         self._folder = folder
         self._root = root.resolve()
         self._columns = columns
+        self._on_error = on_error
         self._copies: dict[Path, str] = {}
 
     def write(self, rows: Iterable[object], file: Path) -> None:
@@ -199,7 +204,7 @@ class _RowWriter:
         try:
             values = {str(name): self._value(str(name), value) for name, value in row.items()}
             return json.dumps(values, ensure_ascii=False, default=_refuse) + "\n"
-        except (DataError, OSError) as ex:
+        except (DataError, OSError, ValueError) as ex:
             raise DataError(f"{where}: {ex}") from None
 
     def _value(self, name: str, value: object) -> Any:
@@ -226,18 +231,23 @@ class _RowWriter:
             path = self._keep(value)
             return path if is_image else {"image": path}
         if isinstance(value, str):
-            return self._keep(self._find(value)) if is_image and "://" not in value else value
+            return self._copy(value) if is_image and "://" not in value else value
 
         # Scalars and arrays of NumPy become Python's.
         return self._plain(value.tolist(), is_image) if hasattr(value, "tolist") else value
 
-    def _find(self, path: str) -> Path:
-        file = (self._root / path).resolve()
-        if not file.is_relative_to(self._root):
+    def _copy(self, path: str) -> str:
+        try:
+            file = (self._root / path).resolve()
+            if file.is_relative_to(self._root):
+                return self._keep(file)
             raise DataError(
                 f"the image {path} lies outside of the folder {self._root}; set `dataset.image_root`, or give a `Path`."
             )
-        return file
+        except (DataError, OSError, ValueError):
+            if self._on_error == "skip":
+                return path
+            raise
 
     def _keep(self, image: PILImage.Image | bytes | Path) -> str:
         """Write an image to the folder, under a name that its content gives it. *Returns:* its path in the rows."""

@@ -187,6 +187,18 @@ def test_what_cannot_be_rows_is_refused(rows: object, message: str, tmp_path: Pa
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_row_whose_image_is_missing_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"query": "a", "positive_image": image} for image in (RED, "nosuch.png", "../x.png", "nul\0.png", "")]
+    with pytest.raises(DataError, match="Row 2: there is no file"):
+        write_rows(rows, tmp_path / "rows", "train")
+
+    file = write_rows(rows, tmp_path / "rows", "train", on_error="skip")
+
+    dataset = ExampleDataset(file, on_error="skip")
+    assert (len(dataset), dataset.num_skipped) == (1, 4)
+
+
 def test_a_misspelt_column_is_found_when_the_rows_are_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train\.jsonl:1: 'negtives' is no field\. Did you mean 'negatives'\?"):
         read(tmp_path, [{"query": "a", "positive": "b", "negtives": ["c"]}])

@@ -22,9 +22,9 @@ from vembed_fs2.recipes.launch import (
     dump_config,
     find_system_error,
     load_config,
-    presets_of,
     run_recipe,
 )
+from vembed_fs2.recipes.presets import presets_of
 from vembed_fs2.recipes.secrets import redact_logs, redactor
 from vembed_fs2.recipes.train.recipe import create_recipe
 
