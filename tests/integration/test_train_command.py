@@ -12,6 +12,7 @@ import pytest
 
 from tests.integration.command_line import FAIRSEQ2, environment, metrics, run, steps
 from vembed_fs2 import cli
+from vembed_fs2.recipes.presets import describe_presets
 
 PYTHON = sys.executable
 
