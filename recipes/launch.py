@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import logging
 import os
 import re
@@ -11,13 +12,12 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from importlib.resources import files
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
-from vembed_fs2.errors import ConfigError, VembedError
+from vembed_fs2.errors import ConfigError, VembedError, pack_error
 from vembed_fs2.recipes.arguments import add_recipe_arguments
+from vembed_fs2.recipes.presets import describe_presets, load_preset
 from vembed_fs2.recipes.processes import RESUME, claim_error, defer_error, is_error_claimed, run_processes
 from vembed_fs2.recipes.secrets import redact_logs, redactor
 
@@ -40,7 +40,7 @@ def run_recipe(package: str, args: argparse.Namespace) -> int:
     """
     try:
         if args.preset == "list":
-            print("\n".join(_presets(package)))
+            print(describe_presets(package))
             return 0
 
         _check_arguments(args)
@@ -48,7 +48,9 @@ def run_recipe(package: str, args: argparse.Namespace) -> int:
         if args.nproc_per_node is not None and "RANK" not in os.environ:
             # Libraries print to the standard output as well.
             stdout = sys.stderr.fileno() if args.quiet else None
-            return run_processes(_command(package, args), args.nproc_per_node, advice=_advice(package), stdout=stdout)
+            return run_processes(
+                command_of(package, args), args.nproc_per_node, advice=advice_of(package), stdout=stdout
+            )
 
         return _run(package, args)
     except VembedError as ex:
@@ -71,8 +73,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def _report(error: Exception, status: int) -> int:
     """Print an error, unless another process of the gang has printed one."""
-    if claim_error(status):
-        print(f"error: {redactor(os.environ)(_message_of(error))}", file=sys.stderr)
+    clean, message = redactor(os.environ), _message_of(error)
+    if claim_error(status, json.dumps(pack_error(error, message, clean))):
+        print(f"error: {clean(message)}", file=sys.stderr)
     return status
 
 
@@ -87,27 +90,14 @@ def main(package: str) -> None:
         sys.exit(130)
 
 
-def _advice(package: str) -> str:
+def advice_of(package: str) -> str:
     """What to do after a process was killed."""
     advice: str = getattr(import_module(package), "ADVICE", "")
     return advice
 
 
-def _presets(package: str) -> list[str]:
-    folder = files(package) / "configs"
-    if not folder.is_dir():
-        return []
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
-
-
-def _find_preset(package: str, name: str) -> Path:
-    if name not in _presets(package):
-        known = ", ".join(_presets(package)) or "none"
-        raise ConfigError(f"'{name}' is not a preset. Presets: {known}.", where="--preset")
-    return Path(str(files(package) / "configs" / f"{name}.yaml"))
-
-
-def _command(package: str, args: argparse.Namespace) -> list[str]:
+def command_of(package: str, args: argparse.Namespace) -> list[str]:
+    """Return the command that runs a recipe in a process of its own."""
     # Without the working folder, which `-c` adds: a user's `datasets.py` may lie there.
     code = "import sys; sys.path = [p for p in sys.path if p]; from vembed_fs2.recipes.launch import main; "
     return [sys.executable, "-c", f"{code}main({package!r})", *_as_arguments(args)]
@@ -278,15 +268,21 @@ def load_config(package: str, recipe: VembedRecipe[Any, Any], args: argparse.Nam
 
     :raises ConfigError: lists everything that is wrong.
     """
-    from vembed_fs2.models.family import config_errors
     from vembed_fs2.recipes.layers import load_yaml, parse_overrides
 
-    layers: list[Mapping[str, Any]] = []
-    if args.preset:
-        layers.append(load_yaml(_find_preset(package, args.preset)))
-
+    layers = [load_preset(package, args.preset)] if args.preset else []
     layers += [load_yaml(file) for file in args.config_file]
     layers.append(parse_overrides(args.config))
+
+    return create_config(recipe, layers)
+
+
+def create_config(recipe: VembedRecipe[Any, Any], layers: Sequence[Mapping[str, Any]]) -> Any:
+    """Lay ``layers`` over the defaults of a recipe's configuration, and check the values.
+
+    :raises ConfigError: lists everything that is wrong.
+    """
+    from vembed_fs2.models.family import config_errors
 
     config = _build_config(recipe, layers)
     if errors := config_errors(config):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -14,7 +13,7 @@ from fairseq2.utils.structured import StandardValueConverter, StructureError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from vembed_fs2.errors import ConfigError
+from vembed_fs2.errors import ConfigError, did_you_mean
 
 ComponentConfigs = Callable[[str, str], "type[object] | None"]
 """``(section path, component name)`` -> the class of its configuration; raises ``ConfigError`` if there is none."""
@@ -85,6 +84,26 @@ def parse_overrides(items: Sequence[str]) -> Mapping[str, Any]:
     return overrides
 
 
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into nested ones, in which they may be mixed: ``{"a.b": 1, "a": {"c": 2}}``.
+
+    :raises ConfigError: a key is not a text.
+    """
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{name!r} must be a text, because it is a key.")
+
+        *parents, key = name.split(".")
+        node = _node(nested, parents)
+        if isinstance(value, Mapping):
+            _node(node, [key]).update(nest(value))
+        else:
+            node[key] = value
+
+    return nested
+
+
 def _node(root: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     for key in keys:
         child = root.get(key)
@@ -121,8 +140,7 @@ def _find_directive_errors(below: Mapping[str, Any], layer: Mapping[str, Any], p
     else:
         for key in deleted:
             if key not in below:
-                nearest = get_close_matches(str(key), map(str, below), 1)
-                hint = f" Did you mean `{path}{nearest[0]}`?" if nearest else ""
+                hint = did_you_mean(str(key), map(str, below), form=f"`{path}{{}}`")
                 yield f"`{path}{key}` cannot be deleted, because there is no such key.{hint}"
 
     if not isinstance(values := layer.get("_set_", {}), Mapping):
@@ -242,9 +260,8 @@ def _find_component_errors(value: Any, name: Any, path: str, components: Compone
 
 
 def _unknown_key(where: str, key: str, path: str, kls: type[Any], names: Sequence[str]) -> str:
-    nearest = get_close_matches(key, names, 1, 0.5)
-    if nearest:
-        return f"`{where}` is not a known key. Did you mean `{path}{nearest[0]}`?"
+    if hint := did_you_mean(key, names, form=f"`{path}{{}}`"):
+        return f"`{where}` is not a known key.{hint}"
 
     for found in _find_key(kls, key, path):
         return f"`{where}` is not a known key. Did you mean `{found}`?"

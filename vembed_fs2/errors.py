@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 CONFIGURATION: Final = "The configuration"
 
@@ -62,9 +63,55 @@ def _sentences(error: VembedError) -> list[str]:
     return [str(error)]
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message about a name that is not known: " Did you mean 'x'?", or "" if none is near."""
+def pack_error(error: Exception, message: str, clean: Callable[[str], str] = str) -> dict[str, Any]:
+    """Return an error as values that JSON can hold, for another process to raise.
+
+    :param message: what the error says, for errors of other classes than ours as well.
+    :param clean: changes each of its texts, for example to take secrets out.
+    """
+    if isinstance(error, ConfigError):
+        return {"kind": "ConfigError", "errors": [clean(e) for e in error.errors], "where": clean(error.where)}
+
+    kind = next((kls.__name__ for kls in (DataError, ModelLoadError) if isinstance(error, kls)), "VembedError")
+    return {"kind": kind, "message": clean(message)}
+
+
+def unpack_error(values: Mapping[str, Any]) -> VembedError:
+    """Return the error that :func:`pack_error` was given, or a ``VembedError`` with its message."""
+    if values["kind"] == "ConfigError":
+        return ConfigError(values["errors"], where=values["where"])
+
+    kinds = {"DataError": DataError, "ModelLoadError": ModelLoadError}
+    return kinds.get(values["kind"], VembedError)(values["message"])
+
+
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.5, form: str = "'{}'") -> str:
+    """Return the end of a message about a name that is not known: " Did you mean 'x'?", or "" if none is near.
+
+    :param most: the number of names to suggest.
+    :param cutoff: how similar a name must be, from 0 to 1. One that holds ``name`` as a whole word is near as well.
+    :param form: what surrounds a name.
+    """
+    names = [form.format(near) for near in _nearest(name, known, most, cutoff)]
+    if not names:
+        return ""
+
+    *others, last = names
+    return f" Did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
+
+
+def _nearest(name: str, known: Iterable[str], most: int, cutoff: float) -> list[str]:
     from difflib import get_close_matches  # Only a mistake needs it.
 
-    nearest = get_close_matches(name, list(known), 1)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+    # `BAAI/bge-small` and `baai_bge_small` are written differently only.
+    by_spelling = {_spell(k): k for k in known}
+    wanted = _spell(name)
+    near = get_close_matches(wanted, by_spelling, most, cutoff)
+    if not near:
+        near = sorted((k for k in by_spelling if f"_{wanted}_" in f"_{k}_"), key=lambda k: (len(k), k))[:most]
+
+    return [by_spelling[k] for k in near]
+
+
+def _spell(name: str) -> str:
+    return re.sub("[^a-z0-9.]+", "_", name.lower())

@@ -160,10 +160,7 @@ def check_readable(example: Example, readers: Mapping[str, Reads]) -> None:
                     f" one image, but is {item.describe_order()}."
                 )
             if item.is_interleaved and not reads.is_interleaved:
-                raise DataError(
-                    f"{example.source}: {name} encodes texts and images apart, so it cannot read them in the order"
-                    f" {item.describe_order()}. Give one text, before or after the images."
-                )
+                raise DataError(f"{example.source}: {item.order_error(name)}")
 
 
 def check_negatives(dataset: ExampleDataset, loss: Objective) -> None:

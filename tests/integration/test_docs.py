@@ -11,6 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from vembed_fs2.commands.demo import minilm_folder
+from vembed_fs2.recipes.presets import describe_presets
 
 from .command_line import run_block, run_script
 
@@ -91,10 +92,25 @@ def shorten(file: Path, num_rows: int) -> None:
         csv.writer(stream).writerows(rows)
 
 
-def test_python_of_the_guide_runs(folder: Path) -> None:
+@pytest.mark.parametrize("guide", ["docs/training.md", "docs/inference.md"])
+def test_python_of_the_guide_runs(guide: str, folder: Path) -> None:
     script = folder / "guide.py"
-    script.write_text("\n".join(blocks("docs/inference.md", "python")))
+    script.write_text("\n".join(blocks(guide, "python")))
     run_script(script, cwd=folder).expect(0)
+
+
+@pytest.mark.parametrize("block", blocks("docs/losses.md", "python"))
+def test_each_block_of_the_objectives_guide_runs_by_itself(block: str, tmp_path: Path) -> None:
+    script = tmp_path / "guide.py"
+    script.write_text(block)
+    run_script(script, cwd=tmp_path).expect(0)
+
+
+def test_training_guide_lists_all_presets() -> None:
+    text = (ROOT / "docs/training.md").read_text()
+    for line in describe_presets("vembed_fs2.recipes.train").splitlines():
+        name, description = line.split(maxsplit=1)
+        assert f"| `{name}` | {description} |" in text
 
 
 def test_models_guide_lists_all_cards() -> None:

@@ -201,7 +201,7 @@ class RowSchema:
         for key in keys:
             match = _NUMBERED.fullmatch(key)
 
-            name = _NAMES.get("negative" + (match[1] or "")) if match else _NAMES.get(key)
+            name = field_of(key)
             if key in taken or key in self.columns or name in self.columns:
                 continue
 
@@ -215,7 +215,7 @@ class RowSchema:
                     fail(key, f"means the same as {found[name]!r}; leave one of them out")
                 found[name] = key
             elif close := get_close_matches(key, _NEAR, n=1, cutoff=0.86):
-                fail(key, f"is no field. Did you mean {close[0]!r}? If not, give the column another name")
+                fail(key, f"is no field.{did_you_mean(key, close)} If not, give the column another name")
 
         # FlagEmbedding's rows, which call the instruction of the query so.
         if "prompt" in keys and "pos" in keys and not {"instruction", "prompt"} & {*found, *self.columns, *taken}:
@@ -231,6 +231,12 @@ class RowSchema:
             elif column is not None:
                 prefix = "negative_image" if field == "negative_images" else "negative"
                 yield from ((f"{prefix}_{number}", name) for number, name in enumerate(column, start=1))
+
+
+def field_of(name: str) -> str | None:
+    """Return the field that a row holds under a name (``negatives`` for ``neg_1``); ``None`` if it is none."""
+    match = _NUMBERED.fullmatch(name)
+    return _NAMES.get(f"negative{match[1] or ''}" if match else name)
 
 
 def kind_of(item: Item) -> Literal["t", "i", "m"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from fairseq2.runtime.dependency import DependencyResolver
 from fairseq2.utils.structured import StructureError, ValueConverter
 from fairseq2.utils.yaml import YamlError, YamlLoader
 
-from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.errors import ModelLoadError, did_you_mean
 from vembed_fs2.formats.checkpoint import HOW_TO_TRUST, NeedsCodeError, wants_code
 from vembed_fs2.formats.download import download_repository
 from vembed_fs2.formats.folder import ModelFolder, is_model_folder
@@ -80,7 +79,10 @@ def find_model(
         return _open_folder(str(name_or_path), path.resolve(), resolver, trust_remote_code)
 
     if isinstance(name_or_path, Path) or "/" in name_or_path:
-        raise ModelLoadError(f"{name_or_path} does not exist.")
+        # It may be the name of a repository on a hub, of which there is a card.
+        cards = _card_names(resolver.resolve(AssetStore))
+        hint = did_you_mean(str(name_or_path), cards, cutoff=0.8, form="the card '{}'")
+        raise ModelLoadError(f"{name_or_path} does not exist.{hint}")
 
     return _open_card(name_or_path, resolver)
 
@@ -93,8 +95,7 @@ def _open_card(name: str, resolver: DependencyResolver) -> ModelSource:
         raise ModelLoadError(f"Card {name} cannot be read: {ex}") from ex
 
     if card is None:
-        nearest = get_close_matches(name, store.asset_names, 3, 0.5)
-        hint = f" Did you mean {' or '.join(n.removesuffix('@') for n in nearest)}?" if nearest else ""
+        hint = did_you_mean(name, _card_names(store), most=3)
         raise ModelLoadError(f"{name} is neither a folder nor the name of a card.{hint}")
 
     field = card.maybe_get_field("model_family")
@@ -112,6 +113,10 @@ def _open_card(name: str, resolver: DependencyResolver) -> ModelSource:
         raise ModelLoadError(f"Card {name} cannot be read: {ex} {ex.__cause__ or ''}".rstrip()) from ex
 
     return ModelSource(name, family_name, config, card, local_folder(card))
+
+
+def _card_names(store: AssetStore) -> list[str]:
+    return [name.removesuffix("@") for name in store.asset_names]
 
 
 def local_folder(card: AssetCard) -> Path | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE
 from vembed_fs2.embedding.model import EmbeddingModelConfig
-from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
+from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError, did_you_mean
 from vembed_fs2.formats.checkpoint import NeedsCodeError
 from vembed_fs2.formats.download import FolderDownloadManager
 from vembed_fs2.hub.find import ModelSource, find_model
@@ -113,7 +113,9 @@ def _find_encoder(family: str, own: Mapping[str, Any]) -> dict[str, Any]:
 
     config = found.maybe_get_arch_config(given["arch"]) if "arch" in given else found.config_kls()
     if config is None:
-        raise ConfigError(f"`arch` '{given['arch']}' is not known. Known: {', '.join(sorted(found.get_archs()))}.")
+        archs = sorted(found.get_archs())
+        hint = did_you_mean(given["arch"], archs) or f" Known: {', '.join(archs)}."
+        raise ConfigError(f"`arch` '{given['arch']}' is not known.{hint}")
 
     return {"family": found.name, "config": _unstructure(config)}
 

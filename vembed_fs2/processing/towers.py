@@ -90,13 +90,8 @@ class TowerProcessor(Processor[PreparedItem]):
                 "An input of a model with several vectors per row must be one text or one image, but is"
                 f" {item.describe_order()}."
             )
-        if item.is_interleaved and not item.images:
-            raise DataError(f"The model reads one text per input, but an input has {len(item.parts)}.")
         if item.is_interleaved:
-            raise DataError(
-                "The model encodes texts and images apart, so it cannot read them in the order"
-                f" {item.describe_order()}. Give one text, before or after the images."
-            )
+            raise DataError(item.order_error("The model"))
 
     @override
     def collate(

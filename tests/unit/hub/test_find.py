@@ -225,9 +225,10 @@ def test_weights_that_may_not_be_read_are_not_said_to_be_missing(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("openai_clip_vit_base_patch23", r"nor the name of a card\. Did you mean openai_clip_vit_base_patch32"),
+        ("openai_clip_vit_base_patch23", r"nor the name of a card\. Did you mean 'openai_clip_vit_base_patch32"),
         ("nothing like it", r"neither a folder nor the name of a card\.$"),
-        ("some/where", "some/where does not exist"),
+        ("some/where", r"some/where does not exist\.$"),
+        ("BAAI/bge-small-en-v1.5", r"does not exist\. Did you mean the card 'baai_bge_small_en_v15'\?$"),
         (Path("nowhere"), "nowhere does not exist"),
         (__file__, "is not a folder"),
     ],
@@ -298,7 +299,7 @@ def test_a_card_of_a_local_folder_is_enough(tiny: Path, tmp_path: Path) -> None:
     assert "my_bad_arch" in lines[1]
     assert "no_such_arch" in lines[1]
     assert lines[2] == "Card my_data does not describe a model: it has no `model_family`."
-    assert "Did you mean my_model" in lines[3]
+    assert "Did you mean 'my_model" in lines[3]
     assert "no_such_base" in lines[4]
 
 
