@@ -32,7 +32,8 @@ from vembed_fs2.recipes.optim import ADAMW, WARMUP_DECAY, EmbeddingAdamWConfig, 
 class EmbeddingModelSection(ModelSection):
     """Which model to train.
 
-    ``name`` (a card), ``path`` (a folder or a run), or ``family`` and ``arch`` (random weights).
+    ``path`` (a folder, a run or a repository of the hub), ``name`` (a card), or ``family`` and ``arch`` (random
+    weights).
     """
 
     @override
@@ -178,7 +179,7 @@ class LossSection:
 
 @dataclass(kw_only=True)
 class TeacherSection:
-    """The model that a distillation learns from: a card or a folder. It has its own processor and prompts."""
+    """The model that a distillation learns from, named as other models are. It has its own processor and prompts."""
 
     name: str | None = None
     """The name of a card."""

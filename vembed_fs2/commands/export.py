@@ -10,7 +10,7 @@ from vembed_fs2.commands.arguments import add_trust_argument
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", metavar="RUN", help="run folder, checkpoint folder, Hugging Face folder or card")
+    parser.add_argument("model", metavar="RUN", help="run, folder, card or repository of the Hugging Face hub")
     parser.add_argument("output_dir", type=Path, metavar="OUT", help="folder to write; must not exist or be empty")
     parser.add_argument(
         "--format",

@@ -51,7 +51,8 @@ def save_open_clip(exported: Exportable, folder: Path) -> None:
     with new_folder(folder) as out:
         tensors = {k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)}
         save_file(tensors, out / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
-        write_json(out / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+        content = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+        write_json(out / OPEN_CLIP_CONFIG, checkpoint_format.add_extra_fields(content, source.config))
         processor.save(out)
 
 

@@ -228,7 +228,7 @@ def test_weights_that_may_not_be_read_are_not_said_to_be_missing(
         ("openai_clip_vit_base_patch23", r"nor the name of a card\. Did you mean openai_clip_vit_base_patch32"),
         ("nothing like it", r"neither a folder nor the name of a card\.$"),
         ("some/where", "some/where does not exist"),
-        (Path("nowhere"), "nowhere does not exist"),
+        (Path("nowhere"), r"nowhere is neither a folder nor the name of a card\.$"),
         (__file__, "is not a folder"),
     ],
 )  # fmt: skip
