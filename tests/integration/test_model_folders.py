@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -97,6 +98,26 @@ def test_a_repository_of_the_hub_works_wherever_a_model_is_named(
         for field in ("architectures", "dtype", "transformers_version"):
             expected.pop(field, None)
         assert {k: written.get(k) for k in expected} == expected
+
+
+def test_an_encoder_only_t5_trains_and_is_exported(bert_folder: Path, settings: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "t5"
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=18, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(folder)
+    for file in bert_folder.glob("*token*"):
+        shutil.copy(file, folder)
+
+    run(
+        "train", tmp_path / "run", "--no-rich", "--config", f"model.path={folder}", *settings, "regime.num_steps=1"
+    ).expect(0)
+    embedder = Embedder.load(tmp_path / "run", device="cpu")
+    embedder.save_sentence_transformers(tmp_path / "out")
+    found, before = (Embedder.load(f, device="cpu").encode(["red green"]) for f in (tmp_path / "out", folder))
+    assert np.array_equal(found, embedder.encode(["red green"]))
+    assert not np.array_equal(found, before)
+    model = transformers.T5EncoderModel.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.shared.weight, embedder.model.get_parameter("wrapped.shared.weight"))
 
 
 def test_composed_models_take_encoders_from_the_hub(
