@@ -51,7 +51,7 @@ class EvaluateSettings:
     """An evaluation, without what only a gang needs."""
 
     model: str = ""
-    """A card, a Hugging Face folder, a run or a checkpoint folder."""
+    """A folder, a run, a card or a repository of the Hugging Face hub."""
 
     baseline: str | None = None
     """Another model, to show what changed."""

@@ -45,7 +45,8 @@ PROCESSOR_FOLDERS: Final = (
 class EmbeddingModelSection(ModelSection):
     """Which model to train.
 
-    ``name`` (a card), ``path`` (a folder or a run), or ``family`` and ``arch`` (random weights).
+    ``path`` (a folder, a run or a repository of the hub), ``name`` (a card), or ``family`` and ``arch`` (random
+    weights).
     """
 
     @override
@@ -220,7 +221,7 @@ class LossSection:
 
 @dataclass(kw_only=True)
 class TeacherSection:
-    """The model that a distillation learns from: a card or a folder. It has its own processor and prompts."""
+    """The model that a distillation learns from, named as other models are. It has its own processor and prompts."""
 
     name: str | None = None
     """The name of a card."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from fairseq2.utils.structured import StandardValueConverter
 from vembed_fs2.embedding.freezing import find_first_parameters, find_matches, plain_name
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import ConfigError, ModelLoadError
-from vembed_fs2.hub.find import find_model
+from vembed_fs2.hub.find import ModelSource, find_model
 from vembed_fs2.hub.load import load_processor
 from vembed_fs2.hub.towers import refuse_sources, resolve_towers
 from vembed_fs2.models.composed import ComposedConfig, ComposedModel
@@ -83,13 +84,18 @@ def plan_model(config: TrainConfig) -> ModelPlan:
             refuse_sources(model_config, overrides)
 
         if isinstance(source.weights, Path):
-            section.family, section.path = source.family, source.weights
+            section.family, section.path, section.name = source.family, source.weights, None
             values = StandardValueConverter().unstructure(model_config)
             overrides = cast(Mapping[str, object], StandardConfigMerger().merge(values, overrides))
             config.processor.path = config.processor.path or source.folder
+        else:
+            section.name, section.path = source.name, None
+            if os.environ.get("RANK", "0") == "0":
+                source.weights_path()  # Downloaded now, before anything is written.
 
     base, model_config = model_config, override_config(model_config, overrides)
     model = _check(config, family, model_config)
+    _check_processor(config, model)
     return ModelPlan(family, model_config, overrides, base, model.embedding_dim, Reads.of(model))
 
 
@@ -107,12 +113,6 @@ def _check(config: TrainConfig, family: str, model_config: object) -> EmbeddingM
 
     if errors:
         raise ConfigError(errors, where="`model`")
-
-    if config.model.path is None and config.model.name is None and config.processor.path is not None:
-        try:
-            load_processor(model, config.processor.path)
-        except ModelLoadError as ex:
-            raise ConfigError(f"`processor.path`: {ex}{PROCESSOR_FOLDERS}") from None
 
     check_vectors(config.loss, several=model.is_multi_vector)
     return model
@@ -148,6 +148,24 @@ def count_parameters(model: EmbeddingModel) -> tuple[int, int]:
     """Return the number of trained parameters, and of all."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+
+
+def _check_processor(config: TrainConfig, model: EmbeddingModel) -> None:
+    """Check that the processor fits the model, unless its files are on a hub.
+
+    :raises ModelLoadError: it does not, or a file is missing or broken.
+    :raises ConfigError: the same, if the model is a new one, which has no processor of its own.
+    """
+    try:
+        sources = _processor_sources(config, model)
+        folders = [source if isinstance(source, Path) else source.folder for source in sources]
+        if folders and None not in folders:
+            paths = (Path(folder) for folder in folders if folder)
+            load_processor(model, *paths, max_length=config.processor.max_length)
+    except ModelLoadError as ex:
+        if config.model.path is None and config.model.name is None and config.processor.path is not None:
+            raise ConfigError(f"`processor.path`: {ex}{PROCESSOR_FOLDERS}") from None
+        raise
 
 
 def override_config(model_config: object, overrides: Mapping[str, object]) -> object:
@@ -191,23 +209,30 @@ def create_processor(
     return processor
 
 
+def _processor_sources(config: TrainConfig, model: EmbeddingModel) -> list[Path | ModelSource]:
+    """Return where the processor is, or the tokenizer and the image processor; nothing, if nothing says it."""
+    if config.processor.path is not None:
+        path = config.processor.path
+        return [path if path.exists() else find_model(path)]
+
+    names: list[str | Path | None] = [config.model.name]
+    if isinstance(model, ComposedModel) and config.model.name is None:
+        names = [model.text.source, model.image.source]
+
+    return [] if None in names else [find_model(name) for name in names if name is not None]
+
+
 def _processor_folders(config: TrainConfig, model: EmbeddingModel, gangs: Gangs) -> list[Path]:
     """Return the folder of the processor, or the folders of the tokenizer and of the image processor."""
-    if config.processor.path is not None:
-        return [config.processor.path]
-
-    if config.model.name is not None:
-        names: list[str | Path | None] = [config.model.name]
-    else:
-        names = [model.text.source, model.image.source] if isinstance(model, ComposedModel) else [None]
-
-    sources = [find_model(name) for name in names if name is not None]
-    if len(sources) < len(names):
+    sources = _processor_sources(config, model)
+    if not sources:
         raise ConfigError(f"{NO_PROCESSOR}.{PROCESSOR_FOLDERS}")
 
+    def fetch() -> list[Path]:
+        return [source if isinstance(source, Path) else source.processor_folder() for source in sources]
+
     if gangs.root.rank == 0:
-        for source in sources:
-            source.processor_folder()  # One process downloads, the others find the files.
+        fetch()  # One process downloads, the others find the files.
 
     gangs.root.barrier()
-    return [source.processor_folder() for source in sources]
+    return fetch()

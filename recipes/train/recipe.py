@@ -36,6 +36,7 @@ from vembed_fs2.evaluation.datasets import find_task, task_from_examples
 from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.fairseq2_seams import complete_checkpoint, list_components, seconds_since_report
 from vembed_fs2.hub.find import ModelSource
+from vembed_fs2.hub.load import load_processor
 from vembed_fs2.hub.towers import load_towers
 from vembed_fs2.losses import LOSSES
 from vembed_fs2.models.composed import ComposedModel
@@ -137,6 +138,8 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
                 teacher = find_teacher(config.teacher)
                 blank = create_blank(teacher.family, teacher.config)
                 teacher_dim, readers["the teacher"] = blank.embedding_dim, Reads.of(blank)
+                if teacher.folder is not None:
+                    load_processor(blank, teacher.folder, max_length=config.teacher.max_length)
 
         with problems.collect():
             plan = plan_model(config)

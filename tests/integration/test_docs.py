@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from vembed_fs2.commands.demo import minilm_folder
 from vembed_fs2.recipes.presets import describe_presets
 
 from .command_line import run_block, run_script
 
 ROOT = Path(__file__).parents[2]
-
-MINILM = minilm_folder()
 
 GUIDES = [
     "README.md",
@@ -41,9 +38,8 @@ def blocks(guide: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the guides take for granted: a model, training and held-out rows, a BEIR folder."""
+    """What the guides take for granted: training and held-out rows, a BEIR folder; not even a network."""
     folder = tmp_path_factory.mktemp("guides")
-    folder.joinpath("all-MiniLM-L6-v2").symlink_to(MINILM)
     rows = [{"query": f"question number {i}", "positive": f"the answer to question {i}"} for i in range(96)]
     for name, part in (("train", rows[:80]), ("valid", rows[80:])):
         folder.joinpath(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
@@ -67,7 +63,6 @@ def test_commands_of_the_guide_run(guide: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("guide", FROM_SCRATCH)
 def test_a_user_can_begin_with_the_guide_in_an_empty_folder(guide: str, tmp_path: Path) -> None:
-    tmp_path.joinpath("all-MiniLM-L6-v2").symlink_to(MINILM)
     for command in blocks(guide, "bash"):
         if command.startswith("pip install"):
             continue

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="card, Hugging Face folder, run folder or checkpoint folder")
+    parser.add_argument("model", metavar="MODEL", help="folder, run, card or repository of the Hugging Face hub")
     parser.add_argument(
         "data",
         nargs="*",

@@ -11,7 +11,7 @@ from vembed_fs2.dtypes import DTYPE_NAMES, dtype_name
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", metavar="RUN", help="run folder, checkpoint folder, Hugging Face folder or card")
+    parser.add_argument("model", metavar="RUN", help="run, folder, card or repository of the Hugging Face hub")
     parser.add_argument("output_dir", type=Path, metavar="OUT", help="folder to write; must not exist or be empty")
     parser.add_argument(
         "--format",

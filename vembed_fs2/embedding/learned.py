@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Final
 
 import torch
@@ -111,6 +111,12 @@ class EmbeddingModelConfig:
 
     learned: Sequence[LearnedPart] | None = None
     """What else an objective learns. Training sets it; exported folders do not have it."""
+
+    extra_fields: dict[str, dict[str, object]] = field(default_factory=dict)
+    """
+    The fields of a folder's configuration that have no counterpart here, by the
+    name of their file (``config.json``). An exported folder has them again.
+    """
 
     def learned_parts(self, embedding_dim: int) -> Sequence[LearnedPart]:
         """Return what the model holds for objectives."""

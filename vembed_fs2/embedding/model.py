@@ -132,6 +132,9 @@ class EmbeddingModel(Module, ABC):
     max_text_length: int | None = None
     """The longest text in tokens, special tokens included."""
 
+    vocab_size: int | None = None
+    """The number of rows of the token embedding table: ids of tokens must be less. ``None`` is not checked."""
+
     text_padding: TextPadding = "longest"
     """Whether texts are padded to the longest of a batch, or to ``max_text_length``: where the padding counts."""
 

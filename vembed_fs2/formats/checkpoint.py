@@ -6,6 +6,7 @@ import json
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar, cast, final
 
@@ -20,10 +21,13 @@ from vembed_fs2.embedding.head import HeadConfig, ImageHeadConfig
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, TEACHER_PROJECTION
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json, write_json
+from vembed_fs2.formats.extra_fields import add_extra_fields, find_extra_fields
 from vembed_fs2.formats.folder import ModelFolder
 from vembed_fs2.formats.key_map import Drop, KeyMap
 
 ConfigT = TypeVar("ConfigT")
+
+CONFIG_FILE: Final = "config.json"
 
 HOW_TO_TRUST: Final = (
     "`trust_remote_code=True` in Python, `--trust-remote-code` of a command, "
@@ -116,6 +120,24 @@ class CheckpointFormat(HuggingFaceConverter):
         """
         return self.from_hf_config(folder.config, head=folder.head(), keys=folder.keys())
 
+    def config_fields(self, config: Any) -> Mapping[str, object]:
+        """Return the fields of ``config.json`` that the configuration says, in every spelling.
+
+        All others come back in an exported folder as they were. The value of a
+        nested configuration is a mapping of its own fields.
+        """
+        import transformers
+
+        hf_config = self.to_hg_config(config)
+        fields = dict.fromkeys(hf_config.data)
+        aliases: Mapping[str, str] = getattr(transformers, hf_config.kls_name).attribute_map
+
+        return fields | dict.fromkeys(alias for alias, name in aliases.items() if name in fields)
+
+    def find_extra_fields(self, hf_config: Mapping[str, Any], config: Any) -> dict[str, object]:
+        """Return the fields of ``config.json`` that would be lost in an exported folder."""
+        return find_extra_fields(hf_config, self.describe_config(config), self.config_fields(config))
+
     @final
     def save(self, folder: Path, state_dict: dict[str, object], config: object) -> None:
         """Write a folder: configuration, weights, and what else belongs to it.
@@ -131,8 +153,8 @@ class CheckpointFormat(HuggingFaceConverter):
         save_torch_state_dict(tensors, folder)
         self.write_files(folder, config)
 
-    def write_config(self, folder: Path, config: object) -> None:
-        """Write ``config.json``: by default as transformers' class of :meth:`to_hg_config` does."""
+    def describe_config(self, config: Any) -> dict[str, Any]:
+        """Return the content of ``config.json``: as transformers' class of :meth:`to_hg_config` has it."""
         import transformers
 
         hf_config = self.to_hg_config(config)
@@ -141,7 +163,18 @@ class CheckpointFormat(HuggingFaceConverter):
             setattr(native, name, value)
 
         native.architectures = [hf_config.arch]
-        native.save_pretrained(folder)
+        content: dict[str, Any] = json.loads(native.to_json_string())
+
+        return content
+
+    def write_config(self, folder: Path, config: object) -> None:
+        """Write ``config.json``, with the fields of the folder that the model came from."""
+        content = self.describe_config(config)
+        if extra := getattr(config, "extra_fields", {}).get(CONFIG_FILE):
+            content = add_extra_fields(content, extra, self.config_fields(replace(cast(Any, config), extra_fields={})))
+
+        # In transformers' order.
+        write_json(folder / CONFIG_FILE, json.loads(json.dumps(content, sort_keys=True)))
 
     def write_files(self, folder: Path, config: object) -> None:
         """Write what else belongs to an exported folder, after configuration and weights. Nothing, by default."""
@@ -219,24 +252,25 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
         return HuggingFaceConfig(data, kls_name=name, arch=self._model_type)
 
     @override
-    def write_config(self, folder: Path, config: object) -> None:
+    def config_fields(self, config: Any) -> Mapping[str, object]:
+        return dict.fromkeys(self._values_of(config))
+
+    @override
+    def describe_config(self, config: Any) -> dict[str, Any]:
         import transformers
 
-        values = {
+        return {
             "architectures": [self._model_type],
             "model_type": self._model_type,
             "transformers_version": transformers.__version__,
             **self._values_of(config),
         }
 
-        # In transformers' order.
-        write_json(folder / "config.json", json.loads(json.dumps(values, sort_keys=True)))
-
     def _values_of(self, config: object) -> dict[str, object]:
         values: Any = StandardValueConverter().unstructure(config)
 
-        # What belongs to a training is of no use after it.
-        kept = {k: v for k, v in values.items() if k not in ("teacher_dim", "learned")}
+        # What belongs to a training is of no use after it; extra fields stand beside the configuration.
+        kept = {k: v for k, v in values.items() if k not in ("teacher_dim", "learned", "extra_fields")}
 
         data: dict[str, object] = {"model_config": kept}
         if _text_head_of(config) is not None:
@@ -326,6 +360,6 @@ def _text_head_of(config: object) -> HeadConfig | None:
 def wants_code(values: object) -> bool:
     """Whether a configuration asks to run Python code that came with a model: that is not for a file to say."""
     if isinstance(values, Mapping):
-        inner = (value for key, value in values.items() if key != "hf_config")
+        inner = (value for key, value in values.items() if key not in ("hf_config", "extra_fields"))
         return values.get("trust_remote_code") is True or any(map(wants_code, inner))
     return isinstance(values, (list, tuple)) and any(map(wants_code, values))

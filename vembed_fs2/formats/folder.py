@@ -220,7 +220,7 @@ class OpenClipFolder(ModelFolder):
     @override
     def config(self) -> dict[str, Any]:
         model_cfg, preprocess_cfg = read_open_clip_json(self.root)
-        return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+        return {**read_json(self.config_file), "model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
     @override
     def text_options(self) -> dict[str, Any]:

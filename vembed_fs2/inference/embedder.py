@@ -68,7 +68,7 @@ class Embedder:
         max_length: int | None = None,
         trust_remote_code: bool = False,
     ) -> Embedder:
-        """Load a card, a Hugging Face or sentence-transformers folder, a run folder or a checkpoint folder.
+        """Load a folder, a run, a checkpoint, a card, or a repository of the Hugging Face hub.
 
         :param device: where to compute; a GPU if there is one.
         :param dtype: the type of the weights, and so of what is computed: a torch type, its name, or "auto",

@@ -54,7 +54,8 @@ def save_open_clip(exported: Exportable, folder: Path) -> None:
     with new_folder(folder) as out:
         tensors = {k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)}
         save_file(tensors, out / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
-        write_json(out / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+        content = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+        write_json(out / OPEN_CLIP_CONFIG, checkpoint_format.add_extra_fields(content, source.config))
         if head is not None:  # Whether embeddings are normalised, which open_clip leaves to its caller.
             write_json(out / IMAGE_HEAD_FILE, asdict(head))
         finish_folder(exported, out, folder.name)

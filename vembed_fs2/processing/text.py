@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.processing.open_clip import OpenClipTexts
+from vembed_fs2.formats.open_clip import find_tokenizer_name
+from vembed_fs2.processing.open_clip import OpenClipTexts, load_built_in_tokenizer
 from vembed_fs2.processing.siglip_tokenizer import is_siglip_tokenizer, load_siglip_tokenizer
+from vembed_fs2.processing.vocabulary import fit_vocabulary
 
 _TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -62,6 +64,7 @@ class TextProcessor:
         *,
         max_length: int | None = None,
         model_max_length: int | None = None,
+        vocab_size: int | None = None,
         do_lower_case: bool = False,
         padding: Literal["longest", "max_length"] = "longest",
         open_clip: OpenClipTexts | None = None,
@@ -71,6 +74,7 @@ class TextProcessor:
         :param max_length: the longest text in tokens, special tokens included;
             if ``None``, the tokenizer's own limit. The rest is cut off.
         :param model_max_length: the longest text that the model can take at all.
+        :param vocab_size: the number of tokens that the model has embeddings of.
         :param do_lower_case: if ``True``, the tokenizer lowercases texts.
         :param padding: whether to pad to the longest text or to ``max_length``.
         :param open_clip: what open_clip does besides.
@@ -90,6 +94,8 @@ class TextProcessor:
         self._backend = _copy_backend(tokenizer)
         self._open_clip = open_clip or OpenClipTexts()
         self._open_clip.change_backend(self._backend)
+        if vocab_size is not None:
+            self._backend = fit_vocabulary(self._backend, tokenizer, vocab_size)
 
         if self._max_length is not None:
             self._backend.enable_truncation(self._max_length, direction=tokenizer.truncation_side)
@@ -99,7 +105,9 @@ class TextProcessor:
         # Models of open_clip see all padding; if texts have their full width already, they need no mask.
         is_unmasked = self._width is not None and bool(self._open_clip.text_cleaning)
         self._is_masked = "attention_mask" in self._names and not is_unmasked
-        self._pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        # open_clip pads with the first token, whatever it is.
+        has_padding = tokenizer.pad_token_id is not None and not self._open_clip.open_clip_bpe
+        self._pad_id: int = tokenizer.pad_token_id if has_padding else 0
         self._pad_type_id: int = tokenizer.pad_token_type_id
 
         # A model that does not mask padding may read it, so its side counts.
@@ -112,6 +120,7 @@ class TextProcessor:
         *,
         max_length: int | None = None,
         model_max_length: int | None = None,
+        vocab_size: int | None = None,
         do_lower_case: bool = False,
         padding: Literal["longest", "max_length"] = "longest",
         open_clip: OpenClipTexts | None = None,
@@ -120,11 +129,16 @@ class TextProcessor:
 
         :raises ModelLoadError: ``folder`` has no tokenizer, or one that cannot be loaded.
         """
-        if not any(folder.joinpath(name).is_file() for name in _TOKENIZER_FILES):
-            raise ModelLoadError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there.")
+        has_files = any(folder.joinpath(name).is_file() for name in _TOKENIZER_FILES)
+        if not has_files and not (open_clip is not None and open_clip.open_clip_bpe):
+            name = find_tokenizer_name(folder)
+            hint = "" if name is None else f" open_clip takes the tokenizer of {name}: put its files there."
+            raise ModelLoadError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there.{hint}")
 
         try:
-            if is_siglip_tokenizer(folder):
+            if not has_files:
+                tokenizer = load_built_in_tokenizer(folder)
+            elif is_siglip_tokenizer(folder):
                 tokenizer = load_siglip_tokenizer(folder)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(
@@ -135,14 +149,18 @@ class TextProcessor:
         except Exception as ex:  # The Rust library raises bare exceptions.
             raise ModelLoadError(f"The tokenizer in {folder} cannot be loaded: {ex}") from None
 
-        return TextProcessor(
-            tokenizer,
-            max_length=max_length,
-            model_max_length=model_max_length,
-            do_lower_case=do_lower_case,
-            padding=padding,
-            open_clip=open_clip,
-        )
+        try:
+            return TextProcessor(
+                tokenizer,
+                max_length=max_length,
+                model_max_length=model_max_length,
+                vocab_size=vocab_size,
+                do_lower_case=do_lower_case,
+                padding=padding,
+                open_clip=open_clip,
+            )
+        except ModelLoadError as ex:
+            raise ModelLoadError(f"{folder}: {ex}") from None
 
     @property
     def max_length(self) -> int | None:

@@ -119,6 +119,12 @@ class Backbone:
         return length - offset
 
     @property
+    def vocab_size(self) -> int | None:
+        """The number of rows of the token embedding table; ``None`` if it is not known, or there is none."""
+        size = getattr(self.text_config, "vocab_size", None) if "text" in self.modalities else None
+        return size if isinstance(size, int) and size > 0 else None
+
+    @property
     def _counts_from_padding(self) -> bool:
         if self.kls.__module__.startswith("transformers.models."):
             return self.config.model_type in COUNT_FROM_PADDING
@@ -346,11 +352,15 @@ def _model_class(config: Any) -> Any:
         named = [k for k in kls if k.__name__ in (config.architectures or ())]
         kls = (named or list(kls))[0]
 
+    # transformers has some encoders alone, for example T5's, which Sentence-T5 and GTR use. A folder of such a one says
+    # that it is no encoder-decoder, but its base model has both.
+    encoder = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    has_encoder = encoder is not None and encoder is not kls
     if getattr(config, "is_encoder_decoder", False):
-        # transformers has some encoders alone, for example T5's, which Sentence-T5 and GTR use.
-        encoder = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
-        if encoder is None or encoder is kls:
+        if not has_encoder:
             raise unfit(kls, "it is an encoder-decoder")
+        kls = encoder
+    elif has_encoder and kls is not None and "decoder_input_ids" in _arguments(kls.forward):
         kls = encoder
 
     if kls is None:

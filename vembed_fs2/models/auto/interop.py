@@ -20,7 +20,6 @@ from typing_extensions import override
 
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.files import write_json
 from vembed_fs2.formats.checkpoint import declare_hf_config
 from vembed_fs2.formats.folder import ModelFolder
 from vembed_fs2.models.auto.backbone import Backbone, find_backbone
@@ -139,12 +138,18 @@ class AutoCheckpointFormat(CheckpointFormat):
         return tensors
 
     @override
-    def write_config(self, folder: Path, config: object) -> None:
-        """Write ``config.json`` as it was."""
+    def find_extra_fields(self, hf_config: Mapping[str, Any], config: object) -> dict[str, object]:
+        return {}  # The configuration holds them all.
+
+    @override
+    def describe_config(self, config: object) -> dict[str, Any]:
+        """Return the content of ``config.json`` as it was."""
         config = cast_config_type(config, AutoModelConfig)
         values = {k: v for k, v in config.hf_config.items() if k not in _LOADING_FIELDS}
-        values |= {"architectures": [config.backbone().kls.__name__], "transformers_version": transformers.__version__}
-        write_json(folder / "config.json", values)
+        return values | {
+            "architectures": [config.backbone().kls.__name__],
+            "transformers_version": transformers.__version__,
+        }
 
     @override
     def write_files(self, folder: Path, config: object) -> None:

@@ -133,6 +133,7 @@ class ComposedModel(EmbeddingModel):
         self.towers = {"text": ["text"], "image": ["image"]}
         self.head = head
         self.max_text_length = text.backbone.max_text_length
+        self.vocab_size = text.backbone.vocab_size
         self.text_padding = text.backbone.text_padding
         self.tokens_per_image = image.backbone.tokens_per_image
         towers = {"text": text, "image": image}

@@ -13,6 +13,7 @@ from typing_extensions import override
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.formats.extra_fields import with_extra_fields
 from vembed_fs2.formats.hf_config import (
     create_dual_rules,
     read_fields,
@@ -100,6 +101,10 @@ class SiglipCheckpointFormat(DualCheckpointFormat):
         "siglip2_vision_model",
     )
 
+    text_fields = _TEXT_FIELDS
+
+    vision_fields = _IMAGE_FIELDS | _PATCH_FIELDS
+
     @override
     def from_hf_config(
         self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
@@ -152,13 +157,14 @@ class SiglipCheckpointFormat(DualCheckpointFormat):
         vision = {} if config.vision is None else write_fields(config.vision, fields)
         if not text or not vision:
             name += "Text" if text else "Vision"
-            return HuggingFaceConfig(text or vision, kls_name=f"{name}Config", arch=f"{name}Model")
+            exported = HuggingFaceConfig(text or vision, kls_name=f"{name}Config", arch=f"{name}Model")
+            return with_extra_fields(exported, config)
 
         data: dict[str, object] = {
             "text_config": getattr(transformers, f"{name}TextConfig")(**text),
             "vision_config": getattr(transformers, f"{name}VisionConfig")(**vision),
         }
-        return HuggingFaceConfig(data, kls_name=f"{name}Config", arch=f"{name}Model")
+        return with_extra_fields(HuggingFaceConfig(data, kls_name=f"{name}Config", arch=f"{name}Model"), config)
 
 
 def _resolve(

@@ -15,6 +15,7 @@ from typing_extensions import override
 from vembed_fs2.embedding.head import ImageHeadConfig
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.formats.extra_fields import with_extra_fields
 from vembed_fs2.formats.hf_config import read_field, resolve_hf_config, validate_hf_config
 from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Reshape, Rule, Split, leading_dims
 from vembed_fs2.models.common.interop import PIXEL_FIELDS, BackboneCheckpointFormat
@@ -220,7 +221,8 @@ class VitCheckpointFormat(BackboneCheckpointFormat):
             data["pooler_output_size"] = config.pooler_dim or config.model_dim
 
         data |= config.kept
-        return HuggingFaceConfig(data, kls_name=f"{fmt.name}Config", arch=f"{fmt.name}Model")
+        exported = HuggingFaceConfig(data, kls_name=f"{fmt.name}Config", arch=f"{fmt.name}Model")
+        return with_extra_fields(exported, config)
 
     @override
     def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:
