@@ -25,7 +25,7 @@ from vembed_fs2.formats.open_clip import (
     read_text_options,
 )
 from vembed_fs2.formats.registry import find_layout
-from vembed_fs2.formats.sentence_transformers import SentenceModules, find_clip, read_modules
+from vembed_fs2.formats.sentence_transformers import SentenceModules, SentenceTowers, find_clip, read_modules
 from vembed_fs2.formats.weights import WEIGHT_FILES, LazyTensors, find_weights
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
@@ -181,6 +181,25 @@ class SentenceTransformersFolder(ModelFolder):
 
 
 @final
+class SentenceTowersFolder(ModelFolder):
+    """A model of texts and images in the layout of sentence-transformers."""
+
+    def __init__(self, root: Path, towers: SentenceTowers) -> None:
+        super().__init__(root, towers.backbone)
+        self._towers = towers
+
+    @override
+    def text_options(self) -> dict[str, Any]:
+        towers = self._towers
+
+        return {
+            "max_length": towers.max_length,
+            "prompts": dict(towers.prompts),
+            "default_prompt_name": towers.default_prompt_name,
+        }
+
+
+@final
 class OpenClipFolder(ModelFolder):
     """A model in the layout of open_clip."""
 
@@ -230,9 +249,9 @@ def is_open_clip_folder(path: Path) -> bool:
 
 
 def open_sentence_transformers(path: Path) -> ModelFolder:
-    """Open a folder of sentence-transformers: of a text model, or of its CLIP module."""
-    if clip := find_clip(path):
-        return ModelFolder(path, clip)
+    """Open a folder of sentence-transformers: of a text model, or of a model of texts and images."""
+    if towers := find_clip(path):
+        return SentenceTowersFolder(path, towers)
     return SentenceTransformersFolder(path, read_modules(path))
 
 

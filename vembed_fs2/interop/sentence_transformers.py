@@ -63,8 +63,7 @@ def write_modules(
         root.joinpath(folders[-1][1]).mkdir(exist_ok=True)
 
     write_json(root / TRANSFORMER_FILES[0], {"max_seq_length": max_length, "do_lower_case": do_lower_case})
-    settings = {"prompts": dict(prompts), "default_prompt_name": default_prompt_name}
-    write_json(root / "config_sentence_transformers.json", {**settings, "similarity_fn_name": head.similarity})
+    _write_prompts(root, prompts, default_prompt_name, head.similarity)
 
     # Last, because its presence is what makes the folder one of sentence-transformers.
     write_json(
@@ -74,6 +73,11 @@ def write_modules(
             for idx, (kind, path) in enumerate(folders)
         ],
     )
+
+
+def _write_prompts(folder: Path, prompts: Mapping[str, str], default_name: str | None, similarity: str) -> None:
+    settings = {"prompts": dict(prompts), "default_prompt_name": default_name, "similarity_fn_name": similarity}
+    write_json(folder / "config_sentence_transformers.json", settings)
 
 
 def _write_pooling(folder: Path, head: HeadConfig, dim: int) -> None:
@@ -120,7 +124,7 @@ def save_sentence_transformers(exported: Exportable, folder: Path) -> None:
         if head is not None:
             write_head(exported, out)
         else:
-            _write_whole_model(exported.source.family, out)
+            _write_whole_model(exported, out)
         exported.processor.save(out)
 
 
@@ -146,8 +150,9 @@ def write_head(exported: Exportable, folder: Path) -> None:
     )
 
 
-def _write_whole_model(family: str, folder: Path) -> None:
+def _write_whole_model(exported: Exportable, folder: Path) -> None:
     """Name sentence-transformers' own module for such models; it reads transformers' layout."""
+    family, settings = exported.source.family, exported.processor.settings
     checkpoint_format = get_checkpoint_format(family)
     if checkpoint_format is None or checkpoint_format.sentence_module is None:
         raise VembedError(f"{family} models cannot be written for sentence-transformers.")
@@ -155,5 +160,6 @@ def _write_whole_model(family: str, folder: Path) -> None:
     kinds = [f"sentence_transformers.models.{name}" for name in (checkpoint_format.sentence_module, "Normalize")]
     paths = ("", "1_Normalize")
     folder.joinpath(paths[1]).mkdir()
+    _write_prompts(folder, settings.prompts, settings.default_prompt_name, exported.model.similarity)
     modules = [{"idx": i, "name": str(i), "path": p, "type": k} for i, (k, p) in enumerate(zip(kinds, paths))]
     write_json(folder / "modules.json", modules)

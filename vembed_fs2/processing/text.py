@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.processing.open_clip import OpenClipTexts
 from vembed_fs2.processing.siglip_tokenizer import is_siglip_tokenizer, load_siglip_tokenizer
+from vembed_fs2.processing.version_5 import is_of_version_5, load_of_version_5
 
 _TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -121,12 +122,7 @@ class TextProcessor:
             raise ModelLoadError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there.")
 
         try:
-            if is_siglip_tokenizer(folder):
-                tokenizer = load_siglip_tokenizer(folder)
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(
-                    folder, use_fast=True, local_files_only=True, trust_remote_code=False
-                )
+            tokenizer = _load_tokenizer(folder)
         except ModelLoadError:
             raise
         except Exception as ex:  # The Rust library raises bare exceptions.
@@ -203,6 +199,14 @@ class TextProcessor:
         """Write all files of the tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save_pretrained(folder)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if is_siglip_tokenizer(folder):
+        return load_siglip_tokenizer(folder)
+    if is_of_version_5(folder):
+        return load_of_version_5(folder)
+    return AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True, trust_remote_code=False)
 
 
 def _find_max_length(tokenizer: Any, max_length: int | None, model_max_length: int | None, padding: str) -> int | None:
