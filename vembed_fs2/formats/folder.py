@@ -25,7 +25,13 @@ from vembed_fs2.formats.open_clip import (
     read_text_options,
 )
 from vembed_fs2.formats.registry import find_layout
-from vembed_fs2.formats.sentence_transformers import EMPTY_PROMPTS, SentenceModules, find_clip, read_modules
+from vembed_fs2.formats.sentence_transformers import (
+    EMPTY_PROMPTS,
+    SentenceModules,
+    SentenceTowers,
+    find_clip,
+    read_modules,
+)
 from vembed_fs2.formats.weights import WEIGHT_FILES, LazyTensors, find_weights
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
@@ -185,17 +191,31 @@ class SentenceTransformersFolder(ModelFolder):
 
 
 @final
-class SentenceClipFolder(ModelFolder):
+class SentenceTowersFolder(ModelFolder):
     """A model of texts and images in transformers' layout, as a module of sentence-transformers."""
 
-    def __init__(self, root: Path, backbone: Path, normalize: bool) -> None:
-        """:param normalize: whether a normalisation follows the model."""
-        super().__init__(root, backbone)
-        self._normalize = normalize
+    def __init__(self, root: Path, towers: SentenceTowers) -> None:
+        super().__init__(root, towers.backbone)
+        self._towers = towers
 
     @override
     def image_head(self) -> ImageHeadConfig:
-        return ImageHeadConfig(pooling="pooler", normalize=self._normalize)
+        towers = self._towers
+        return ImageHeadConfig(pooling="pooler", normalize=towers.normalize, similarity=towers.similarity)
+
+    @override
+    def truncate_dim(self) -> int | None:
+        return self._towers.truncate_dim
+
+    @override
+    def text_options(self) -> dict[str, Any]:
+        towers = self._towers
+
+        return {
+            "max_length": towers.max_length,
+            "prompts": {**EMPTY_PROMPTS, **towers.prompts},
+            "default_prompt_name": towers.default_prompt_name,
+        }
 
 
 @final
@@ -248,9 +268,9 @@ def is_open_clip_folder(path: Path) -> bool:
 
 
 def open_sentence_transformers(path: Path) -> ModelFolder:
-    """Open a folder of sentence-transformers: of a text model, or of its CLIP module."""
-    if clip := find_clip(path):
-        return SentenceClipFolder(path, *clip)
+    """Open a folder of sentence-transformers: of a text model, or of a model of texts and images."""
+    if towers := find_clip(path):
+        return SentenceTowersFolder(path, towers)
     return SentenceTransformersFolder(path, read_modules(path))
 
 

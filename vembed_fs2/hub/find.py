@@ -168,10 +168,6 @@ def _open_card(name: str, card: AssetCard, resolver: DependencyResolver) -> Mode
     return ModelSource(name, family_name, config, card, local_folder(card))
 
 
-def _card_names(store: AssetStore) -> list[str]:
-    return [name.removesuffix("@") for name in store.asset_names]
-
-
 def local_folder(card: AssetCard) -> Path | None:
     """The local folder that a card's checkpoint is in, if it is local."""
     field = card.maybe_get_field("checkpoint")

@@ -66,12 +66,18 @@ def write_modules(
         root.joinpath(folders[-1][1]).mkdir(exist_ok=True)
 
     write_json(root / TRANSFORMER_FILES[0], {"max_seq_length": max_length, "do_lower_case": do_lower_case})
-    settings: dict[str, object] = {"prompts": dict(prompts), "default_prompt_name": default_prompt_name}
-    if truncate_dim is not None:
-        settings["truncate_dim"] = truncate_dim
-    write_json(root / "config_sentence_transformers.json", {**settings, "similarity_fn_name": head.similarity})
+    _write_prompts(root, prompts, default_prompt_name, head.similarity, truncate_dim)
 
     _write_list(root, folders)
+
+
+def _write_prompts(
+    folder: Path, prompts: Mapping[str, str], default_name: str | None, similarity: str, truncate_dim: int | None
+) -> None:
+    settings: dict[str, object] = {"prompts": dict(prompts), "default_prompt_name": default_name}
+    if truncate_dim is not None:
+        settings["truncate_dim"] = truncate_dim
+    write_json(folder / "config_sentence_transformers.json", {**settings, "similarity_fn_name": similarity})
 
 
 def _write_pooling(folder: Path, head: HeadConfig, dim: int) -> None:
@@ -137,8 +143,7 @@ def write_head(exported: Exportable, folder: Path) -> None:
         folder,
         head=replace(head, include_prompt=settings.include_prompt),
         max_length=settings.max_length,
-        # sentence-transformers looks for these names only.
-        prompts={**settings.prompts, **{role: exported.processor.prompt_for(role) or "" for role in EMPTY_PROMPTS}},
+        prompts=_named_prompts(exported),
         default_prompt_name=settings.default_prompt_name,
         do_lower_case=settings.do_lower_case,
         dense_state={k: v.cpu() for k, v in exported.model.state_dict().items() if k.startswith("head.dense.")},
@@ -149,7 +154,7 @@ def write_head(exported: Exportable, folder: Path) -> None:
 
 def _write_whole_model(exported: Exportable, folder: Path) -> None:
     """Name sentence-transformers' own module for such models; it reads transformers' layout."""
-    family = exported.source.family
+    family, settings = exported.source.family, exported.processor.settings
     checkpoint_format = get_checkpoint_format(family)
     if checkpoint_format is None or checkpoint_format.sentence_module is None:
         raise VembedError(f"{family} models cannot be written for sentence-transformers.")
@@ -159,7 +164,15 @@ def _write_whole_model(exported: Exportable, folder: Path) -> None:
         modules.append(("Normalize", "1_Normalize"))
         folder.joinpath("1_Normalize").mkdir()
 
+    prompts = _named_prompts(exported)
+    _write_prompts(folder, prompts, settings.default_prompt_name, exported.model.similarity, exported.truncate_dim)
     _write_list(folder, modules)
+
+
+def _named_prompts(exported: Exportable) -> dict[str, str]:
+    """The prompts, and those of both roles by the names for which sentence-transformers looks only."""
+    processor = exported.processor
+    return {**processor.settings.prompts, **{role: processor.prompt_for(role) or "" for role in EMPTY_PROMPTS}}
 
 
 def _write_list(folder: Path, modules: Sequence[tuple[str, str]]) -> None:

@@ -20,6 +20,7 @@ from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.open_clip import find_tokenizer_name
 from vembed_fs2.processing.open_clip import OpenClipTexts, load_built_in_tokenizer
 from vembed_fs2.processing.siglip_tokenizer import is_siglip_tokenizer, load_siglip_tokenizer
+from vembed_fs2.processing.version_5 import is_of_version_5, load_of_version_5
 from vembed_fs2.processing.vocabulary import fit_vocabulary
 
 _TOKENIZER_FILES: Final = (
@@ -136,14 +137,7 @@ class TextProcessor:
             raise ModelLoadError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there.{hint}")
 
         try:
-            if not has_files:
-                tokenizer = load_built_in_tokenizer(folder)
-            elif is_siglip_tokenizer(folder):
-                tokenizer = load_siglip_tokenizer(folder)
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(
-                    folder, use_fast=True, local_files_only=True, trust_remote_code=False
-                )
+            tokenizer = _load_tokenizer(folder) if has_files else load_built_in_tokenizer(folder)
         except ModelLoadError:
             raise
         except Exception as ex:  # The Rust library raises bare exceptions.
@@ -232,6 +226,14 @@ class TextProcessor:
         """Write all files of the tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save_pretrained(folder)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if is_siglip_tokenizer(folder):
+        return load_siglip_tokenizer(folder)
+    if is_of_version_5(folder):
+        return load_of_version_5(folder)
+    return AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True, trust_remote_code=False)
 
 
 def _find_max_length(tokenizer: Any, max_length: int | None, model_max_length: int | None, padding: str) -> int | None:

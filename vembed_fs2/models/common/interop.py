@@ -89,7 +89,7 @@ class DualCheckpointFormat(CheckpointFormat):
 
     @override
     def has_our_names(self, keys: Collection[str], config: object) -> bool:
-        return not any(key.startswith(("text_model.", "vision_model.")) for key in keys)
+        return any(key.startswith(("text.", "vision.")) for key in keys)
 
 
 def refuse_dense_layers(head: HeadConfig | None, kind: str) -> None:

@@ -69,9 +69,14 @@ _KEYS: Final = {
 }
 
 
-def _create_key_map(dropped: Drop) -> KeyMap:
+_TOWER_PARTS: Final = "(embeddings|encoder|final_layer_norm|post_layernorm|head)"
+
+
+def _create_key_map(dropped: Drop, tower: str | None = None) -> KeyMap:
     """
     :param dropped: what objectives learn and transformers' model has no place for.
+    :param tower: ``text`` or ``vision``, if the model has only that one. Version 5 of transformers writes its tensors
+        without the tower's name.
     """
     return KeyMap(
         # Buffers that old versions of transformers saved, and the head of `SiglipForImageClassification`.
@@ -85,6 +90,7 @@ def _create_key_map(dropped: Drop) -> KeyMap:
             for kind in ("weight", "bias")
         ),
         *create_dual_rules(_KEYS),
+        old_names={rf"^(?={_TOWER_PARTS}\.)": f"{tower}_model."} if tower is not None else None,
     )
 
 
@@ -114,7 +120,7 @@ class SiglipCheckpointFormat(DualCheckpointFormat):
         generation, _, part = str(hf_config.get("model_type", "siglip")).partition("_")
 
         text, vision = _resolve(hf_config, generation, part.removesuffix("_model"))
-        if keys and not any(key.startswith("text_model.") for key in keys):
+        if not part and keys and not any(key.startswith("text_model.") for key in keys):
             text = None  # `SiglipForImageClassification` has the configuration of both and the images' weights only.
 
         config = SiglipConfig(text=None, vision=None, naflex=generation == "siglip2")
@@ -143,7 +149,8 @@ class SiglipCheckpointFormat(DualCheckpointFormat):
         config = cast_config_type(config, SiglipConfig)
         # transformers' SigLIP has a temperature and a bias, but only with both Transformers.
         is_whole = config.text is not None and config.vision is not None
-        return _create_key_map(drop_learned(config, kept=(LOGIT_SCALE, LOGIT_BIAS) if is_whole else ()))
+        tower = None if is_whole else "vision" if config.text is None else "text"
+        return _create_key_map(drop_learned(config, kept=(LOGIT_SCALE, LOGIT_BIAS) if is_whole else ()), tower)
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:

@@ -219,6 +219,8 @@ class VitCheckpointFormat(BackboneCheckpointFormat):
         data |= {hf_name: getattr(config, name) for hf_name, name in fmt.fields.items()}
         if config.model_type == "vit":
             data["pooler_output_size"] = config.pooler_dim or config.model_dim
+        if config.mlp_ratio is not None and config.mlp_ratio.is_integer():
+            data["mlp_ratio"] = int(config.mlp_ratio)  # Version 5 of transformers takes nothing else.
 
         data |= config.kept
         exported = HuggingFaceConfig(data, kls_name=f"{fmt.name}Config", arch=f"{fmt.name}Model")
