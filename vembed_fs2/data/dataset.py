@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vembed_fs2.data.example import Example
-from vembed_fs2.data.schema import Columns, RowSchema
+from vembed_fs2.data.row import RowError, read_label
+from vembed_fs2.data.schema import Columns, RowSchema, label_id
 from vembed_fs2.data.sources import Paths, RowSource
 from vembed_fs2.errors import ConfigError, DataError
 
@@ -24,11 +26,13 @@ CHECKED_ROWS: Final = 100_000
 
 _SHOWN: Final = 10
 
+_SAMPLED_ROWS: Final = 1000
+
 
 class ExampleDataset:
     """The examples of one or more data files, read when asked for, by any number of threads.
 
-    :param paths: a file, a folder of shards, or several of them.
+    :param paths: a file, a folder of shards, a folder of classes, or several of them.
     :param columns: our field -> the file's column (see :class:`RowSchema`).
     :param mode: what queries and documents must consist of.
     :param image_root: the folder that all images must lie in; the folder of the data file by default.
@@ -66,6 +70,11 @@ class ExampleDataset:
 
         self._schema = RowSchema(columns=columns, mode=mode, image_root=image_root, allow_urls=allow_urls)
         self._source = RowSource(paths)
+        if others := self._source.other_files:
+            log.warning("%s files lie beside the images of classes and are not read, such as %s.", len(others), others[0])
+
+        self._on_error = on_error
+        self._labels: NDArray[np.int64] | None = None
         self._accept = accept
 
         size = len(self._source) if max_rows is None else min(max_rows, len(self._source))
@@ -93,11 +102,51 @@ class ExampleDataset:
         """The path of each file, and a short text that is another one if the file had changed."""
         return self._source.fingerprints()
 
+    def labels(self) -> NDArray[np.int64]:
+        """The label of each row as a number (:func:`.schema.label_id`); 0 if it has none. They are read once.
+
+        :raises DataError: a row cannot be read, and ``on_error`` is ``raise``.
+        """
+        if self._labels is None:
+            self._labels = self._read_labels()[self._rows]
+        return self._labels
+
+    def has_rows_of_one_side(self) -> bool:
+        """Whether there are rows with a label but without a positive, among about 1,000 that are read."""
+        step = max(1, len(self) // _SAMPLED_ROWS)
+        return any(self._is_of_one_side(row) for row in range(0, len(self), step))
+
+    def _is_of_one_side(self, row: int) -> bool:
+        try:
+            return self[row].positive is None
+        except DataError:
+            return False  # Said when the row is used.
+
+    def _read_labels(self) -> NDArray[np.int64]:
+        source, column = self._source, self._schema.label_column
+        ids = np.zeros(len(source), dtype=np.int64)
+        known: dict[str | None, int] = {None: 0}
+        for row, value in enumerate(() if column is None else source.column(column)):
+            try:
+                if isinstance(value, DataError):
+                    raise value
+                label = read_label(value, column or "", untyped=source.untyped) if value != "" else None
+            except (DataError, RowError) as ex:
+                if self._on_error == "raise":
+                    raise DataError(str(ex) if isinstance(ex, DataError) else f"{source.where(row)}: {ex}") from None
+                continue
+
+            if label not in known:
+                known[label] = label_id(label or "")
+            ids[row] = known[label]
+
+        return ids
+
     def _read(self, row: int) -> Example:
         source = self._source
         where = source.where(row)
 
-        example = self._schema.parse(source[row], where, source.file(row).parent, untyped=source.untyped)
+        example = self._schema.parse(source[row], where, source.folder(row), untyped=source.untyped)
         if self._accept is not None:
             self._accept(example)
         return example

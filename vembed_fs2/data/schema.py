@@ -100,6 +100,12 @@ class RowSchema:
         except RowError as ex:
             raise DataError(f"{where}: {ex}") from None
 
+    @property
+    def label_column(self) -> str | None:
+        """The column that holds labels, where a file has it."""
+        column = self.columns.get("label", "label")
+        return column if isinstance(column, str) else None
+
     def ignored_columns(self, row: Mapping[str, object]) -> set[str]:
         """The columns of a row that hold no field."""
         try:

@@ -12,17 +12,18 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from typing_extensions import override
 
+from vembed_fs2.data.classes import ClassFolder, has_folders
 from vembed_fs2.data.shard import RawRow, Shard
 from vembed_fs2.errors import DataError
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""A file, a folder of shards, or several of them."""
+"""A file, a folder of shards, a folder of classes, or several of one of these."""
 
 
 _OPEN_FILES: Final = 128
@@ -34,8 +35,9 @@ class RowSource:
 
     Rows are read when they are asked for; any number of threads may ask.
 
-    :param paths: a file, a folder of shards (taken in the order of their names),
-        or several of them. All files must have the same format.
+    :param paths: a file, a folder of shards (taken in the order of their names), a
+        folder of classes (:class:`.ClassFolder`), or several of them. All must have
+        the same format.
     :raises DataError: a file is missing, empty or unreadable, or formats are mixed.
     """
 
@@ -47,14 +49,14 @@ class RowSource:
 
     def __init__(self, paths: Paths) -> None:
         self.files = _find_files(paths)
-        suffix = self.files[0].suffix.lower()
-        self.untyped = suffix in (".csv", ".tsv")
+        kind = _format_of(self.files[0])
+        self.untyped = kind in (".csv", ".tsv")
 
         # A bounded number of open files, however many shards there are. A thread
         # that reads holds its own reference, so that eviction cannot close under it.
         opener = lru_cache(_OPEN_FILES)(_Descriptor)
 
-        self._shards = [_FORMATS[suffix](file, opener) for file in self.files]
+        self._shards = [_FORMATS[kind](file, opener) for file in self.files]
         for shard in self._shards:
             if len(shard) == 0:
                 raise DataError(f"{shard.file} has no rows.")
@@ -81,6 +83,19 @@ class RowSource:
     def file(self, index: int) -> Path:
         """The file that holds a row."""
         return self._locate(index)[0].file
+
+    def folder(self, index: int) -> Path:
+        """The folder that a row's images lie in, if nothing else is said."""
+        return self._locate(index)[0].folder
+
+    def column(self, name: str) -> Iterator[object]:
+        """Yield a column's value in each row: ``None`` if there is none, an error if the row cannot be read."""
+        return chain.from_iterable(shard.column(name) for shard in self._shards)
+
+    @property
+    def other_files(self) -> list[str]:
+        """Files of folders of classes that hold no row."""
+        return [str(shard.file / name) for shard in self._shards for name in shard.other_files]
 
     def fingerprints(self) -> list[tuple[str, str]]:
         """The path of each file, and a short text that is another one if the file had changed."""
@@ -283,6 +298,12 @@ def _table(file: Path, _: _Opener) -> Shard:
     return TableShard(file)
 
 
+def _class_folder(folder: Path, _: _Opener) -> Shard:
+    return ClassFolder(folder)
+
+
+_CLASSES: Final = "a folder of classes"
+
 _FORMATS: Final[dict[str, Callable[[Path, _Opener], Shard]]] = {
     ".jsonl": _JsonLines,
     ".csv": _Delimited,
@@ -290,7 +311,10 @@ _FORMATS: Final[dict[str, Callable[[Path, _Opener], Shard]]] = {
     ".json": _JsonList,
     ".parquet": _table,
     ".arrow": _table,
+    _CLASSES: _class_folder,
 }
+
+_SUFFIXES: Final = tuple(name for name in _FORMATS if name != _CLASSES)
 
 
 def _find_files(paths: Paths) -> tuple[Path, ...]:
@@ -302,7 +326,7 @@ def _find_files(paths: Paths) -> tuple[Path, ...]:
     files = [file for path in paths for file in _expand(Path(path))]
     first = files[0]
     for file in files:
-        if file.suffix.lower() != first.suffix.lower():
+        if _format_of(file) != _format_of(first):
             raise DataError(f"All files must have the same format, but there are {first} and {file}.")
 
     return tuple(files)
@@ -313,8 +337,8 @@ def _expand(path: Path) -> list[Path]:
         return _shards_of(path)
     if not path.exists():
         raise DataError(f"{path} does not exist.")
-    if path.suffix.lower() not in _FORMATS:
-        raise DataError(f"{path} has an unknown format; known are {', '.join(_FORMATS)}.")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise DataError(f"{path} has an unknown format; known are {', '.join(_SUFFIXES)}.")
 
     return [path]
 
@@ -325,14 +349,22 @@ def _shards_of(folder: Path) -> list[Path]:
     except OSError as ex:
         raise DataError(f"{folder} cannot be read: {ex.strerror or ex}.") from None
 
-    files = [folder / n for n in names if not n.startswith(".") and Path(n).suffix.lower() in _FORMATS]
+    files = [folder / n for n in names if not n.startswith(".") and Path(n).suffix.lower() in _SUFFIXES]
+    files = [f for f in files if not f.is_dir()]
 
     # JSON files that lie beside shards of another format describe the dataset.
     files = [f for f in files if f.suffix.lower() != ".json"] or files
-    if not files:
-        raise DataError(f"{folder} has no data files; known formats are {', '.join(_FORMATS)}.")
+    if files:
+        return files
+    if has_folders(folder):
+        return [folder]
+    raise DataError(
+        f"{folder} has no data files ({', '.join(_SUFFIXES)}), and no folders of images: one for each class."
+    )
 
-    return files
+
+def _format_of(file: Path) -> str:
+    return _CLASSES if file.is_dir() else file.suffix.lower()
 
 
 def _skip_bom(stream: io.BufferedReader) -> int:

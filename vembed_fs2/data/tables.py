@@ -46,6 +46,14 @@ class TableShard(Shard):
         return repr(self._ends).encode()
 
     @override
+    def column(self, name: str) -> Iterator[object]:
+        for batch in self._batches:
+            if name in batch.schema.names:
+                yield from batch.column(name).to_pylist()
+            else:
+                yield from (None for _ in range(batch.num_rows))
+
+    @override
     def read(self, row: int) -> RawRow:
         index = bisect_right(self._ends, row)
         start = self._ends[index - 1] if index else 0
