@@ -14,6 +14,7 @@ from torcheval.metrics import Metric
 from typing_extensions import Self, override
 
 _RETRIEVAL: Final = (
+    MetricDescriptor("hit@1", "Hit@1", 199, format_as_float, higher_better=True),
     MetricDescriptor("recall@1", "Recall@1", 200, format_as_float, higher_better=True),
     MetricDescriptor("recall@5", "Recall@5", 201, format_as_float, higher_better=True),
     MetricDescriptor("recall@10", "Recall@10", 202, format_as_float, higher_better=True),
@@ -28,6 +29,7 @@ _DESCRIPTORS: Final = (
     *_RETRIEVAL,
     MetricDescriptor("num_negatives", "Negatives per Query", 205, format_as_float),
     MetricDescriptor("masked_fraction", "Masked Candidates (%)", 206, format_as_percentage),
+    MetricDescriptor("without_positive", "Queries without Positive (%)", 207, format_as_percentage),
     MetricDescriptor("queries_per_second", "Queries per Second", 810, format_as_float),
     MetricDescriptor("tokens_per_second", "Tokens per Second", 811, format_as_int),
     MetricDescriptor("num_chunks", "Chunks per Step", 812, format_as_float),

@@ -13,7 +13,7 @@ from vembed_fs2.distributed import RowGather
 from vembed_fs2.errors import VembedError
 from vembed_fs2.evaluation.datasets import task_from_examples, task_from_files, task_from_folder
 from vembed_fs2.evaluation.report import Results, write_results
-from vembed_fs2.evaluation.retrieval import evaluate_embedder
+from vembed_fs2.evaluation.retrieval import DEFAULT_KS, LABEL_KS, evaluate_embedder
 from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.inference.embedder import Embedder
 from vembed_fs2.recipes.evaluate.settings import EvaluateDataSection, EvaluateSettings
@@ -56,7 +56,7 @@ def evaluate_models(
             embedder,
             task,
             batch_size=settings.batch_size,
-            ks=settings.ks,
+            ks=settings.ks or (LABEL_KS if task.exclude_self else DEFAULT_KS),
             similarity=embedder.model.similarity,
             gather=gather,
         )

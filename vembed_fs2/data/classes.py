@@ -14,7 +14,22 @@ from vembed_fs2.data.shard import RawRow, Shard
 from vembed_fs2.errors import DataError
 
 IMAGE_SUFFIXES: Final = frozenset(
-    (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+    (
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jfif",
+        ".jp2",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    )
 )
 
 TEXT_SUFFIX: Final = ".txt"
@@ -43,8 +58,8 @@ class ClassFolder(Shard):
         self._names = images or texts
         if not self._names:
             raise DataError(
-                f"{folder} has neither data files nor folders of classes: images (or texts as .txt) must lie in a folder "
-                "for each class."
+                f"{folder} has no data files, and no folders of classes: images, or texts as .txt, must lie in a"
+                " folder for each class."
             )
 
         used = set(self._names)

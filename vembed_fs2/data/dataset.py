@@ -14,6 +14,7 @@ from vembed_fs2.data.example import Example
 from vembed_fs2.data.row import RowError, read_label
 from vembed_fs2.data.schema import Columns, RowSchema, label_id
 from vembed_fs2.data.sources import Paths, RowSource
+from vembed_fs2.data.usable import DataFacts
 from vembed_fs2.errors import ConfigError, DataError
 
 log = logging.getLogger("vembed_fs2")
@@ -50,6 +51,9 @@ class ExampleDataset:
     num_skipped: int
     """The number of rows that were left out at opening."""
 
+    facts: DataFacts | None
+    """What the rows hold; ``None`` if they were not read at opening."""
+
     def __init__(
         self,
         paths: Paths,
@@ -71,7 +75,9 @@ class ExampleDataset:
         self._schema = RowSchema(columns=columns, mode=mode, image_root=image_root, allow_urls=allow_urls)
         self._source = RowSource(paths)
         if others := self._source.other_files:
-            log.warning("%s files lie beside the images of classes and are not read, such as %s.", len(others), others[0])
+            log.warning(
+                "%s files lie beside the images of classes and are not read, such as %s.", len(others), others[0]
+            )
 
         self._on_error = on_error
         self._labels: NDArray[np.int64] | None = None
@@ -80,6 +86,7 @@ class ExampleDataset:
         size = len(self._source) if max_rows is None else min(max_rows, len(self._source))
         self._rows: range | np.ndarray[tuple[int], np.dtype[np.int64]] = range(size)
         self.num_skipped = 0
+        self.facts = None
         if check or (check is None and size <= CHECKED_ROWS):
             self._check(on_error)
 
@@ -112,7 +119,9 @@ class ExampleDataset:
         return self._labels
 
     def has_rows_of_one_side(self) -> bool:
-        """Whether there are rows with a label but without a positive, among about 1,000 that are read."""
+        """Whether there are rows with a label but without a positive. In a large data set, about 1,000 are read."""
+        if self.facts is not None:
+            return self.facts.num_of_one_side > 0
         step = max(1, len(self) // _SAMPLED_ROWS)
         return any(self._is_of_one_side(row) for row in range(0, len(self), step))
 
@@ -152,14 +161,15 @@ class ExampleDataset:
         return example
 
     def _check(self, on_error: str) -> None:
-        usable, problems = [], Problems(_SHOWN)
+        usable, problems, facts = [], Problems(_SHOWN), DataFacts()
         for row in self._rows:
             try:
-                self._read(int(row))
+                facts.add(self._read(int(row)))
                 usable.append(row)
             except DataError as ex:
                 problems.add(str(ex))
 
+        self.facts = facts
         if problems.count == 0:
             return
 
