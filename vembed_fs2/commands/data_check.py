@@ -187,15 +187,17 @@ class Trainable:
         """Return what the data lack for each objective."""
         from vembed_fs2.data.usable import missing_in_data
 
-        problems = {}
+        problems: dict[str, list[str]] = {}
         for name, loss in self._losses.items():
-            problems[name] = [
-                f"{problem} ({count:,} of {report.num_usable:,})" for problem, count in self._lacking[name].items()
-            ]
+            problems[name] = [_of_rows(text, n, report.num_usable) for text, n in self._lacking[name].items()]
             if report.num_usable:
                 problems[name] += missing_in_data(report.facts, report.labels, loss)
 
         return problems
+
+
+def _of_rows(problem: str, count: int, total: int) -> str:
+    return problem if count == total else f"{problem} ({count:,} of {total:,} rows)"
 
 
 def _no_facts() -> DataFacts:
@@ -305,7 +307,7 @@ def _objective_lines(report: Report) -> Iterator[tuple[str, str]]:
     """The objectives that can be trained on all usable rows, and what the others lack."""
     by_problem: dict[str, list[str]] = {}
     for name, problems in report.objectives.items():
-        by_problem.setdefault("; ".join(problems), []).append(name)
+        by_problem.setdefault(problems[0] if problems else "", []).append(name)
 
     if able := by_problem.pop("", []):
         yield "trains", ", ".join(able)
