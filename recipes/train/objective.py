@@ -176,10 +176,10 @@ def check_data(dataset: ExampleDataset, loss: Objective) -> None:
         num_of_one_side = len(dataset) if dataset.has_rows_of_one_side() else 0
         facts = DataFacts(len(dataset), num_of_one_side, num_with_negatives=len(dataset))
 
-    sizes: dict[object, int] = {}
+    sizes: list[int] = []
     if facts.num_of_one_side:
-        labels, counts = np.unique(dataset.labels(), return_counts=True)
-        sizes = {label: count for label, count in zip(labels.tolist(), counts.tolist()) if label}
+        labels = dataset.labels()
+        sizes = np.unique(labels[labels != 0], return_counts=True)[1].tolist()
 
     if problem := next(missing_in_data(facts, sizes, loss), None):
         raise DataError(f"{problem[0].upper()}{problem[1:]}.")

@@ -298,7 +298,8 @@ def choose_rows_per_label(section: DatasetSection, dataset: ExampleDataset, num_
         raise ConfigError(f"`rows_per_label` is {count}, but a batch has {num_rows} rows.", where="`dataset`")
 
     if count:
-        sizes = np.unique(dataset.labels(), return_counts=True)[1]
+        labels = dataset.labels()
+        sizes = np.unique(labels[labels != 0], return_counts=True)[1]
         log.info(
             "Batches hold about %d rows of a label together (`dataset.rows_per_label`): %s labels, %s of one row.",
             count,

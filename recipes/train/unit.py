@@ -133,9 +133,12 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         sums = {name: float(values.pop(name)) for name in ("num_queries", "num_batches", "num_tokens")}  # type: ignore[arg-type]
         of_objective: dict[str, Tensor] = values.pop("objective")  # type: ignore[assignment]
         for name, value in (*of_objective.items(), ("loss", values["loss"])):
-            if name.rpartition("/")[2] == "without_positive" and not float(value):
-                continue  # As ever, where all rows have a positive of their own.
             values[name] = float(value) / max(sums["num_queries"], 1.0)  # type: ignore[arg-type]
+
+        # As ever, where all rows have a positive of their own.
+        for name in of_objective:
+            if name.rpartition("/")[2] == "without_positive" and values[name] == 0.0:
+                del values[name]
 
         _check_loss(float(values["loss"]))  # type: ignore[arg-type]
 

@@ -14,7 +14,15 @@ from .command_line import run_block, run_script
 
 ROOT = Path(__file__).parents[2]
 
-GUIDES = ["README.md", "docs/training.md", "docs/inference.md", "docs/data.md", "docs/losses.md", "docs/models.md"]
+GUIDES = [
+    "README.md",
+    "docs/training.md",
+    "docs/inference.md",
+    "docs/data.md",
+    "docs/losses.md",
+    "docs/models.md",
+    "docs/product-retrieval.md",
+]
 """In this order, because later guides use the runs of earlier ones."""
 
 
@@ -51,7 +59,7 @@ def test_commands_of_the_guide_run(guide: str, folder: Path) -> None:
         run_block(command, folder)
 
 
-@pytest.mark.parametrize("guide", ["README.md", "docs/inference.md"])
+@pytest.mark.parametrize("guide", ["README.md", "docs/inference.md", "docs/product-retrieval.md"])
 def test_python_of_the_guide_runs(guide: str, folder: Path) -> None:
     script = folder / "guide.py"
     script.write_text("\n".join(blocks(guide, "python")))

@@ -191,7 +191,7 @@ class Trainable:
         for name, loss in self._losses.items():
             problems[name] = [_of_rows(text, n, report.num_usable) for text, n in self._lacking[name].items()]
             if report.num_usable:
-                problems[name] += missing_in_data(report.facts, report.labels, loss)
+                problems[name] += missing_in_data(report.facts, report.labels.values(), loss)
 
         return problems
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Final
 
@@ -88,7 +88,7 @@ def _fill_batches(starts: list[int], sizes: list[int], batch_size: int) -> Itera
 def _choose(sizes: list[int], space: int) -> int:
     """The first group that fits, and does not leave room for a single row, which would have no partner; else the first
     that fits; else the first that can be cut without leaving a single row; else the first."""
-    rules = (
+    rules: tuple[Callable[[int], bool], ...] = (
         lambda size: size <= space and space - size != 1,
         lambda size: size <= space,
         lambda size: space > 1 and size - space > 1,

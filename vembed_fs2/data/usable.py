@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,7 +55,7 @@ def missing_in_row(example: Example, loss: SupportsNeeds) -> str | None:
     return None
 
 
-def missing_in_data(facts: DataFacts, label_sizes: Mapping[object, int], loss: SupportsNeeds) -> Iterator[str]:
+def missing_in_data(facts: DataFacts, label_sizes: Collection[int], loss: SupportsNeeds) -> Iterator[str]:
     """Say what a data set lacks as a whole for an objective to learn from it.
 
     :param label_sizes: the number of rows of each label. Needed if all rows have a label only.
@@ -64,7 +64,7 @@ def missing_in_data(facts: DataFacts, label_sizes: Mapping[object, int], loss: S
         yield "the objective compares the documents of each row, but no row has `negatives`"
 
     if facts.num_of_one_side == facts.num_rows and loss.uses_labels:
-        if max(label_sizes.values(), default=0) < 2:
+        if max(label_sizes, default=0) < 2:
             yield "no label is that of two rows, so no row has a positive"
         elif len(label_sizes) == 1 and facts.num_with_negatives == 0:
             yield "all rows have one label, so there is nothing to tell apart"

@@ -153,7 +153,7 @@ def problems(rows: list[Example], loss: Objective) -> list[str]:
     facts = DataFacts()
     for example in rows:
         facts.add(example)
-    return list(missing_in_data(facts, {}, loss))
+    return list(missing_in_data(facts, [], loss))
 
 
 def teacher_of(chunk_tokens: int, **head: Any) -> Teacher:
