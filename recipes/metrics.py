@@ -14,12 +14,12 @@ from torcheval.metrics import Metric
 from typing_extensions import Self, override
 
 _RETRIEVAL: Final = (
-    MetricDescriptor("hit@1", "Hit@1", 199, format_as_float, higher_better=True),
     MetricDescriptor("recall@1", "Recall@1", 200, format_as_float, higher_better=True),
     MetricDescriptor("recall@5", "Recall@5", 201, format_as_float, higher_better=True),
     MetricDescriptor("recall@10", "Recall@10", 202, format_as_float, higher_better=True),
     MetricDescriptor("mrr", "MRR", 203, format_as_float, higher_better=True),
     MetricDescriptor("ndcg@10", "nDCG@10", 204, format_as_float, higher_better=True),
+    MetricDescriptor("hit@1", "Hit@1", 199, format_as_float, higher_better=True),
 )
 
 VALID_METRICS: Final = tuple(descriptor.name for descriptor in _RETRIEVAL)
