@@ -25,7 +25,7 @@ class EvaluateConfig(EvaluateSettings):
         result = ValidationResult()
         if not self.model:
             result.add_error("`model` must name a model.")
-        if not self.ks or min(self.ks) < 1:
+        if self.ks is not None and (not self.ks or min(self.ks) < 1):
             result.add_error(f"`ks` must be whole numbers of at least 1, but is {list(self.ks)} instead.")
 
         for name, low in (("batch_size", 1), ("max_length", 3), ("truncate_dim", 1)):

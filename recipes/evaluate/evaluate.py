@@ -16,7 +16,7 @@ from vembed_fs2.dtypes import dtype_name, find_dtype
 from vembed_fs2.errors import VembedError
 from vembed_fs2.evaluation.datasets import find_task, task_from_examples
 from vembed_fs2.evaluation.report import Results, print_results, write_results
-from vembed_fs2.evaluation.retrieval import Compress, evaluate_embedder
+from vembed_fs2.evaluation.retrieval import DEFAULT_KS, LABEL_KS, Compress, evaluate_embedder
 from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.inference.embedder import Embedder
 from vembed_fs2.inference.quantize import check_precision, dequantize, measure_ranges, quantize
@@ -69,7 +69,7 @@ def evaluate_models(
             embedder,
             task,
             batch_size=settings.batch_size,
-            ks=settings.ks,
+            ks=settings.ks or (LABEL_KS if task.exclude_self else DEFAULT_KS),
             similarity=embedder.model.similarity,
             gather=gather,
             truncate_dim=settings.truncate_dim,

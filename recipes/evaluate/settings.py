@@ -16,7 +16,10 @@ class EvaluateDataSection:
     """The queries, the documents, and which belong together: ``paths``, or the three files."""
 
     paths: Sequence[Path] = field(default_factory=list)
-    """Files of rows as for training, or one folder with queries, corpus and qrels (patterns and ``~`` as well)."""
+    """
+    Files of rows or folders of classes as for training, or one folder with queries, corpus and qrels (patterns and
+    ``~`` as well).
+    """
 
     queries: Path | None = None
     """A file of queries: ``_id``, and ``text`` or ``image``."""
@@ -58,8 +61,9 @@ class EvaluateSettings:
 
     data: EvaluateDataSection = field(default_factory=EvaluateDataSection)
 
-    ks: Sequence[int] = (1, 5, 10)
-    """The cut-offs of ``recall@k`` and ``hit@k``."""
+    ks: Sequence[int] | None = None
+    """The cut-offs of ``recall@k`` and ``hit@k``: 1, 5 and 10 by default; and 100 and 1,000 where rows of labels are
+    searched among themselves."""
 
     max_length: int | None = None
     """The longest text in tokens, if it is not the model's own."""

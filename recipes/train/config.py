@@ -93,7 +93,7 @@ class DataSection:
     """Files of rows, and how to read them."""
 
     paths: Sequence[Path] = field(default_factory=list)
-    """JSONL, CSV, TSV or Parquet files, patterns such as ``data/*.jsonl``, or folders of files."""
+    """JSONL, CSV, TSV or Parquet files, patterns such as ``data/*.jsonl``, folders of files, or folders of classes."""
 
     columns: dict[str, str | list[str] | None] = field(default_factory=dict)
     """Our field -> the file's column, or columns of several negatives; ``None`` leaves the field out."""
@@ -128,6 +128,10 @@ class DatasetSection(DataSection):
     shuffle: bool = True
     """If ``True``, each epoch has an order of its own, given by ``common.seed``."""
 
+    rows_per_label: int | None = None
+    """How many rows of a label stand together in a batch; 0 for an order that knows no labels. By default 4 (2 in
+    batches of fewer than 16 rows) if there are rows with a label but without a positive, and 0 otherwise."""
+
     drop_last: bool = True
     """If ``True``, leaves out the rows at the end of an epoch that do not fill a batch."""
 
@@ -146,6 +150,11 @@ class DatasetSection(DataSection):
             value = getattr(self, name)
             if value is not None and value < low:
                 result.add_error(f"`{name}` must be greater than or equal to {low}, but is {value} instead.")
+
+        if (count := self.rows_per_label) is not None and (count < 0 or count == 1):
+            result.add_error(f"`rows_per_label` must be 0, or greater than or equal to 2, but is {count} instead.")
+        if self.rows_per_label and not self.shuffle:
+            result.add_error("`rows_per_label` needs `shuffle`.")
 
         return result
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 from fairseq2.checkpoint import CheckpointDir
 from fairseq2.gang import Gangs
 from fairseq2.metrics.recorders import MetricRecorder
@@ -31,7 +32,7 @@ from vembed_fs2.data.reader import EmbeddingDataReader
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.embedding.learned import LearnedPart
 from vembed_fs2.embedding.model import EmbeddingModel
-from vembed_fs2.errors import DataError, Problems
+from vembed_fs2.errors import ConfigError, DataError, Problems
 from vembed_fs2.evaluation.datasets import find_task, task_from_examples
 from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.fairseq2_seams import complete_checkpoint, list_components, seconds_since_report
@@ -45,7 +46,7 @@ from vembed_fs2.recipes.folder import link_checkpoints
 from vembed_fs2.recipes.optim import register_optim
 from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.trackers import check_wandb
-from vembed_fs2.recipes.train.config import DataSection, TrainConfig, ValidSection
+from vembed_fs2.recipes.train.config import DataSection, DatasetSection, TrainConfig, ValidSection
 from vembed_fs2.recipes.train.dataset import Collator, ContrastiveBatch
 from vembed_fs2.recipes.train.display import TrainDisplay, describe_data, describe_model
 from vembed_fs2.recipes.train.model import (
@@ -57,7 +58,7 @@ from vembed_fs2.recipes.train.model import (
 )
 from vembed_fs2.recipes.train.objective import (
     Reads,
-    check_negatives,
+    check_data,
     check_readable,
     check_row,
     create_blank,
@@ -157,7 +158,7 @@ class TrainRecipe(VembedRecipe[TrainConfig, PreparedTraining]):
         valid_task = None
         with problems.collect():
             dataset = open_dataset(config.dataset, partial(check_row, loss=loss, readers=readers))
-            check_negatives(dataset, loss)
+            check_data(dataset, loss)
         if config.valid.is_given:
             with problems.collect():
                 valid_task = load_valid_task(config, {"the model": plan.reads})
@@ -330,6 +331,7 @@ def create_reader(
 ) -> EmbeddingDataReader[ContrastiveBatch]:
     """Create the reader of this rank's batches."""
     section = config.dataset
+    rows_per_label = choose_rows_per_label(section, dataset, section.batch_size * gangs.dp.size)
 
     return EmbeddingDataReader(
         dataset,
@@ -345,8 +347,36 @@ def create_reader(
         prefetch=section.prefetch,
         on_error=section.on_error,
         load=collator.load,
+        labels=dataset.labels() if rows_per_label else None,
+        rows_per_label=rows_per_label,
         files=dataset.fingerprints(),
     )
+
+
+def choose_rows_per_label(section: DatasetSection, dataset: ExampleDataset, num_rows: int) -> int:
+    """Return how many rows of a label stand together in a batch; 0 if labels do not count.
+
+    :param num_rows: the number of rows of a batch on all ranks.
+    :raises ConfigError: more are asked for than a batch has.
+    """
+    count, of_one_side = section.rows_per_label, dataset.has_rows_of_one_side()
+    if num_rows == 1 and of_one_side:
+        raise ConfigError("`batch_size` is 1: a row with a label only has no positive then.", where="`dataset`")
+    if count is None:
+        count = (4 if num_rows >= 16 else 2) if section.shuffle and of_one_side else 0
+    if count > num_rows:
+        raise ConfigError(f"`rows_per_label` is {count}, but a batch has {num_rows} rows.", where="`dataset`")
+
+    if count:
+        labels = dataset.labels()
+        sizes = np.unique(labels[labels != 0], return_counts=True)[1]
+        log.info(
+            "Batches hold about %d rows of a label together (`dataset.rows_per_label`): %s labels, %s of one row.",
+            count,
+            f"{len(sizes):,}",
+            f"{int((sizes == 1).sum()):,}",
+        )
+    return count
 
 
 def set_num_steps(config: TrainConfig, steps_per_epoch: int) -> None:

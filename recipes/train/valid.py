@@ -53,13 +53,16 @@ class ValidReader(DataReader[ValidBatch]):
 
     All ranks read the same number of batches of each kind (texts, images, both),
     because the parts of a sharded model run on all ranks together. So some
-    inputs are read twice.
+    inputs are read twice. Rows that are searched among themselves are read as documents only.
     """
 
     def __init__(
         self, task: RetrievalTask, processor: Processor[Any], *, batch_size: int, chunk_tokens: int, gather: RowGather
     ) -> None:
         self._items: dict[Role, Sequence[Item]] = {"query": task.queries, "document": task.corpus}
+        if task.exclude_self:
+            del self._items["query"]
+
         self._processor = processor
         self._batch_size = batch_size
         self._chunk_tokens = chunk_tokens
@@ -182,8 +185,10 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
 
     @override
     def finalize(self, metric_bag: MetricBag) -> None:
-        queries, query_mask = self._collect("query", len(self._task.queries))
         corpus, document_mask = self._collect("document", len(self._task.corpus))
+        queries, query_mask = corpus, document_mask
+        if not self._task.exclude_self:
+            queries, query_mask = self._collect("query", len(self._task.queries))
 
         if not self._is_first:
             return

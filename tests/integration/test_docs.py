@@ -25,6 +25,7 @@ GUIDES = [
     "docs/data.md",
     "docs/losses.md",
     "docs/models.md",
+    "docs/product-retrieval.md",
 ]
 """In this order, because later guides use the runs of earlier ones."""
 
@@ -87,7 +88,7 @@ def shorten(file: Path, num_rows: int) -> None:
         csv.writer(stream).writerows(rows)
 
 
-@pytest.mark.parametrize("guide", ["docs/training.md", "docs/inference.md"])
+@pytest.mark.parametrize("guide", ["docs/training.md", "docs/inference.md", "docs/product-retrieval.md"])
 def test_python_of_the_guide_runs(guide: str, folder: Path) -> None:
     script = folder / "guide.py"
     script.write_text("\n".join(blocks(guide, "python")))

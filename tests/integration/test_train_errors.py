@@ -159,7 +159,11 @@ def data_cases(folder: Path) -> dict[str, Case]:
         "held-out image": Case(
             ["valid." + file("held_out.jsonl", picture).partition(".")[2]], "held_out.jsonl:1: the row has an image"
         ),
-        "label only": Case([f"dataset.paths=[{folder / 'label.jsonl'}]"], "label.jsonl:1: the row has no positive"),
+        "label only": Case([f"dataset.paths=[{folder / 'label.jsonl'}]"], "No label is that of two rows"),
+        "label for pairs": Case(
+            [f"dataset.paths=[{folder / 'label.jsonl'}]", "loss.name=cosent"],
+            "label.jsonl:1: the row has no positive to train on, and the objective does not learn from labels",
+        ),
         "held-out labels": Case(
             ["valid.paths=[{}]".format(folder / "label.jsonl")], "No query has a relevant document"
         ),

@@ -10,6 +10,7 @@ import math
 import os
 from array import array
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from vembed_fs2.data.example import Example
     from vembed_fs2.data.schema import Columns, RowSchema
     from vembed_fs2.data.sources import Paths, RowSource
+    from vembed_fs2.data.usable import DataFacts
+    from vembed_fs2.losses import Objective
 
 Examples: TypeAlias = "tuple[Example, ...]"
 """The examples of a row, one for each of its positives."""
@@ -95,8 +98,14 @@ class Report:
     labels: Counter[str] = field(default_factory=Counter)
     """Label -> number of rows."""
 
-    num_scored: int = 0
-    """The number of rows with scores."""
+    facts: DataFacts = field(default_factory=lambda: _no_facts())
+    """What the usable rows hold."""
+
+    objectives: dict[str, list[str]] = field(default_factory=dict)
+    """Objective -> what the data lack for it; nothing if all usable rows can be trained on."""
+
+    other_files: list[str] = field(default_factory=list)
+    """Files of folders of classes that hold no row."""
 
     num_examples: int = 0
     """The number of examples to train on: one for each positive of a usable row."""
@@ -113,6 +122,11 @@ class Report:
 
     joined_rows: str | None = None
     """A sentence about rows that quotes seem to have joined."""
+
+    @property
+    def num_scored(self) -> int:
+        """The number of rows with scores."""
+        return self.facts.num_scored
 
     @property
     def ok(self) -> bool:
@@ -145,7 +159,14 @@ def check_dataset(
     schema = RowSchema(columns=columns, mode=mode, image_root=image_root, allow_urls=allow_urls)
 
     source = RowSource(paths, quoting)
-    report = Report(source.files, len(source), Problems(_SHOWN), joined_rows=source.find_joined_rows())
+    report = Report(
+        source.files,
+        len(source),
+        Problems(_SHOWN),
+        other_files=source.other_files,
+        joined_rows=source.find_joined_rows(),
+    )
+    trainable = Trainable()
     every = {"all": 1, "sample": max(1, len(source) // _SAMPLED_ROWS), "none": len(source) + 1}[images]
     for start in range(0, len(source), _BLOCK):
         rows = {i: _read(i, source, schema, report) for i in range(start, min(start + _BLOCK, len(source)))}
@@ -156,16 +177,62 @@ def check_dataset(
 
         sizes = dict(zip(opened, decode_images([_whole(examples[i]) for i in opened])))
         for index, row in rows.items():
-            _count(report, row, sizes.get(index, []))
+            _count(report, row, sizes.get(index, []), trainable)
 
+    report.objectives = trainable.problems(report)
     return report
+
+
+class Trainable:
+    """Finds which objectives, with their default options, can be trained on the rows."""
+
+    def __init__(self) -> None:
+        from vembed_fs2.losses import LOSSES, create_loss
+
+        # Those that are made of others ask for what these ask for.
+        names = sorted(name for name in LOSSES if name not in ("combined", "matryoshka"))
+        self._losses: dict[str, Objective] = {}
+        for name in names:
+            loss = create_loss(name)
+            self._losses[f"{name} (with a teacher)" if loss.needs_teacher else name] = loss
+
+        self._lacking: dict[str, Counter[str]] = {name: Counter() for name in self._losses}
+
+    def see(self, example: Example) -> None:
+        from vembed_fs2.data.usable import missing_in_row
+
+        for name, loss in self._losses.items():
+            if (problem := missing_in_row(example, loss)) is not None:
+                self._lacking[name][problem] += 1
+
+    def problems(self, report: Report) -> dict[str, list[str]]:
+        """Return what the data lack for each objective."""
+        from vembed_fs2.data.usable import missing_in_data
+
+        problems: dict[str, list[str]] = {}
+        for name, loss in self._losses.items():
+            problems[name] = [_of_rows(text, n, report.num_usable) for text, n in self._lacking[name].items()]
+            if report.num_usable:
+                problems[name] += missing_in_data(report.facts, report.labels.values(), loss)
+
+        return problems
+
+
+def _of_rows(problem: str, count: int, total: int) -> str:
+    return problem if count == total else f"{problem} ({count:,} of {total:,} rows)"
+
+
+def _no_facts() -> DataFacts:
+    from vembed_fs2.data.usable import DataFacts
+
+    return DataFacts()
 
 
 def _read(index: int, source: RowSource, schema: RowSchema, report: Report) -> Examples | DataError:
     try:
         row = source[index]
         report.ignored_columns |= schema.ignored_columns(row)
-        return schema.parse_all(row, source.where(index), source.file(index).parent, untyped=source.untyped)
+        return schema.parse_all(row, source.where(index), source.folder(index), untyped=source.untyped)
     except DataError as ex:
         return ex
 
@@ -177,7 +244,9 @@ def _whole(examples: Examples) -> Example:
     return replace(first, negatives=(*first.negatives, *more))
 
 
-def _count(report: Report, row: Examples | DataError, sizes: list[tuple[int, int]] | DataError) -> None:
+def _count(
+    report: Report, row: Examples | DataError, sizes: list[tuple[int, int]] | DataError, trainable: Trainable
+) -> None:
     """Count a row, or what is wrong with it or its images."""
     if isinstance(row, DataError) or isinstance(sizes, DataError):
         report.problems.add(str(row if isinstance(row, DataError) else sizes))
@@ -187,6 +256,7 @@ def _count(report: Report, row: Examples | DataError, sizes: list[tuple[int, int
         report.widths.add(width)
         report.heights.add(height)
 
+    trainable.see(row[0])  # Its other examples hold the same, but for the positive.
     _count_content(report, row)
 
 
@@ -222,7 +292,8 @@ def _count_content(report: Report, examples: Examples) -> None:
             report.lengths.setdefault(role, Distribution()).add(len(item.text))
 
     report.num_negatives[len(example.negatives)] += 1
-    report.num_scored += bool(example.scores)
+    for one in examples:
+        report.facts.add(one)
     if example.label is not None:
         report.labels[example.label] += 1
 
@@ -260,11 +331,28 @@ def render(report: Report) -> str:
     if report.joined_rows:
         lines.append(("warning", report.joined_rows))
 
+    if report.other_files:
+        first = ", ".join(report.other_files[:3]) + (", ..." if len(report.other_files) > 3 else "")
+        lines.append(("other files", f"{len(report.other_files):,}, not read: {first}"))
+
+    lines += _objective_lines(report)
     text = "\n".join(f"{name + ':':<15} {value}" for name, value in lines)
     if report.ok:
         return f"{text}\nNo problems found."
 
     return f"{text}\n{report.problems.count:,} problems:\n{report.problems}"
+
+
+def _objective_lines(report: Report) -> Iterator[tuple[str, str]]:
+    """The objectives that can be trained on all usable rows, and what the others lack."""
+    by_problem: dict[str, list[str]] = {}
+    for name, problems in report.objectives.items():
+        by_problem.setdefault(problems[0] if problems else "", []).append(name)
+
+    if able := by_problem.pop("", []):
+        yield "trains", ", ".join(able)
+    for problem, names in by_problem.items():
+        yield "does not train", f"{', '.join(names)}: {problem}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -274,7 +362,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="a data file, a pattern ('data/*.jsonl'), a folder of shards",
+        help="a data file, a pattern ('data/*.jsonl'), a folder of shards or of classes",
     )
     parser.add_argument(
         "--column",

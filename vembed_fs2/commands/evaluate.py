@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=Path,
         metavar="DATA",
-        help="rows as for training, or a folder with queries, corpus, qrels",
+        help="rows or folders of classes as for training, or a folder with queries, corpus, qrels",
     )
     parser.add_argument("--queries", type=Path, metavar="FILE", help="rows of _id and text or image")
     parser.add_argument("--corpus", type=Path, metavar="FILE", help="rows of _id and text or image")
@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", metavar="MODEL", help="another model, to show what changed")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument(
-        "--ks", type=_positive, nargs="+", default=[1, 5, 10], metavar="K", help="cut-offs (default: 1 5 10)"
+        "--ks",
+        type=_positive,
+        nargs="+",
+        metavar="K",
+        help="cut-offs (default: 1 5 10; and 100 1000 for rows with a label only)",
     )
     parser.add_argument("--mode", default="auto", help="what rows consist of: t2t, t2i, i2t, i2i, m2i, m2t or auto")
     parser.add_argument(

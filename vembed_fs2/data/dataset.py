@@ -9,10 +9,13 @@ from contextlib import suppress
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vembed_fs2.data.example import Example
-from vembed_fs2.data.schema import Columns, RowSchema
+from vembed_fs2.data.row import RowError, read_label
+from vembed_fs2.data.schema import Columns, RowSchema, label_id
 from vembed_fs2.data.sources import Paths, RowSource
+from vembed_fs2.data.usable import DataFacts
 from vembed_fs2.errors import ConfigError, DataError
 
 log = logging.getLogger("vembed_fs2")
@@ -25,6 +28,8 @@ CHECKED_ROWS: Final = 100_000
 
 _SHOWN: Final = 10
 
+_SAMPLED_ROWS: Final = 1000
+
 _Rows: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 
@@ -33,7 +38,8 @@ class ExampleDataset:
 
     A row with a list of positives is an example for each.
 
-    :param paths: a file, a pattern such as ``data/*.jsonl``, a folder of shards, or several of them.
+    :param paths: a file, a pattern such as ``data/*.jsonl``, a folder of shards, a folder of classes, or several of
+        them.
     :param columns: our field -> the file's column (see :class:`RowSchema`).
     :param mode: what queries and documents must consist of.
     :param image_root: the folder that all images must lie in; the folder of the data file by default.
@@ -51,6 +57,9 @@ class ExampleDataset:
 
     num_skipped: int
     """The number of rows that were left out at opening."""
+
+    facts: DataFacts | None
+    """What the examples hold; ``None`` if they were not read at opening."""
 
     def __init__(
         self,
@@ -74,6 +83,13 @@ class ExampleDataset:
         self._schema = RowSchema(columns=columns, mode=mode, image_root=image_root, allow_urls=allow_urls)
         self._source = RowSource(paths, quoting)
         self._accept = accept
+        self._on_error = on_error
+        self._labels: NDArray[np.int64] | None = None
+
+        if others := self._source.other_files:
+            log.warning(
+                "%s files lie beside the images of classes and are not read, such as %s.", len(others), others[0]
+            )
         if joined := self._source.find_joined_rows():
             log.warning("%s", joined)
 
@@ -83,6 +99,7 @@ class ExampleDataset:
         """Which of its row's examples each example is; ``None`` if no row has several."""
 
         self.num_skipped = 0
+        self.facts = None
         if check or (check is None and size <= CHECKED_ROWS):
             self._check(size, on_error)
         else:
@@ -115,25 +132,74 @@ class ExampleDataset:
         """The path of each file, and a short text that is another one if the file had changed."""
         return self._source.fingerprints()
 
+    def labels(self) -> NDArray[np.int64]:
+        """The label of each row as a number (:func:`.schema.label_id`); 0 if it has none. They are read once.
+
+        :raises DataError: a row cannot be read, and ``on_error`` is ``raise``.
+        """
+        if self._labels is None:
+            self._labels = self._read_labels()[self._rows]
+        return self._labels
+
+    def has_rows_of_one_side(self) -> bool:
+        """Whether there are rows with a label but without a positive. In a large data set, about 1,000 are read."""
+        if self.facts is not None:
+            return self.facts.num_of_one_side > 0
+        step = max(1, len(self) // _SAMPLED_ROWS)
+        return any(self._is_of_one_side(row) for row in range(0, len(self), step))
+
+    def _is_of_one_side(self, row: int) -> bool:
+        try:
+            return self[row].positive is None
+        except DataError:
+            return False  # Said when the row is used.
+
+    def _read_labels(self) -> NDArray[np.int64]:
+        source, column = self._source, self._schema.label_column
+        ids = np.zeros(len(source), dtype=np.int64)
+        known: dict[str | None, int] = {None: 0}
+        for row, value in enumerate(() if column is None else source.column(column)):
+            try:
+                if isinstance(value, DataError):
+                    raise value
+                label = read_label(value, column or "", untyped=source.untyped) if value != "" else None
+            except (DataError, RowError) as ex:
+                if self._on_error == "raise":
+                    raise DataError(str(ex) if isinstance(ex, DataError) else f"{source.where(row)}: {ex}") from None
+                continue
+
+            if label not in known:
+                known[label] = label_id(label or "")
+            ids[row] = known[label]
+
+        return ids
+
     def _read(self, row: int) -> tuple[Example, ...]:
         """Read the examples of a row."""
         source = self._source
         where = source.where(row)
 
-        examples = self._schema.parse_all(source[row], where, source.file(row).parent, untyped=source.untyped)
+        examples = self._schema.parse_all(source[row], where, source.folder(row), untyped=source.untyped)
         if self._accept is not None:
             for example in examples:
                 self._accept(example)
         return examples
 
     def _check(self, size: int, on_error: str) -> None:
-        usable, counts, problems = [], [], Problems(_SHOWN)
+        usable, counts, problems, facts = [], [], Problems(_SHOWN), DataFacts()
         for row in range(size):
             try:
-                counts.append(len(self._read(row)))
-                usable.append(row)
+                examples = self._read(row)
             except DataError as ex:
                 problems.add(str(ex))
+                continue
+
+            usable.append(row)
+            counts.append(len(examples))
+            for example in examples:
+                facts.add(example)
+
+        self.facts = facts
 
         if max(counts, default=1) > 1 or problems.count:
             self._repeat(np.array(usable, dtype=np.int64), np.array(counts, dtype=np.int64))
@@ -156,7 +222,7 @@ class ExampleDataset:
             if row >= size:
                 continue
             with suppress(DataError):  # Found when the row is read.
-                folder, untyped = self._source.file(row).parent, self._source.untyped
+                folder, untyped = self._source.folder(row), self._source.untyped
                 count = self._schema.count_positives(self._source[row], folder, untyped=untyped)
                 if count > 1:
                     several[row] = count

@@ -9,11 +9,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Final, NoReturn
 
 from vembed_fs2.data.example import Image, ImageSource, Item, Part, Text
 from vembed_fs2.data.json_text import RepeatedKeyError, parse_json
+
+_INTEGER_AS_FLOAT: Final = re.compile(r"(0|-?[1-9][0-9]*)\.0+")
 
 _URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
@@ -251,15 +254,7 @@ class RowReader:
         return _instruction(self.field(field), self.name(field))
 
     def label(self) -> str | None:
-        value, key = self.field("label"), self.name("label")
-        if value is None:
-            return None
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # Tables turn integer columns that have gaps into floats.
-        if isinstance(value, bool) or not isinstance(value, (str, int)):
-            fail(key, f"must be a string or an integer, but is {_describe(value)}")
-
-        return _text(str(value), key)
+        return read_label(self.field("label"), self.name("label"), untyped=self.untyped)
 
     def scores(self, positives: Sequence[Item], negatives: Sequence[Item]) -> list[tuple[float, ...]]:
         """For each positive its score and those of the negatives; none if the row has no scores."""
@@ -316,6 +311,26 @@ def is_missing(value: object) -> bool:
     if isinstance(value, Mapping):
         return len(value) > 0 and value.keys() <= {"bytes", "path"} and all(v is None for v in value.values())
     return value is None
+
+
+def read_label(value: object, key: str, *, untyped: bool) -> str | None:
+    """Return the class that a row is of.
+
+    Tables turn integers that have gaps into floats: 1 and 1.0 are one class, in files of strings as well. A number and
+    its digits as a string are one class, too, but "01" is another string.
+
+    :raises RowError: it is neither a string, nor an integer, nor a boolean.
+    """
+    if isinstance(value, float) and math.isnan(value):
+        return None  # A gap.
+    if isinstance(value, (float, Decimal)) and value == value // 1:
+        value = int(value)
+    if untyped and isinstance(value, str) and (match := _INTEGER_AS_FLOAT.fullmatch(value)):
+        value = match[1]
+
+    if not isinstance(value, (str, int, type(None))):
+        fail(key, f"must be a string, an integer or a boolean, but is {_describe(value)}")
+    return None if value is None else _text(str(value), key)
 
 
 def _read_parts(text: str, key: str) -> object:

@@ -130,6 +130,12 @@ class RowSchema:
     def _reader(self, row: Mapping[str, object], folder: Path, untyped: bool) -> RowReader:
         return RowReader(row, self._layout(row), self._root(folder), self.allow_urls, untyped)
 
+    @property
+    def label_column(self) -> str | None:
+        """The column that holds labels, where a file has it."""
+        column = self.columns.get("label", "label")
+        return column if isinstance(column, str) else None
+
     def ignored_columns(self, row: Mapping[str, object]) -> set[str]:
         """The columns of a row that hold no field."""
         try:

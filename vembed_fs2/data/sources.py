@@ -7,11 +7,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from glob import glob, has_magic
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
 from vembed_fs2.data.cache import COMPRESSIONS, format_of
+from vembed_fs2.data.classes import ClassFolder, has_folders
 from vembed_fs2.data.shard import RawRow, Shard
 from vembed_fs2.data.text_files import (
     Delimited,
@@ -26,7 +27,7 @@ from vembed_fs2.data.text_files import (
 from vembed_fs2.errors import ConfigError, DataError
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""A file, a pattern such as ``data/*.jsonl``, a folder of shards, or several of them."""
+"""A file, a pattern such as ``data/*.jsonl``, a folder of shards, a folder of classes, or several of them."""
 
 Quoting: TypeAlias = Literal["rfc4180", "none"]
 """How CSV and TSV files mark fields that hold a separator: by quotes, or not at all."""
@@ -41,7 +42,8 @@ class RowSource:
     Rows are read when they are asked for; any number of threads may ask.
 
     :param paths: a file, a pattern such as ``data/*.jsonl``, a folder of shards (both taken in the
-        order of their names), or several of them. All files must have the same format.
+        order of their names), a folder of classes (:class:`.ClassFolder`), or several of them.
+        All must have the same format.
     :param quoting: of CSV and TSV files: ``rfc4180``, or ``none`` if a quote is a character like any other.
     :raises DataError: a file is missing, empty or unreadable, or formats are mixed.
     :raises ConfigError: an unknown ``quoting``.
@@ -60,15 +62,15 @@ class RowSource:
             )
 
         self.files = _find_files(paths)
-        suffix = format_of(self.files[0])
-        self.untyped = suffix in (".csv", ".tsv")
+        kind = _kind_of(self.files[0])
+        self.untyped = kind in (".csv", ".tsv")
 
         # A bounded number of open files, however many shards there are. A thread
         # that reads holds its own reference, so that eviction cannot close under it.
         opener = lru_cache(_OPEN_FILES)(Descriptor)
 
         formats = _UNQUOTED_FORMATS if quoting == "none" else _FORMATS
-        self._shards = [formats[suffix](file, opener) for file in self.files]
+        self._shards = [formats[kind](file, opener) for file in self.files]
         for shard in self._shards:
             if len(shard) == 0:
                 raise DataError(f"{shard.file} has no rows.")
@@ -95,6 +97,19 @@ class RowSource:
     def file(self, index: int) -> Path:
         """The file that holds a row."""
         return self._locate(index)[0].file
+
+    def folder(self, index: int) -> Path:
+        """The folder that a row's images lie in, if nothing else is said."""
+        return self._locate(index)[0].folder
+
+    def column(self, name: str) -> Iterator[object]:
+        """Yield a column's value in each row: ``None`` if there is none, an error if the row cannot be read."""
+        return chain.from_iterable(shard.column(name) for shard in self._shards)
+
+    @property
+    def other_files(self) -> list[str]:
+        """Files of folders of classes that hold no row."""
+        return [str(shard.file / name) for shard in self._shards for name in shard.other_files]
 
     def fingerprints(self) -> list[tuple[str, str]]:
         """The path of each file, and a short text that is another one if the file had changed."""
@@ -131,6 +146,12 @@ def _table(file: Path, _: Opener) -> Shard:
     return TableShard(file)
 
 
+def _class_folder(folder: Path, _: Opener) -> Shard:
+    return ClassFolder(folder)
+
+
+_CLASSES: Final = "a folder of classes"
+
 _FORMATS: Final[dict[str, Callable[[Path, Opener], Shard]]] = {
     ".jsonl": JsonLines,
     ".csv": Delimited,
@@ -138,13 +159,16 @@ _FORMATS: Final[dict[str, Callable[[Path, Opener], Shard]]] = {
     ".json": JsonList,
     ".parquet": _table,
     ".arrow": _table,
+    _CLASSES: _class_folder,
 }
+
+_SUFFIXES: Final = tuple(name for name in _FORMATS if name != _CLASSES)
 
 _UNQUOTED_FORMATS: Final = {**_FORMATS, ".csv": Unquoted, ".tsv": TabUnquoted}
 
 _COMPRESSIBLE: Final = (".jsonl", ".csv", ".tsv", ".json")
 
-_KNOWN: Final = f"{', '.join(_FORMATS)}, and {', '.join(_COMPRESSIBLE)} with {' or '.join(COMPRESSIONS)}"
+_KNOWN: Final = f"{', '.join(_SUFFIXES)}, and {', '.join(_COMPRESSIBLE)} with {' or '.join(COMPRESSIONS)}"
 
 
 def _find_files(paths: Paths) -> tuple[Path, ...]:
@@ -156,7 +180,7 @@ def _find_files(paths: Paths) -> tuple[Path, ...]:
     files = [file for path in paths for file in _expand(Path(os.path.expanduser(path)))]
     first = files[0]
     for file in files:
-        if format_of(file) != format_of(first):
+        if _kind_of(file) != _kind_of(first):
             raise DataError(f"All files must have the same format, but there are {first} and {file}.")
 
     return tuple(files)
@@ -176,7 +200,7 @@ def _expand(path: Path) -> list[Path]:
 
 
 def _is_known(path: Path) -> bool:
-    return format_of(path) in (_COMPRESSIBLE if path.suffix.lower() in COMPRESSIONS else _FORMATS)
+    return format_of(path) in (_COMPRESSIBLE if path.suffix.lower() in COMPRESSIONS else _SUFFIXES)
 
 
 def _matches_of(pattern: Path) -> list[Path]:
@@ -197,13 +221,20 @@ def _shards_of(folder: Path) -> list[Path]:
         raise DataError(f"{folder} cannot be read: {ex.strerror or ex}.") from None
 
     files = [folder / n for n in names if not n.startswith(".") and _is_known(Path(n))]
+    files = [f for f in files if not f.is_dir()]
 
     # JSON files that lie beside shards of another format describe the dataset.
     files = [f for f in files if format_of(f) != ".json"] or files
-    if not files:
-        raise DataError(f"{folder} has no data files; known formats are {_KNOWN}.")
+    if files:
+        return _without_copies(files)
+    if has_folders(folder):
+        return [folder]
 
-    return _without_copies(files)
+    raise DataError(f"{folder} has no data files ({_KNOWN}), and no folders of images: one for each class.")
+
+
+def _kind_of(file: Path) -> str:
+    return _CLASSES if file.is_dir() else format_of(file)
 
 
 def _without_copies(files: list[Path]) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -59,6 +59,13 @@ class TableShard(Shard):
                     start + int(i) for i in pc.fill_null(pc.greater(lengths, 1), False).to_numpy(False).nonzero()[0]
                 )
             start += batch.num_rows
+
+    def column(self, name: str) -> Iterator[object]:
+        for batch in self._batches:
+            if name in batch.schema.names:
+                yield from batch.column(name).to_pylist()
+            else:
+                yield from (None for _ in range(batch.num_rows))
 
     @override
     def read(self, row: int) -> RawRow:

@@ -34,6 +34,10 @@ Compress: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 DEFAULT_KS: Final = (1, 5, 10)
 
+LABEL_KS: Final = (1, 5, 10, 100, 1000)
+"""Where rows of labels are searched among themselves: with the cut-offs of Stanford Online Products (Song et al., "Deep
+Metric Learning via Lifted Structured Feature Embedding", 2016, https://arxiv.org/abs/1511.06452)."""
+
 
 class SupportsEncode(Protocol):
     """What :func:`evaluate_embedder` needs of an embedder."""

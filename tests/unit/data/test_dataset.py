@@ -187,6 +187,7 @@ sys.exit(check.run(parser.parse_args()))
         "No problems found.",
         "No problems found.",
         "No problems found.",
+        "No problems found.",  # Labels.
         "has problems",
         "2 who wrote Faust? pairs.jsonl:1",
     ]
