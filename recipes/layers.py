@@ -140,7 +140,7 @@ def _find_directive_errors(below: Mapping[str, Any], layer: Mapping[str, Any], p
     else:
         for key in deleted:
             if key not in below:
-                hint = did_you_mean(str(key), map(str, below), form=f"`{path}{{}}`")
+                hint = did_you_mean(str(key), map(str, below), form=f"`{path}{{}}`".format)
                 yield f"`{path}{key}` cannot be deleted, because there is no such key.{hint}"
 
     if not isinstance(values := layer.get("_set_", {}), Mapping):
@@ -260,7 +260,7 @@ def _find_component_errors(value: Any, name: Any, path: str, components: Compone
 
 
 def _unknown_key(where: str, key: str, path: str, kls: type[Any], names: Sequence[str]) -> str:
-    if hint := did_you_mean(key, names, form=f"`{path}{{}}`"):
+    if hint := did_you_mean(key, names, form=f"`{path}{{}}`".format):
         return f"`{where}` is not a known key.{hint}"
 
     for found in _find_key(kls, key, path):

@@ -85,14 +85,21 @@ def unpack_error(values: Mapping[str, Any]) -> VembedError:
     return kinds.get(values["kind"], VembedError)(values["message"])
 
 
-def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.5, form: str = "'{}'") -> str:
+def did_you_mean(
+    name: str,
+    known: Iterable[str],
+    *,
+    most: int = 1,
+    cutoff: float = 0.5,
+    form: Callable[[str], str] = "'{}'".format,
+) -> str:
     """Return the end of a message about a name that is not known: " Did you mean 'x'?", or "" if none is near.
 
     :param most: the number of names to suggest.
     :param cutoff: how similar a name must be, from 0 to 1. One that holds ``name`` as a whole word is near as well.
-    :param form: what surrounds a name.
+    :param form: how a name is written, in quotes by default.
     """
-    names = [form.format(near) for near in _nearest(name, known, most, cutoff)]
+    names = [form(near) for near in _nearest(name, known, most, cutoff)]
     if not names:
         return ""
 

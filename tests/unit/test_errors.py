@@ -48,7 +48,7 @@ def test_the_nearest_name_is_suggested(name: str, known: list[str], hint: str) -
 def test_several_names_are_suggested_in_a_form_of_their_own() -> None:
     known = ["base_a", "base_bc", "base_def", "other"]
     assert did_you_mean("base", known, most=3) == " Did you mean 'base_a', 'base_bc' or 'base_def'?"
-    assert did_you_mean("base", known, most=2, form="`x.{}`") == " Did you mean `x.base_a` or `x.base_bc`?"
+    assert did_you_mean("base", known, most=2, form="`x.{}`".format) == " Did you mean `x.base_a` or `x.base_bc`?"
     assert did_you_mean("base", known, cutoff=0.99) == " Did you mean 'base_a'?"  # It is a word of it.
     assert did_you_mean("bases", known, cutoff=0.99) == ""
 

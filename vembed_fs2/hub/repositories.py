@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Final
 
-from fairseq2.assets import AssetCardError, AssetStore
+from fairseq2.assets import AssetCard, AssetCardError, AssetStore
 from fairseq2.runtime.dependency import DependencyResolver
 from fairseq2.utils.uri import Uri
 
+from vembed_fs2.errors import did_you_mean
 from vembed_fs2.hub.catalog import embedding_families
 
 _REPOSITORY: Final = re.compile(r"(hg:/{1,2})?(\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?)")
@@ -46,10 +46,16 @@ def list_repositories(resolver: DependencyResolver) -> dict[str, str]:
             continue  # Another package's card that is broken.
 
         # A card that changes what the repository says is not what its name stands for.
-        if family in families and uri.scheme == "hg" and not card.has_field("model_config_overrides"):
+        if family in families and uri.scheme == "hg" and not _changes_model(card):
             repositories.setdefault(repository_of(uri), name)
 
     return repositories
+
+
+def _changes_model(card: AssetCard) -> bool:
+    """Whether a card changes what its repository says. That a model is normalised, modules of the repository say."""
+    field = card.maybe_get_field("model_config_overrides")
+    return field is not None and field.value not in ({}, {"head": {"normalize": True}})
 
 
 def repository_of(uri: Uri) -> str:
@@ -77,14 +83,13 @@ def suggest(name: str, names: Iterable[str], repositories: Mapping[str, str]) ->
     :param names: the names of cards.
     """
     # With the owner, or without if the user gave none.
-    parts = {
+    shown = {
         repository if "/" in name else repository.partition("/")[2]: card for repository, card in repositories.items()
     }
-    known = {n.removesuffix("@").casefold(): n.removesuffix("@") for n in names}
-    known |= {part.casefold(): f"{part} (the card {card})" for part, card in parts.items()}
+    known = {n.removesuffix("@"): f"'{n.removesuffix('@')}'" for n in names}
+    known |= {part: f"'{part}' (the card '{card}')" for part, card in shown.items()}
 
-    nearest = get_close_matches(name.casefold(), known, 2, 0.5)
-    return f" Did you mean {' or '.join(known[n] for n in nearest)}?" if nearest else ""
+    return did_you_mean(name, known, most=2, form=known.__getitem__)
 
 
 @cache

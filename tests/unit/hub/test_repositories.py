@@ -120,8 +120,8 @@ def test_without_a_connection_one_sentence_says_what_to_do(
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("all-MiniLM-L6-v3", f"Did you mean all-MiniLM-L6-v2 (the card {CARD})"),
-        ("BAAI/bge-small-en-v2", "Did you mean BAAI/bge-small-en-v1.5 (the card baai_bge_small_en_v15)"),
+        ("all-MiniLM-L6-v3", f"Did you mean 'all-MiniLM-L6-v2' (the card '{CARD}')"),
+        ("BAAI/bge-small-en-v2", "Did you mean 'BAAI/bge-small-en-v1.5' (the card 'baai_bge_small_en_v15')"),
         ("models/all-MiniLM-L6-v2", f"does not exist. Without the folder, all-MiniLM-L6-v2 is the card {CARD}."),
         ("/no/where", "/no/where does not exist."),
         ("./no/where", "./no/where does not exist."),
