@@ -129,7 +129,10 @@ class TrainDisplay(MetricRecorder):
         if self._bar is not None:
             self._bar.resume()
 
-        numbers = [f"{METRIC_NAMES[name]} {float(values[name]):.4f}" for name in self._metrics]
+        # The two are one if each query has one relevant document, as it mostly has.
+        same = "hit@1" not in self._metrics[:1] and values["hit@1"] == values["recall@1"]
+        shown = [name for name in self._metrics if not (same and name == "hit@1")]
+        numbers = [f"{METRIC_NAMES[name]} {float(values[name]):.4f}" for name in shown]
         score = float(values[self._metrics[0]])
         is_best, self._best = score > self._best, max(score, self._best)
 

@@ -43,7 +43,7 @@ def test_frozen_layers_keep_their_values(
     trained, total = (sum(p.numel() for n, p in before.items() if keep(n)) for keep in (
         lambda n: n not in same, lambda n: True,
     ))  # fmt: skip
-    assert f"{trained:,} of {total:,} parameters are trained." in result.output
+    assert f"{total:,} parameters, {trained:,} trained" in result.output
 
     if num_processes == 1:
         changed = run(*command, "freeze.layers=0", "regime.num_steps=3").expect(2)

@@ -209,10 +209,10 @@ def test_a_missing_login_is_said_before_anything_is_written(tmp_path: Path, bert
         "`common.metric_recorders.wandb.enabled` out to do without it.\n"
     )
     both = run(*command("nosuch"), **no_login).expect(2)
-    assert both.output == refused.output + "  - nosuch does not exist.\n"
+    assert both.output == refused.output + "  - nosuch is neither a folder nor the name of a card.\n"
     assert not tmp_path.joinpath("out").exists()
     offline = run(*command("nosuch"), **no_login, WANDB_MODE="offline").expect(2)
-    assert offline.output == "error: nosuch does not exist.\n"
+    assert offline.output == "error: nosuch is neither a folder nor the name of a card.\n"
 
 
 def check(name: str, case: Case, result: Result) -> list[str]:

@@ -76,7 +76,7 @@ def test_it_trains_as_the_command_does(
     assert sorted(losses) == [1, 2, 3, 4]
     assert sorted(result.metrics.valid) == [2, 4]
     assert result.metrics.final["nDCG@10"] == result.metrics.valid[4]["nDCG@10"]
-    assert "Train Metrics (step 4)" in printed
+    assert "Trained 4 steps in" in printed
     assert "Traceback" not in printed
 
 
