@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
 
-.PHONY: demo test test-full lint docs format bench bench-quality clean
+.PHONY: demo test test-full test-peers lint docs format bench bench-quality clean
 
 demo: $(STAMP)
 	rm -rf demo-text
@@ -19,6 +19,12 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --hypothesis-profile explore
+
+# Folders of other libraries, read and written, with the newest versions and with ours. About two minutes; it also
+# writes the table of docs/compatibility.md.
+test-peers: $(STAMP) $(PEERS_STAMP)
+	OMP_NUM_THREADS=1 PEERS_PYTHON=$(CURDIR)/$(PEERS)/bin/python \
+		$(BIN)/python -m pytest -n 0 tests/peers --table docs/compatibility.md
 
 # mypy looks for modules in folders, so it sees the package as it is installed.
 lint: $(STAMP)
@@ -60,10 +66,13 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
-# Anew when what the benchmarks compare with changed.
-$(PEERS_STAMP): benchmarks/peers.txt
+# Anew when what we compare with changed. It sees the packages of the first environment, and has those of its own that
+# must be newer: so there is no second torch. pip says that they do not fit fairseq2, which is not used there.
+$(PEERS_STAMP): benchmarks/peers.txt $(STAMP)
 	rm -rf $(PEERS)
-	$(PYTHON) -m venv $(PEERS)
+	$(BIN)/python -m venv $(PEERS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
 	$(PEERS)/bin/python -m pip install --quiet --upgrade "pip>=24"
 	$(PEERS)/bin/python -m pip install --quiet -r benchmarks/peers.txt
 	touch $@

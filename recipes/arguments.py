@@ -30,6 +30,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint-dir", type=Path, metavar="DIR", help="folder for checkpoints (default: OUTPUT_DIR/checkpoints)"
     )
-    parser.add_argument("--quiet", action="store_true", help="log warnings and errors only")
-    parser.add_argument("--no-rich", action="store_true", help="plain log lines, no progress bar")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--quiet", action="store_true", help="show warnings and errors only")
+    shown.add_argument("--verbose", action="store_true", help="show the log instead of the progress")
+    parser.add_argument("--no-rich", action="store_true", help="plain lines, no bar that moves")
     parser.add_argument("--traceback", action="store_true", help="show the stack trace of any error")

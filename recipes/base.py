@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast, final
 
 from fairseq2.recipe.base import Recipe, RecipeContext
 from fairseq2.runtime.dependency import DependencyResolver
 from fairseq2.task import Task
 from typing_extensions import override
+
+from vembed_fs2.console import Screen
 
 ConfigT = TypeVar("ConfigT")
 
@@ -23,8 +26,11 @@ class VembedRecipe(Recipe, Generic[ConfigT, PreparedT]):
     So a user's mistake is reported before processes connect and before the run's
     folder exists. A run goes through these
     methods in order: :meth:`components`, :meth:`prepare`,
-    :meth:`create_prepared_task`, :meth:`exit_status`.
+    :meth:`create_prepared_task`, :meth:`show_end`, :meth:`exit_status`.
     """
+
+    screen: Screen = Screen(shown=False)
+    """Where the run shows how far it is. The launcher sets it; fairseq2's own programs show the log instead."""
 
     _opened: tuple[ConfigT, PreparedT] | None = None
 
@@ -61,6 +67,14 @@ class VembedRecipe(Recipe, Generic[ConfigT, PreparedT]):
         """Create the task on the gang.
 
         :param prepared: what :meth:`prepare` has returned.
+        """
+
+    def show_end(self, output_dir: Path) -> None:
+        """Show what the run has made, and what can be done with it; called after a run that has not failed.
+
+        Of a recipe that does not override it, the launcher shows the log.
+
+        :param output_dir: as the user has given it.
         """
 
     def exit_status(self) -> int:

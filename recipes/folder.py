@@ -20,6 +20,9 @@ log = logging.getLogger("vembed_fs2")
 # The keys that may differ when a run is resumed.
 _RESUMABLE: Final = ("regime", "common", "gang", "valid", "grad_cache", "dataset.num_workers", "dataset.prefetch")
 
+ROWS: Final = "rows"
+"""The folder, in a run's, of rows that were given as objects."""
+
 # But not this of it: the order of the rows goes on with the first seed.
 _FIXED: Final = ("common.seed",)
 
@@ -41,8 +44,7 @@ def prepare_output_dir(
     """
     file = output_dir / "config.yaml"
 
-    # fairseq2 begins its log before it writes the configuration: a configuration alone is a user's file.
-    if not file.exists() or not output_dir.joinpath("logs").is_dir():
+    if not _is_run(output_dir):
         _check_empty(output_dir)
         return
 
@@ -59,6 +61,22 @@ def prepare_output_dir(
 
     for half in checkpoints.glob("step_*.tmp"):
         shutil.rmtree(half, ignore_errors=True)
+
+
+def check_new_or_run(output_dir: Path) -> bool:
+    """Refuse a folder that holds something else than a run. *Returns:* whether it holds a run with checkpoints.
+
+    :raises ConfigError: it holds files, but no run.
+    """
+    if not _is_run(output_dir):
+        _check_empty(output_dir)
+        return False
+    return next(_steps(output_dir / "checkpoints"), None) is not None
+
+
+def _is_run(folder: Path) -> bool:
+    # fairseq2 begins its log before it writes the configuration: a configuration alone is a user's file.
+    return (folder / "config.yaml").exists() and (folder / "logs").is_dir()
 
 
 def link_checkpoints(output_dir: Path, checkpoint_dir: Path) -> None:
@@ -105,7 +123,7 @@ def _check_empty(folder: Path) -> None:
         return
 
     # The other ranks may be ahead of this one; and a run that failed at its start leaves these.
-    if any(path.name not in ("logs", "cache") for path in folder.iterdir()):
+    if any(path.name not in ("logs", "cache", ROWS) for path in folder.iterdir()):
         raise ConfigError("it holds files, but no run. Give a new folder.", where=str(folder))
 
 

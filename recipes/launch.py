@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import logging
 import os
 import re
@@ -11,12 +12,12 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from importlib.resources import files
-from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
-from vembed_fs2.errors import ConfigError, VembedError
+from vembed_fs2.errors import ConfigError, VembedError, pack_error
 from vembed_fs2.recipes.arguments import add_recipe_arguments
+from vembed_fs2.recipes.presets import describe_presets, load_preset
 from vembed_fs2.recipes.processes import RESUME, claim_error, defer_error, is_error_claimed, run_processes
 from vembed_fs2.recipes.secrets import redact_logs, redactor
 
@@ -39,7 +40,7 @@ def run_recipe(package: str, args: argparse.Namespace) -> int:
     """
     try:
         if args.preset == "list":
-            print("\n".join(_presets(package)))
+            print(describe_presets(package))
             return 0
 
         _check_arguments(args)
@@ -47,7 +48,9 @@ def run_recipe(package: str, args: argparse.Namespace) -> int:
         if args.nproc_per_node is not None and "RANK" not in os.environ:
             # Libraries print to the standard output as well.
             stdout = sys.stderr.fileno() if args.quiet else None
-            return run_processes(_command(package, args), args.nproc_per_node, advice=_advice(package), stdout=stdout)
+            return run_processes(
+                command_of(package, args), args.nproc_per_node, advice=advice_of(package), stdout=stdout
+            )
 
         return _run(package, args)
     except VembedError as ex:
@@ -70,8 +73,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def _report(error: Exception, status: int) -> int:
     """Print an error, unless another process of the gang has printed one."""
-    if claim_error(status):
-        print(f"error: {redactor(os.environ)(_message_of(error))}", file=sys.stderr)
+    clean, message = redactor(os.environ), _message_of(error)
+    if claim_error(status, json.dumps(pack_error(error, message, clean))):
+        print(f"error: {clean(message)}", file=sys.stderr)
     return status
 
 
@@ -86,27 +90,14 @@ def main(package: str) -> None:
         sys.exit(130)
 
 
-def _advice(package: str) -> str:
+def advice_of(package: str) -> str:
     """What to do after a process was killed."""
     advice: str = getattr(import_module(package), "ADVICE", "")
     return advice
 
 
-def _presets(package: str) -> list[str]:
-    folder = files(package) / "configs"
-    if not folder.is_dir():
-        return []
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
-
-
-def _find_preset(package: str, name: str) -> Path:
-    if name not in _presets(package):
-        known = ", ".join(_presets(package)) or "none"
-        raise ConfigError(f"'{name}' is not a preset. Presets: {known}.", where="--preset")
-    return Path(str(files(package) / "configs" / f"{name}.yaml"))
-
-
-def _command(package: str, args: argparse.Namespace) -> list[str]:
+def command_of(package: str, args: argparse.Namespace) -> list[str]:
+    """Return the command that runs a recipe in a process of its own."""
     # Without the working folder, which `-c` adds: a user's `datasets.py` may lie there.
     code = "import sys; sys.path = [p for p in sys.path if p]; from vembed_fs2.recipes.launch import main; "
     return [sys.executable, "-c", f"{code}main({package!r})", *_as_arguments(args)]
@@ -119,7 +110,7 @@ def _as_arguments(args: argparse.Namespace) -> list[str]:
         arguments += ["--config-file", str(file)]
 
     arguments += ["--checkpoint-dir", str(args.checkpoint_dir)] if args.checkpoint_dir else []
-    flags = ("dump_config", "quiet", "no_rich", "traceback")
+    flags = ("dump_config", "quiet", "verbose", "no_rich", "traceback")
     arguments += [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag)]
 
     return arguments + (["--config", *args.config] if args.config else [])
@@ -127,13 +118,8 @@ def _as_arguments(args: argparse.Namespace) -> list[str]:
 
 def _run(package: str, args: argparse.Namespace) -> int:
     # Heavy imports only now that there is something to do.
-    from fairseq2.logging import configure_logging
-
-    from vembed_fs2.recipes.base import load_recipe
-    from vembed_fs2.recipes.folder import check_writable, prepare_output_dir
-
-    if args.quiet:
-        logging.disable(logging.INFO)
+    from vembed_fs2.recipes.base import VembedRecipe, load_recipe
+    from vembed_fs2.recipes.logs import keep_log, open_screen
 
     recipe = load_recipe(package)
 
@@ -144,13 +130,25 @@ def _run(package: str, args: argparse.Namespace) -> int:
 
     redact_logs(os.environ)
     logging.raiseExceptions = False  # A full disk is said once, not with a stack trace for each line that is logged.
-    configure_logging(no_rich=args.no_rich)
+
+    if type(recipe).show_end is VembedRecipe.show_end and not args.quiet:
+        args.verbose = True  # The recipe shows nothing itself.
+
+    with open_screen(args) as recipe.screen, keep_log(recipe.screen, args):
+        _prepare(recipe, config, args)
+        return _run_fairseq2(recipe, config, args)
+
+
+def _prepare(recipe: VembedRecipe[Any, Any], config: Any, args: argparse.Namespace) -> None:
+    """Open what the configuration names, and then the folder of the run."""
+    from vembed_fs2.recipes.folder import check_writable, prepare_output_dir
 
     if is_first := os.environ.get("RANK", "0") == "0":
         for folder in filter(None, (args.output_dir, args.checkpoint_dir)):
             check_writable(folder)
 
-    prepared = recipe.open(config)
+    with recipe.screen.working("Opening the model and the data"):
+        prepared = recipe.open(config)
 
     def complete(values: Mapping[str, Any]) -> Mapping[str, Any]:
         return recipe.complete(prepared, _unstructure(_build_config(recipe, [values])))
@@ -159,28 +157,31 @@ def _run(package: str, args: argparse.Namespace) -> int:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         prepare_output_dir(args.output_dir, args.checkpoint_dir, config, world_size, complete)
 
-    return _run_fairseq2(recipe, config, args)
-
 
 def _run_fairseq2(recipe: VembedRecipe[Any, Any], config: Any, args: argparse.Namespace) -> int:
     from fairseq2.model_checkpoint import CorruptModelCheckpointError
     from fairseq2.recipe.run import run
 
     from vembed_fs2.fairseq2_seams import handle_cli_errors, repair_wandb
+    from vembed_fs2.recipes.trackers import describe_wandb_error
 
     repair_wandb()
     _silence_disk_errors_in_threads()
 
     with handle_cli_errors(raises=args.traceback):
         try:
-            run(recipe, config, args.output_dir, checkpoint_dir=args.checkpoint_dir, no_rich=args.no_rich)
+            no_progress = None if args.verbose and not args.no_rich else True
+            run(recipe, config, args.output_dir, checkpoint_dir=args.checkpoint_dir, no_progress=no_progress)
         except Exception as ex:
+            recipe.screen.close()
             if args.traceback:
                 raise
             if is_error_claimed():
                 return 1  # Only a consequence of what another process has reported.
             if isinstance(ex, (VembedError, CorruptModelCheckpointError)):
                 return _report(ex, 2)
+            if (text := describe_wandb_error(ex)) is not None:
+                return _report(VembedError(text), 2)
             if (cause := find_system_error(ex)) is not None:
                 return _report(cause, 1)
             if (lost := find_connection_error(ex)) is not None:
@@ -188,6 +189,8 @@ def _run_fairseq2(recipe: VembedRecipe[Any, Any], config: Any, args: argparse.Na
 
             raise
 
+    recipe.screen.close()
+    recipe.show_end(args.output_dir)
     return recipe.exit_status()
 
 
@@ -265,15 +268,21 @@ def load_config(package: str, recipe: VembedRecipe[Any, Any], args: argparse.Nam
 
     :raises ConfigError: lists everything that is wrong.
     """
-    from vembed_fs2.models.family import config_errors
     from vembed_fs2.recipes.layers import load_yaml, parse_overrides
 
-    layers: list[Mapping[str, Any]] = []
-    if args.preset:
-        layers.append(load_yaml(_find_preset(package, args.preset)))
-
+    layers = [load_preset(package, args.preset)] if args.preset else []
     layers += [load_yaml(file) for file in args.config_file]
     layers.append(parse_overrides(args.config))
+
+    return create_config(recipe, layers)
+
+
+def create_config(recipe: VembedRecipe[Any, Any], layers: Sequence[Mapping[str, Any]]) -> Any:
+    """Lay ``layers`` over the defaults of a recipe's configuration, and check the values.
+
+    :raises ConfigError: lists everything that is wrong.
+    """
+    from vembed_fs2.models.family import config_errors
 
     config = _build_config(recipe, layers)
     if errors := config_errors(config):
@@ -287,11 +296,21 @@ def _build_config(recipe: VembedRecipe[Any, Any], layers: Sequence[Mapping[str, 
 
     :raises ConfigError: keys are unknown, or values are of a wrong type.
     """
+    from vembed_fs2.models.family import config_errors
     from vembed_fs2.recipes.components import Components
-    from vembed_fs2.recipes.layers import merge_layers, structure
+    from vembed_fs2.recipes.layers import merge_layers, structure, structure_sections
 
     kls, components = recipe.config_kls, Components(recipe)
-    config = structure(kls, merge_layers(_unstructure(kls()), layers), components.find_config)
+    values = merge_layers(_unstructure(kls()), layers)
+    try:
+        config = structure(kls, values, components.find_config)
+    except ConfigError as ex:
+        # What is wrong with the values of other sections is said as well.
+        sections = structure_sections(kls, values, components.find_config)
+        components.resolve(SimpleNamespace(**sections))
+        others = [error for name, section in sections.items() for error in config_errors(section, f"{name}.")]
+        raise ConfigError([*ex.errors, *others]) from None
+
     components.resolve(config)
     return config
 

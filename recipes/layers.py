@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -12,9 +11,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 from fairseq2.utils.config import ReplacePathDirective, StandardConfigMerger, StandardConfigProcessor
 from fairseq2.utils.structured import StandardValueConverter, StructureError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from vembed_fs2.errors import ConfigError
+from vembed_fs2.errors import ConfigError, did_you_mean
 
 ComponentConfigs = Callable[[str, str], "type[object] | None"]
 """``(section path, component name)`` -> the class of its configuration; raises ``ConfigError`` if there is none."""
@@ -35,7 +34,7 @@ def load_yaml(file: Path) -> Mapping[str, Any]:
     except OSError as ex:
         raise ConfigError(f"the file cannot be read: {ex.strerror}", where=str(file)) from None
     except (UnicodeDecodeError, YAMLError) as ex:
-        raise ConfigError(f"not valid YAML: {ex}", where=str(file)) from None
+        raise ConfigError(f"not valid YAML: {_yaml_problem(ex)}", where=str(file)) from None
 
     if not isinstance(content, dict):
         raise ConfigError("it must hold keys and values", where=str(file))
@@ -43,6 +42,13 @@ def load_yaml(file: Path) -> Mapping[str, Any]:
     processed = StandardConfigProcessor([]).process(content, [ReplacePathDirective(file.resolve().parent)])
     assert isinstance(processed, Mapping)
     return processed
+
+
+def _yaml_problem(ex: Exception) -> str:
+    """Say in one line what is wrong, and in which line of a file."""
+    if not isinstance(ex, MarkedYAMLError) or ex.problem is None or ex.problem_mark is None:
+        return str(ex).partition("\n")[0]
+    return f"{ex.problem} in line {ex.problem_mark.line + 1}, column {ex.problem_mark.column + 1}"
 
 
 def parse_overrides(items: Sequence[str]) -> Mapping[str, Any]:
@@ -65,8 +71,8 @@ def parse_overrides(items: Sequence[str]) -> Mapping[str, Any]:
 
         try:
             value = parse_yaml(text)
-        except YAMLError:
-            errors.append(f"The value of '{item}' is not valid YAML.")
+        except YAMLError as ex:
+            errors.append(f"The value of '{item}' is not valid YAML: {_yaml_problem(ex)}.")
             continue
 
         *parents, key = name.strip().split(".")
@@ -76,6 +82,26 @@ def parse_overrides(items: Sequence[str]) -> Mapping[str, Any]:
         raise ConfigError(errors, where="--config")
 
     return overrides
+
+
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into nested ones, in which they may be mixed: ``{"a.b": 1, "a": {"c": 2}}``.
+
+    :raises ConfigError: a key is not a text.
+    """
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{name!r} must be a text, because it is a key.")
+
+        *parents, key = name.split(".")
+        node = _node(nested, parents)
+        if isinstance(value, Mapping):
+            _node(node, [key]).update(nest(value))
+        else:
+            node[key] = value
+
+    return nested
 
 
 def _node(root: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
@@ -114,8 +140,7 @@ def _find_directive_errors(below: Mapping[str, Any], layer: Mapping[str, Any], p
     else:
         for key in deleted:
             if key not in below:
-                nearest = get_close_matches(str(key), map(str, below), 1)
-                hint = f" Did you mean `{path}{nearest[0]}`?" if nearest else ""
+                hint = did_you_mean(str(key), map(str, below), form=f"`{path}{{}}`".format)
                 yield f"`{path}{key}` cannot be deleted, because there is no such key.{hint}"
 
     if not isinstance(values := layer.get("_set_", {}), Mapping):
@@ -150,6 +175,21 @@ def structure(kls: type[Any], values: Mapping[str, Any], component_config: Compo
     if errors:
         raise ConfigError(errors)
     return StandardValueConverter().structure(values, kls)
+
+
+def structure_sections(
+    kls: type[Any], values: Mapping[str, Any], component_config: ComponentConfigs
+) -> dict[str, object]:
+    """Convert the sections of ``kls`` that have no errors, by name, of values that :func:`structure` refuses."""
+    sections = {}
+    for name, hint in get_type_hints(kls).items():
+        section, value = _section_of(hint), values.get(name)
+        if not (is_dataclass(section) and isinstance(section, type) and isinstance(value, Mapping)):
+            continue
+        if not any(_find_errors(section, value, f"{name}.", component_config)):
+            sections[name] = StandardValueConverter().structure(value, section)
+
+    return sections
 
 
 def _find_errors(kls: type[Any], values: Mapping[str, Any], path: str, components: ComponentConfigs) -> Iterator[str]:
@@ -220,9 +260,8 @@ def _find_component_errors(value: Any, name: Any, path: str, components: Compone
 
 
 def _unknown_key(where: str, key: str, path: str, kls: type[Any], names: Sequence[str]) -> str:
-    nearest = get_close_matches(key, names, 1, 0.5)
-    if nearest:
-        return f"`{where}` is not a known key. Did you mean `{path}{nearest[0]}`?"
+    if hint := did_you_mean(key, names, form=f"`{path}{{}}`".format):
+        return f"`{where}` is not a known key.{hint}"
 
     for found in _find_key(kls, key, path):
         return f"`{where}` is not a known key. Did you mean `{found}`?"

@@ -19,15 +19,20 @@ _RETRIEVAL: Final = (
     MetricDescriptor("recall@10", "Recall@10", 202, format_as_float, higher_better=True),
     MetricDescriptor("mrr", "MRR", 203, format_as_float, higher_better=True),
     MetricDescriptor("ndcg@10", "nDCG@10", 204, format_as_float, higher_better=True),
+    MetricDescriptor("hit@1", "Hit@1", 199, format_as_float, higher_better=True),
 )
 
 VALID_METRICS: Final = tuple(descriptor.name for descriptor in _RETRIEVAL)
 """What a validation measures."""
 
+METRIC_NAMES: Final = {descriptor.name: descriptor.display_name for descriptor in _RETRIEVAL}
+"""How these are shown, and written to files."""
+
 _DESCRIPTORS: Final = (
     *_RETRIEVAL,
     MetricDescriptor("num_negatives", "Negatives per Query", 205, format_as_float),
     MetricDescriptor("masked_fraction", "Masked Candidates (%)", 206, format_as_percentage),
+    MetricDescriptor("without_positive", "Queries without Positive (%)", 207, format_as_percentage),
     MetricDescriptor("queries_per_second", "Queries per Second", 810, format_as_float),
     MetricDescriptor("tokens_per_second", "Tokens per Second", 811, format_as_int),
     MetricDescriptor("num_chunks", "Chunks per Step", 812, format_as_float),

@@ -107,6 +107,10 @@ def _be_a_program(
     os.dup2(stream, 2)
     os.environ.clear()
     os.environ.update(env)
+    if (cache := env.get("HF_HUB_CACHE")) is not None:
+        from huggingface_hub import constants
+
+        constants.HF_HUB_CACHE = cache  # Which it reads when it is imported.
     os.chdir(cwd)
     sys.path[:0] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
     function(*args)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from vembed_fs2.hub.load import load_model as load_model
     from vembed_fs2.inference.embedder import Embedder as Embedder
     from vembed_fs2.models.family import register_family as register_family
+    from vembed_fs2.recipes.train.run import TrainingRun as TrainingRun
+    from vembed_fs2.recipes.train.start import train as train
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,8 @@ _EXPORTS = {
     "EncoderBatch": "vembed_fs2.embedding.model",
     "register_family": "vembed_fs2.models.family",
     "load_model": "vembed_fs2.hub.load",
+    "TrainingRun": "vembed_fs2.recipes.train.run",
+    "train": "vembed_fs2.recipes.train.start",
 }
 
 _SUBMODULES = ("evaluation", "gradcache", "losses")

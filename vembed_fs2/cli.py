@@ -39,6 +39,7 @@ _VERBS: Final[dict[str, Verb | dict[str, Verb]]] = {
         "show": Verb("say what a model is and what it can do", "vembed_fs2.commands.models_show"),
         "archs": Verb("list the named architectures of families", "vembed_fs2.commands.models_archs"),
     },
+    "completion": Verb("write a script with which a shell completes commands", "vembed_fs2.commands.completion"),
     "data": {"check": Verb("summarize data files and list their problems", "vembed_fs2.commands.data_check")},
     "demo": {
         "data": Verb(
@@ -57,16 +58,30 @@ _GROUP_HELP: Final = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Adds the nearest name to the error of a wrong verb."""
+    """Adds the nearest name to the error of a wrong verb, option or choice."""
+
+    asked: argparse.ArgumentParser | None = None
+    """The parser of the verb that is to be run, of which this one reports the options that are not known."""
 
     def error(self, message: str) -> NoReturn:
-        match = re.fullmatch(r"argument \w+: invalid choice: '(.*)' \(choose from (.*)\)", message)
+        match = re.fullmatch(r"argument ([^:]+): invalid choice: '(.*)' \(choose from (.*)\)", message)
         if match is not None:
-            known = [name.strip(" '") for name in match[2].split(",")]
-            hint = did_you_mean(match[1], known) or f" Known: {', '.join(known)}."
-            message = f"'{match[1]}' is not known.{hint}"
+            known = [name.strip(" '") for name in match[3].split(",")]
+            hint = did_you_mean(match[2], known) or f" Known: {', '.join(known)}."
+            place = f"{match[1]}: " if match[1].startswith("-") else ""
+            message = f"{place}'{match[2]}' is not known.{hint}"
+
+        elif message.startswith("unrecognized arguments: "):
+            option = next((word for word in message.split() if word.startswith("-")), "").partition("=")[0]
+            hint = did_you_mean(option, options_of(self.asked or self)) if option else ""
+            message += f".{hint}" if hint else ""
 
         super().error(message)
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the options of a parser that begin with two dashes."""
+    return [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
 
 
 class _ShowVersion(argparse.Action):
@@ -86,17 +101,24 @@ class VembedGroup:
     help = "embedding models: train, evaluate, run and ship them"
 
     def main(self, argv: Sequence[str], prog: str) -> int:
-        parser = _Parser(prog=prog, description=self.help.capitalize() + ".")
-        parser.add_argument("--version", action=_ShowVersion, help="print the version")
-        parser.set_defaults(module=None)
-        _add_verbs(parser, _VERBS, argv)
-
+        parser = self.create_parser(prog, argv)
         args = parser.parse_args(argv)
         if args.module is None:
             parser.print_help()
             return 2
 
         return _run(args)
+
+    def create_parser(self, prog: str, argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+        """Create the parser of all verbs.
+
+        :param argv: says whose arguments are needed; those of all verbs if ``None``.
+        """
+        parser = _Parser(prog=prog, description=self.help.capitalize() + ".")
+        parser.add_argument("--version", action=_ShowVersion, help="print the version")
+        parser.set_defaults(module=None)
+        parser.asked = _add_verbs(parser, _VERBS, argv)
+        return parser
 
 
 VEMBED: Final = VembedGroup()
@@ -162,17 +184,25 @@ def vembed_main() -> None:
     sys.exit(VEMBED.main(sys.argv[1:], "vembed"))
 
 
-def _add_verbs(parser: argparse.ArgumentParser, verbs: dict[str, Verb | dict[str, Verb]], argv: Sequence[str]) -> None:
-    """Add all verbs, but the arguments of the one that is asked for only: the others need not be imported."""
+def _add_verbs(
+    parser: argparse.ArgumentParser, verbs: dict[str, Verb | dict[str, Verb]], argv: Sequence[str] | None
+) -> argparse.ArgumentParser | None:
+    """Add all verbs, but the arguments of the one that is asked for only: the others need not be imported.
+
+    :param argv: ``None`` asks for all of them.
+    :returns: the parser of the verb that is asked for.
+    """
     subparsers = parser.add_subparsers(metavar="VERB")
+    asked: argparse.ArgumentParser | None = None
     for name, verb in verbs.items():
-        is_asked = bool(argv) and argv[0] == name
+        is_asked = argv is None or (len(argv) > 0 and argv[0] == name)
         if isinstance(verb, dict):
             child = subparsers.add_parser(
                 name, help=_GROUP_HELP[name], description=_GROUP_HELP[name].capitalize() + "."
             )
             inner: dict[str, Verb | dict[str, Verb]] = dict(verb)
-            _add_verbs(child, inner, argv[1:] if is_asked else [])
+            rest = argv[1:] if argv and is_asked else None if is_asked else []
+            asked = _add_verbs(child, inner, rest) or (child if is_asked else asked)
             continue
 
         child = subparsers.add_parser(name, help=verb.help, description=verb.help.capitalize() + ".")
@@ -180,6 +210,9 @@ def _add_verbs(parser: argparse.ArgumentParser, verbs: dict[str, Verb | dict[str
 
         if is_asked:
             import_module(verb.module).add_arguments(child)
+            asked = child
+
+    return asked
 
 
 def _run(args: argparse.Namespace) -> int:

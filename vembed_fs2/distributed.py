@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Variable
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn import Module, Parameter
@@ -37,6 +38,9 @@ class GradSync:
 
     shares_casts: bool = True
     """If ``False``, each chunk must cast weights for autocast anew."""
+
+    has_hooks: bool = False
+    """If ``True``, the module acts on each gradient as it comes, and expects one backward pass for a forward pass."""
 
     tensor_parallel: ProcessGroup | None = None
     """The ranks that share the layers of the encoder, if it is split over ranks."""
@@ -93,6 +97,7 @@ class DdpSync(GradSync):
     """
 
     can_reduce_chunks = False
+    has_hooks = True
 
     def __init__(self, module: DistributedDataParallel) -> None:
         self._module = module
@@ -138,6 +143,7 @@ class FsdpSync(GradSync):
 
     runs_in_step = True
     shares_casts = False
+    has_hooks = True
 
     def __init__(self, module: FSDPModule) -> None:
         self._module = module
@@ -219,6 +225,19 @@ def _is_data_parallel(module: Any) -> bool:
 def _is_split(module: Any) -> bool:
     """Whether this is one of fairseq2's layers that are split over tensor parallel ranks."""
     return isinstance(module, Module) and getattr(getattr(module, "tp_gang", None), "size", 1) > 1
+
+
+_ROUNDS: Final = 3
+"""How often a call that waits for the end of a backward pass is put behind those that wait as well.
+
+DDP reduces in such a call, which with a static graph comes from another.
+"""
+
+
+def after_backward(function: Callable[[], None], rounds: int = _ROUNDS) -> None:
+    """Call ``function`` at the end of the backward pass that is running, after DDP and FSDP2 have reduced theirs."""
+    call = function if rounds == 0 else lambda: after_backward(function, rounds - 1)
+    Variable._execution_engine.queue_callback(call)
 
 
 def average_gradients(parameters: Sequence[Parameter], group: ProcessGroup | None = None) -> None:

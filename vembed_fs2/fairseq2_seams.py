@@ -84,6 +84,24 @@ def handle_cli_errors(*, raises: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_console_log() -> Iterator[None]:
+    """Leave logging as the caller has set it up while ``fairseq2.recipe.run.run`` is called.
+
+    It would show all that is logged, and has no option for less.
+    """
+    from importlib import import_module
+
+    module: Any = import_module("fairseq2.recipe.run")
+    configure_logging = module.configure_logging
+    module.configure_logging = lambda no_rich=False: None
+
+    try:
+        yield
+    finally:
+        module.configure_logging = configure_logging
+
+
 def repair_wandb() -> None:
     """Give W&B the function that fairseq2 looks for; W&B 0.23 and later have it elsewhere."""
     from importlib import import_module

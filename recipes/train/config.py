@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final, Literal
 
 import torch
 from fairseq2.recipe.config import (
@@ -21,18 +22,31 @@ from fairseq2.recipe.config import (
 from fairseq2.utils.validation import ValidationResult
 from typing_extensions import override
 
+from vembed_fs2.dtypes import has_fast_bf16 as has_fast_bf16
+from vembed_fs2.errors import ConfigError
 from vembed_fs2.gradcache import parse_budget
 from vembed_fs2.losses import LOSSES, InfoNCEConfig, create_loss
 from vembed_fs2.losses.nested import prefix_keys
+from vembed_fs2.models.composed import COMPOSED_FAMILY
 from vembed_fs2.recipes.metrics import VALID_METRICS
 from vembed_fs2.recipes.optim import ADAMW, WARMUP_DECAY, EmbeddingAdamWConfig, WarmupDecayConfig
+from vembed_fs2.recipes.train.archs import find_arch_config
+
+NO_PROCESSOR: Final = "`processor.path` must name a folder with a tokenizer or image processor"
+
+PROCESSOR_FOLDERS: Final = (
+    " Any folder of such a model that transformers loads is one; of a card, `fairseq2 vembed export CARD FOLDER "
+    "--format hf` writes one."
+)
+"""Where a folder for ``processor.path`` comes from."""
 
 
 @dataclass(kw_only=True)
 class EmbeddingModelSection(ModelSection):
     """Which model to train.
 
-    ``name`` (a card), ``path`` (a folder or a run), or ``family`` and ``arch`` (random weights).
+    ``path`` (a folder, a run or a repository of the hub), ``name`` (a card), or ``family`` and ``arch`` (random
+    weights).
     """
 
     @override
@@ -89,7 +103,7 @@ class DataSection:
     """Files of rows, and how to read them."""
 
     paths: Sequence[Path] = field(default_factory=list)
-    """JSONL, CSV, TSV or Parquet files, or folders of them."""
+    """JSONL, CSV, TSV or Parquet files, patterns such as ``data/*.jsonl``, folders of files, or folders of classes."""
 
     columns: dict[str, str | list[str] | None] = field(default_factory=dict)
     """Our field -> the file's column, or columns of several negatives; ``None`` leaves the field out."""
@@ -102,6 +116,9 @@ class DataSection:
 
     allow_urls: bool = False
     """If ``True``, images may be fetched from URLs."""
+
+    quoting: Literal["rfc4180", "none"] = "rfc4180"
+    """How CSV and TSV files are quoted; ``none`` if a quote is a character like any other."""
 
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with a row that cannot be used."""
@@ -120,6 +137,10 @@ class DatasetSection(DataSection):
 
     shuffle: bool = True
     """If ``True``, each epoch has an order of its own, given by ``common.seed``."""
+
+    rows_per_label: int | None = None
+    """How many rows of a label stand together in a batch; 0 for an order that knows no labels. By default 4 (2 in
+    batches of fewer than 16 rows) if there are rows with a label but without a positive, and 0 otherwise."""
 
     drop_last: bool = True
     """If ``True``, leaves out the rows at the end of an epoch that do not fill a batch."""
@@ -140,20 +161,51 @@ class DatasetSection(DataSection):
             if value is not None and value < low:
                 result.add_error(f"`{name}` must be greater than or equal to {low}, but is {value} instead.")
 
+        if (count := self.rows_per_label) is not None and (count < 0 or count == 1):
+            result.add_error(f"`rows_per_label` must be 0, or greater than or equal to 2, but is {count} instead.")
+        if self.rows_per_label and not self.shuffle:
+            result.add_error("`rows_per_label` needs `shuffle`.")
+
         return result
 
 
 @dataclass(kw_only=True)
 class ValidSection(DataSection):
-    """The held-out data; without ``paths`` there is no validation."""
+    """The held-out data: files of rows, or queries, corpus and qrels. Without any there is no validation.
+
+    ``paths`` may be a folder in the layout of BEIR.
+    """
+
+    queries: Path | None = None
+    """A file of queries: ``_id``, and ``text`` or ``image``."""
+
+    corpus: Path | None = None
+    """A file of documents: ``_id``, and ``text`` or ``image``."""
+
+    qrels: Path | None = None
+    """A file of judgements: query, document, grade; or TREC's four columns."""
+
+    split: str = "test"
+    """Which judgements of a folder."""
 
     batch_size: int = 64
     """The number of inputs per rank and batch."""
+
+    @property
+    def is_given(self) -> bool:
+        return bool(self.paths) or None not in (self.queries, self.corpus, self.qrels)
 
     def validate(self) -> ValidationResult:
         result = ValidationResult()
         if self.batch_size < 1:
             result.add_error(f"`batch_size` must be greater than or equal to 1, but is {self.batch_size} instead.")
+
+        given = [file is not None for file in (self.queries, self.corpus, self.qrels)]
+        if any(given) and not all(given):
+            result.add_error("`queries`, `corpus` and `qrels` must be specified together.")
+        if any(given) and self.paths:
+            result.add_error("`paths` must not be specified together with `queries`, `corpus` and `qrels`.")
+
         return result
 
 
@@ -188,7 +240,7 @@ class LossSection:
 
 @dataclass(kw_only=True)
 class TeacherSection:
-    """The model that a distillation learns from: a card or a folder. It has its own processor and prompts."""
+    """The model that a distillation learns from, named as other models are. It has its own processor and prompts."""
 
     name: str | None = None
     """The name of a card."""
@@ -247,16 +299,58 @@ class GradCacheSection:
         return result
 
 
+@dataclass(kw_only=True)
+class FreezeSection:
+    """The parameters that keep their values, besides those that the model's own configuration freezes."""
+
+    embeddings: bool = False
+    """If ``True``, what comes before the layers is frozen: embeddings of tokens, patches and positions."""
+
+    layers: int = 0
+    """The number of first layers that are frozen, of each encoder, with what comes before them."""
+
+    params: Sequence[str] = field(default_factory=list)
+    """Regular expressions: parameters that are frozen, by the beginnings of their names."""
+
+    def validate(self) -> ValidationResult:
+        result = ValidationResult()
+        if self.layers < 0:
+            result.add_error(f"`layers` must be greater than or equal to 0, but is {self.layers} instead.")
+
+        for pattern in self.params:
+            try:
+                re.compile(pattern)
+            except re.error as ex:
+                result.add_error(f"`params`: '{pattern}' is not a valid regular expression: {ex}.")
+
+        return result
+
+
+@dataclass(kw_only=True)
+class TrainRegimeSection(RegimeSection):
+    """fairseq2's, with what it overlooks."""
+
+    @override
+    def validate(self) -> ValidationResult:
+        # fairseq2 divides by these.
+        zeros = [name for name, value in vars(self).items() if "_every_n_" in name and value == 0]
+        others: dict[str, Any] = dict.fromkeys(zeros)
+
+        result = super(TrainRegimeSection, replace(self, **others)).validate()
+        for name in zeros:
+            result.add_error(f"`{name}` must be greater than or equal to 1.")
+
+        if self.export_hugging_face:
+            result.add_error(
+                "`export_hugging_face` is not supported: the folders that fairseq2 writes lack the tokenizer and "
+                "the image processor. `fairseq2 vembed export OUTPUT_DIR FOLDER` writes the model of a run."
+            )
+        return result
+
+
 def _default_trainer() -> TrainerSection:
     mode: Literal["static", "off"] = "static" if has_fast_bf16() else "off"
     return TrainerSection(mixed_precision=MixedPrecisionConfig(mode=mode), max_grad_norm=1.0)
-
-
-def has_fast_bf16() -> bool:
-    """Whether the hardware multiplies bfloat16 matrices natively."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @dataclass(kw_only=True)
@@ -265,6 +359,7 @@ class TrainConfig:
 
     model: EmbeddingModelSection = field(default_factory=lambda: EmbeddingModelSection())
     processor: ProcessorSection = field(default_factory=lambda: ProcessorSection())
+    freeze: FreezeSection = field(default_factory=lambda: FreezeSection())
     dataset: DatasetSection = field(default_factory=lambda: DatasetSection())
     valid: ValidSection = field(default_factory=lambda: ValidSection())
     loss: LossSection = field(default_factory=lambda: LossSection())
@@ -278,8 +373,8 @@ class TrainConfig:
     lr_scheduler: LRSchedulerSection = field(
         default_factory=lambda: LRSchedulerSection(name=WARMUP_DECAY, config=WarmupDecayConfig())
     )
-    regime: RegimeSection = field(
-        default_factory=lambda: RegimeSection(
+    regime: TrainRegimeSection = field(
+        default_factory=lambda: TrainRegimeSection(
             checkpoint_every_n_data_epochs=1,
             validate_every_n_data_epochs=1,
             publish_metrics_every_n_steps=10,
@@ -288,13 +383,25 @@ class TrainConfig:
     )
     common: CommonSection = field(default_factory=lambda: CommonSection(no_sweep_dir=True))
 
+    def _new_model_errors(self, family: str) -> Sequence[str]:
+        """What is wrong with a model that has new weights."""
+        try:
+            find_arch_config(family, self.model.arch)
+        except ConfigError as ex:
+            return ex.errors
+
+        # The encoders of a composed model may have files of their own.
+        if self.processor.path is None and family != COMPOSED_FAMILY:
+            return [f"{NO_PROCESSOR}, because new weights come without.{PROCESSOR_FOLDERS}"]
+        return []
+
     def validate(self) -> ValidationResult:
         result = ValidationResult()
-        has_valid = bool(self.valid.paths)
+        has_valid = self.valid.is_given
         if not has_valid and self.regime.validate_at_start:
-            result.add_error("`regime.validate_at_start` needs held-out data in `valid.paths`.")
+            result.add_error("`regime.validate_at_start` needs held-out data, such as `valid.paths`.")
         if not has_valid and self.regime.score_metric is not None:
-            result.add_error("`regime.score_metric` needs held-out data in `valid.paths`.")
+            result.add_error("`regime.score_metric` needs held-out data, such as `valid.paths`.")
 
         if (score_metric := self.regime.score_metric) not in (None, *VALID_METRICS):
             result.add_error(
@@ -310,6 +417,10 @@ class TrainConfig:
                 if needs_teacher
                 else "`teacher` is given, but `loss` needs none."
             )
+
+        if self.model.name is None and self.model.path is None and self.model.family is not None:
+            for error in self._new_model_errors(self.model.family):
+                result.add_error(error)
 
         trainer = self.trainer
         if trainer.max_grad_norm is not None and not trainer.max_grad_norm > 0.0:

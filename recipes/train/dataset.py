@@ -24,11 +24,16 @@ _T = TypeVar("_T")
 
 @dataclass
 class ContrastiveBatch(SupportsDeviceTransfer):
-    """One rank's rows of a step."""
+    """One rank's rows of a step.
 
-    query: EncoderBatch
+    A row with a label but without a positive of its own is encoded once, as a document.
+    """
+
+    query: EncoderBatch | None
+    """The queries of the rows that have a positive; ``None`` if none has."""
+
     document: EncoderBatch
-    """The positive of each query, in query order, then all explicit negatives."""
+    """The positive of each row, or the row itself if it has none, in row order; then all explicit negatives."""
 
     rows: RowInfo
 
@@ -39,7 +44,7 @@ class ContrastiveBatch(SupportsDeviceTransfer):
 
     @property
     def num_queries(self) -> int:
-        return self.query.num_rows
+        return self.rows.query_ids.size(0)
 
     @override
     def to(self, device: torch.device, *, non_blocking: bool = False) -> None:
@@ -82,35 +87,41 @@ class Collator:
         return LoadedRow(example, items, teacher_items)
 
     def __call__(self, rows: Sequence[LoadedRow]) -> ContrastiveBatch:
-        query, document = _collate(self._processor, [row.items for row in rows])
-
-        batch = ContrastiveBatch(query, document, _row_info([row.example for row in rows]))
+        examples = [row.example for row in rows]
+        query, document = _collate(self._processor, examples, [row.items for row in rows])
+        batch = ContrastiveBatch(query, document, _row_info(examples))
 
         if self._teacher is not None:
             teacher_items = [row.teacher_items for row in rows]
-            batch.teacher_query, batch.teacher_document = _collate(self._teacher, teacher_items)
+            batch.teacher_query, batch.teacher_document = _collate(self._teacher, examples, teacher_items)
 
         return batch
 
 
-def _collate(processor: Processor[Any], rows: Sequence[tuple[Any, ...]]) -> tuple[EncoderBatch, EncoderBatch]:
-    queries = [items[0] for items in rows]
-    return processor.collate(queries, role="query"), processor.collate(_documents(rows), role="document")
+def _collate(
+    processor: Processor[Any], examples: Sequence[Example], rows: Sequence[tuple[Any, ...]]
+) -> tuple[EncoderBatch | None, EncoderBatch]:
+    queries = [items[0] for example, items in zip(examples, rows) if example.positive is not None]
+    query = processor.collate(queries, role="query") if queries else None
+    return query, processor.collate(_documents(examples, rows), role="document")
 
 
-def _documents(rows: Sequence[tuple[_T, ...]]) -> list[_T]:
-    """The positive of each row, then all negatives."""
-    return [*(items[1] for items in rows), *(negative for items in rows for negative in items[2:])]
+def _documents(examples: Sequence[Example], rows: Sequence[tuple[_T, ...]]) -> list[_T]:
+    """The positive of each row, or its query if it has none; then all negatives."""
+    first = [0 if example.positive is None else 1 for example in examples]
+    negatives = (negative for start, items in zip(first, rows) for negative in items[start + 1 :])
+    return [*(items[start] for start, items in zip(first, rows)), *negatives]
 
 
 def _row_info(examples: Sequence[Example]) -> RowInfo:
     # Rows are told apart by their data, not by decoded pixels.
     return RowInfo(
         torch.tensor([content_id(e.query) for e in examples]),
-        torch.tensor([content_id(document) for document in _documents([e.items for e in examples])]),
+        torch.tensor([content_id(document) for document in _documents(examples, [e.items for e in examples])]),
         torch.tensor([0 if e.label is None else label_id(e.label) for e in examples]),
         torch.tensor([row for row, e in enumerate(examples) for _ in e.negatives], dtype=torch.int64),
         _scores(examples),
+        one_sided=torch.tensor([e.positive is None for e in examples]),
     )
 
 

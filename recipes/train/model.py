@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
 from fairseq2.gang import Gangs
 from fairseq2.models import ModelFamily
-from fairseq2.runtime.dependency import DependencyLookup
 from fairseq2.utils.config import StandardConfigMerger
 from fairseq2.utils.structured import StandardValueConverter
 
+from vembed_fs2.embedding.freezing import find_first_parameters, find_matches, plain_name
 from vembed_fs2.embedding.model import EmbeddingModel
-from vembed_fs2.errors import ConfigError
-from vembed_fs2.hub.find import find_model
+from vembed_fs2.errors import ConfigError, ModelLoadError
+from vembed_fs2.hub.find import ModelSource, find_model
 from vembed_fs2.hub.load import load_processor
 from vembed_fs2.hub.towers import refuse_sources, resolve_towers
 from vembed_fs2.models.composed import ComposedConfig, ComposedModel
 from vembed_fs2.models.composed.interop import forget_sources
 from vembed_fs2.processing.processor import Processor
 from vembed_fs2.recipes.layers import structure
-from vembed_fs2.recipes.train.config import EmbeddingModelSection, TrainConfig
+from vembed_fs2.recipes.train.archs import find_arch_config
+from vembed_fs2.recipes.train.config import (
+    NO_PROCESSOR,
+    PROCESSOR_FOLDERS,
+    FreezeSection,
+    TrainConfig,
+)
 from vembed_fs2.recipes.train.objective import Reads, check_vectors, create_blank
 from vembed_fs2.resolver import get_resolver
 
@@ -61,7 +67,8 @@ def plan_model(config: TrainConfig) -> ModelPlan:
         raise ConfigError(f"`model.config_overrides` must hold keys and values, but is {overrides!r}.")
 
     if section.path is None and section.name is None:
-        model_config, family = new_model_config(section), str(section.family)
+        family = str(section.family)
+        model_config = find_arch_config(family, section.arch)
         if isinstance(model_config, ComposedConfig):
             # Not merged over the architecture's encoders: another family's encoders have other fields.
             overrides, section.arch = resolve_towers(model_config, overrides), None
@@ -77,35 +84,88 @@ def plan_model(config: TrainConfig) -> ModelPlan:
             refuse_sources(model_config, overrides)
 
         if isinstance(source.weights, Path):
-            section.family, section.path = source.family, source.weights
+            section.family, section.path, section.name = source.family, source.weights, None
             values = StandardValueConverter().unstructure(model_config)
             overrides = cast(Mapping[str, object], StandardConfigMerger().merge(values, overrides))
             config.processor.path = config.processor.path or source.folder
+        else:
+            section.name, section.path = source.name, None
+            if os.environ.get("RANK", "0") == "0":
+                source.weights_path()  # Downloaded now, before anything is written.
 
     base, model_config = model_config, override_config(model_config, overrides)
     model = _check(config, family, model_config)
+    _check_processor(config, model)
     return ModelPlan(family, model_config, overrides, base, model.embedding_dim, Reads.of(model))
 
 
 def _check(config: TrainConfig, family: str, model_config: object) -> EmbeddingModel:
     """Check that the model can be trained with the objective; return it without weights."""
     model = create_blank(family, model_config)
+    freeze_parameters(model, config.freeze)
     errors = []
     if not any(parameter.requires_grad for parameter in model.parameters()):
         errors.append("all parameters are frozen: nothing is left to train.")
 
     has_files = config.processor.path is not None or config.model.name is not None
     if isinstance(model, ComposedModel) and not has_files and None in (model.text.source, model.image.source):
-        errors.append(
-            "`processor.path` must name a folder with a tokenizer and an image processor, because `text` or `image` "
-            "has no `path` or `name`."
-        )
+        errors.append(f"{NO_PROCESSOR}, because `text` or `image` has no `path` or `name`.{PROCESSOR_FOLDERS}")
 
     if errors:
         raise ConfigError(errors, where="`model`")
 
     check_vectors(config.loss, several=model.is_multi_vector)
     return model
+
+
+def freeze_parameters(model: EmbeddingModel, section: FreezeSection) -> None:
+    """Freeze what the configuration says.
+
+    :raises ConfigError: there are fewer layers, or a pattern matches nothing.
+    """
+    frozen: set[str] = set()
+    errors = []
+    if section.embeddings or section.layers:
+        encoders = list((model.towers or {}).values())
+        try:
+            frozen |= find_first_parameters(model, model.layer_stacks(), encoders, section.layers)
+        except ConfigError as ex:
+            errors += ex.errors
+
+    try:
+        names = [plain_name(name) for name, _ in model.named_parameters() if name not in model.learned]
+        frozen |= find_matches(names, section.params)
+    except ConfigError as ex:
+        errors += [f"`params`: {error}" for error in ex.errors]
+
+    if errors:
+        raise ConfigError(errors, where="`freeze`")
+    if frozen:
+        model.freeze(frozen - model.learned.keys())
+
+
+def count_parameters(model: EmbeddingModel) -> tuple[int, int]:
+    """Return the number of trained parameters, and of all."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+
+
+def _check_processor(config: TrainConfig, model: EmbeddingModel) -> None:
+    """Check that the processor fits the model, unless its files are on a hub.
+
+    :raises ModelLoadError: it does not, or a file is missing or broken.
+    :raises ConfigError: the same, if the model is a new one, which has no processor of its own.
+    """
+    try:
+        sources = _processor_sources(config, model)
+        folders = [source if isinstance(source, Path) else source.folder for source in sources]
+        if folders and None not in folders:
+            paths = (Path(folder) for folder in folders if folder)
+            load_processor(model, *paths, max_length=config.processor.max_length)
+    except ModelLoadError as ex:
+        if config.model.path is None and config.model.name is None and config.processor.path is not None:
+            raise ConfigError(f"`processor.path`: {ex}{PROCESSOR_FOLDERS}") from None
+        raise
 
 
 def override_config(model_config: object, overrides: Mapping[str, object]) -> object:
@@ -123,33 +183,6 @@ def _family_config(section: str, name: str) -> type[object] | None:
     family = get_resolver().maybe_resolve(ModelFamily, key=name)
     # The model's own validation says what is wrong with the name.
     return None if family is None else family.config_kls
-
-
-def new_model_config(section: EmbeddingModelSection) -> object:
-    """Return the configuration of an architecture.
-
-    :raises ConfigError: there is no such family or architecture.
-    """
-    resolver = get_resolver()
-    family = resolver.maybe_resolve(ModelFamily, key=section.family)
-    if family is None:
-        known = [str(k) for k in DependencyLookup(resolver, ModelFamily).iter_keys()]
-        raise ConfigError(_not_known("model.family", str(section.family), known))
-
-    if section.arch is None:
-        return family.config_kls()
-
-    config = family.maybe_get_arch_config(section.arch)
-    if config is None:
-        raise ConfigError(_not_known("model.arch", section.arch, family.get_archs()))
-
-    return config
-
-
-def _not_known(key: str, name: str, known: Iterable[str]) -> str:
-    nearest = get_close_matches(name, list(known), 1)
-    hint = f" Did you mean '{nearest[0]}'?" if nearest else f" Known: {', '.join(sorted(known))}."
-    return f"`{key}` '{name}' is not known.{hint}"
 
 
 def create_processor(
@@ -183,23 +216,30 @@ def create_processor(
     return processor
 
 
+def _processor_sources(config: TrainConfig, model: EmbeddingModel) -> list[Path | ModelSource]:
+    """Return where the processor is, or the tokenizer and the image processor; nothing, if nothing says it."""
+    if config.processor.path is not None:
+        path = config.processor.path
+        return [path if path.exists() else find_model(path)]
+
+    names: list[str | Path | None] = [config.model.name]
+    if isinstance(model, ComposedModel) and config.model.name is None:
+        names = [model.text.source, model.image.source]
+
+    return [] if None in names else [find_model(name) for name in names if name is not None]
+
+
 def _processor_folders(config: TrainConfig, model: EmbeddingModel, gangs: Gangs) -> list[Path]:
     """Return the folder of the processor, or the folders of the tokenizer and of the image processor."""
-    if config.processor.path is not None:
-        return [config.processor.path]
+    sources = _processor_sources(config, model)
+    if not sources:
+        raise ConfigError(f"{NO_PROCESSOR}.{PROCESSOR_FOLDERS}")
 
-    if config.model.name is not None:
-        names: list[str | Path | None] = [config.model.name]
-    else:
-        names = [model.text.source, model.image.source] if isinstance(model, ComposedModel) else [None]
-
-    sources = [find_model(name) for name in names if name is not None]
-    if len(sources) < len(names):
-        raise ConfigError("`processor.path` must name a folder with a tokenizer or image processor.")
+    def fetch() -> list[Path]:
+        return [source if isinstance(source, Path) else source.processor_folder() for source in sources]
 
     if gangs.root.rank == 0:
-        for source in sources:
-            source.processor_folder()  # One process downloads, the others find the files.
+        fetch()  # One process downloads, the others find the files.
 
     gangs.root.barrier()
-    return [source.processor_folder() for source in sources]
+    return fetch()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 from fairseq2.gang import create_fake_gangs
 from fairseq2.models import ModelFamily
 
-from vembed_fs2.data.dataset import CHECKED_ROWS, ExampleDataset
+from vembed_fs2.data.dataset import ExampleDataset
 from vembed_fs2.data.example import Example
+from vembed_fs2.data.usable import DataFacts, missing_in_data, missing_in_row
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.embedding.head import is_late_interaction
 from vembed_fs2.embedding.learned import LearnedPart, describe_changes
@@ -137,10 +139,8 @@ def check_row(example: Example, loss: Objective, readers: Mapping[str, Reads]) -
     :param readers: what the models that read the row can read, by what messages call them.
     :raises DataError: it does not.
     """
-    if example.positive is None:
-        raise DataError(f"{example.source}: the row has no positive to train on.")
-    if loss.needs_scores and not example.scores:
-        raise DataError(f"{example.source}: the row has no `scores`, which the objective learns from.")
+    if (problem := missing_in_row(example, loss)) is not None:
+        raise DataError(f"{example.source}: {problem}.")
     check_readable(example, readers)
 
 
@@ -160,15 +160,23 @@ def check_readable(example: Example, readers: Mapping[str, Reads]) -> None:
                     f" one image, but is {item.describe_order()}."
                 )
             if item.is_interleaved and not reads.is_interleaved:
-                raise DataError(
-                    f"{example.source}: {name} encodes texts and images apart, so it cannot read them in the order"
-                    f" {item.describe_order()}. Give one text, before or after the images."
-                )
+                raise DataError(f"{example.source}: {item.order_error(name)}")
 
 
-def check_negatives(dataset: ExampleDataset, loss: Objective) -> None:
-    """:raises DataError: the objective compares the documents of each row, but none of a small dataset has several."""
-    if not loss.needs_negatives or len(dataset) > CHECKED_ROWS:
-        return
-    if not any(example.negatives for example in dataset):
-        raise DataError("The objective compares the documents of each row, but no row has `negatives`.")
+def check_data(dataset: ExampleDataset, loss: Objective) -> None:
+    """Check that a data set holds what the objective needs, beyond what each row must.
+
+    :raises DataError: it does not. Of a large one only the labels are looked at, and only if its rows need them.
+    """
+    facts = dataset.facts
+    if facts is None:
+        num_of_one_side = len(dataset) if dataset.has_rows_of_one_side() else 0
+        facts = DataFacts(len(dataset), num_of_one_side, num_with_negatives=len(dataset))
+
+    sizes: list[int] = []
+    if facts.num_of_one_side:
+        labels = dataset.labels()
+        sizes = np.unique(labels[labels != 0], return_counts=True)[1].tolist()
+
+    if problem := next(missing_in_data(facts, sizes, loss), None):
+        raise DataError(f"{problem[0].upper()}{problem[1:]}.")

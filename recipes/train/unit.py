@@ -23,6 +23,7 @@ from vembed_fs2.recipes.stop import StopRequest
 from vembed_fs2.recipes.train.config import GradCacheSection
 from vembed_fs2.recipes.train.dataset import ContrastiveBatch
 from vembed_fs2.recipes.train.finite import FiniteGuard
+from vembed_fs2.recipes.train.sides import complete_queries
 from vembed_fs2.recipes.train.teacher import Teacher
 
 # Sums over batches; divided when they are published.
@@ -59,6 +60,9 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         self.seconds_since_report: Callable[[], float] | None = None
         """The seconds of training since the last report, without validations. It is the trainer that counts them."""
 
+        self.on_step: Callable[[int], None] | None = None
+        """Called at the start of each step, with its number."""
+
     @override
     def prepare_metric_bag(self, metric_bag: MetricBag) -> None:
         self.finite.bag = metric_bag
@@ -69,6 +73,8 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
     @override
     def set_step_nr(self, step_nr: int) -> None:
         self._stop.poll()
+        if self.on_step is not None:
+            self.on_step(step_nr)
 
     @override
     def process_batch(self, batch: ContrastiveBatch, metric_bag: MetricBag) -> tuple[Tensor, int]:
@@ -80,18 +86,22 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         self._model.clamp_learned_parts()
 
         if self._teacher is not None:
-            assert batch.teacher_query is not None
             assert batch.teacher_document is not None
-            batch.rows.teacher_query = self._teacher.encode(batch.teacher_query)
-            batch.rows.teacher_document = self._teacher.encode(batch.teacher_document)
+            query = None if batch.teacher_query is None else Embeddings(self._teacher.encode(batch.teacher_query))
+            document = Embeddings(self._teacher.encode(batch.teacher_document))
+            batch.rows.teacher_query = complete_queries(query, document, batch.rows).values
+            batch.rows.teacher_document = document.values
 
-        loss = self._step(batch.query, batch.document, rows=batch.rows)
+        roles = [batch.document] if batch.query is None else [batch.query, batch.document]
+        loss = self._step(*roles, rows=batch.rows)
         self.finite.see(loss.detach())
         self._update_metrics(batch, loss.detach(), metric_bag)
 
         return loss, batch.num_queries
 
-    def _compute_loss(self, query: Embeddings, document: Embeddings, rows: RowInfo) -> Tensor:
+    def _compute_loss(self, *roles: Embeddings, rows: RowInfo) -> Tensor:
+        *queries, document = roles
+        query = complete_queries(queries[0] if queries else None, document, rows)
         output = self._loss(
             query.values,
             document.values,
@@ -129,6 +139,11 @@ class ContrastiveTrainUnit(TrainUnit[ContrastiveBatch]):
         of_objective: dict[str, Tensor] = values.pop("objective")  # type: ignore[assignment]
         for name, value in (*of_objective.items(), ("loss", values["loss"])):
             values[name] = float(value) / max(sums["num_queries"], 1.0)  # type: ignore[arg-type]
+
+        # As ever, where all rows have a positive of their own.
+        for name in of_objective:
+            if name.rpartition("/")[2] == "without_positive" and values[name] == 0.0:
+                del values[name]
 
         _check_loss(float(values["loss"]))  # type: ignore[arg-type]
 

@@ -53,13 +53,16 @@ class ValidReader(DataReader[ValidBatch]):
 
     All ranks read the same number of batches of each kind (texts, images, both),
     because the parts of a sharded model run on all ranks together. So some
-    inputs are read twice.
+    inputs are read twice. Rows that are searched among themselves are read as documents only.
     """
 
     def __init__(
         self, task: RetrievalTask, processor: Processor[Any], *, batch_size: int, chunk_tokens: int, gather: RowGather
     ) -> None:
         self._items: dict[Role, Sequence[Item]] = {"query": task.queries, "document": task.corpus}
+        if task.exclude_self:
+            del self._items["query"]
+
         self._processor = processor
         self._batch_size = batch_size
         self._chunk_tokens = chunk_tokens
@@ -150,10 +153,16 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
     on_start: Callable[[], None] | None = None
     """Called by all ranks before they encode."""
 
+    on_batch: Callable[[int], None] | None = None
+    """Called after each batch, with its number of inputs."""
+
     def __init__(self, model: EmbeddingModel, task: RetrievalTask, dp_gang: Gang) -> None:
         self._model = model
         self._task = task
         self._is_first = dp_gang.rank == 0
+        self.num_inputs = -(-(len(task.queries) + len(task.corpus)) // dp_gang.size)
+        """How many queries and documents this rank encodes, or a few more."""
+
         self._gather = RowGather(dp_gang.as_process_group() if dp_gang.size > 1 else None)
         self._parts: dict[str, list[_Part]] = {"query": [], "document": []}
 
@@ -171,11 +180,15 @@ class RetrievalEvalUnit(EvalUnit[ValidBatch]):
     def process_batch(self, batch: ValidBatch, metric_bag: MetricBag) -> None:
         output = self._model(batch.inputs)
         self._parts[batch.role].append(_Part(batch.indices, output.values.float(), output.mask))
+        if self.on_batch is not None:
+            self.on_batch(batch.indices.size(0))
 
     @override
     def finalize(self, metric_bag: MetricBag) -> None:
-        queries, query_mask = self._collect("query", len(self._task.queries))
         corpus, document_mask = self._collect("document", len(self._task.corpus))
+        queries, query_mask = corpus, document_mask
+        if not self._task.exclude_self:
+            queries, query_mask = self._collect("query", len(self._task.queries))
 
         if not self._is_first:
             return

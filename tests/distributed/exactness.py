@@ -27,6 +27,7 @@ from vembed_fs2.gradcache.replay import SavedBytes
 from vembed_fs2.losses import Objective, RowInfo, create_loss
 from vembed_fs2.losses.matryoshka import Matryoshka
 from vembed_fs2.models.bert import BertConfig
+from vembed_fs2.recipes.train.sides import complete_queries
 
 from .objectives import OBJECTIVES
 from .spawn import run_ranks
@@ -123,8 +124,11 @@ def num_rows(case: Case, rank: int) -> int:
     return 7 - 2 * rank if case.uneven else 6
 
 
-def rank_rows(case: Case, rank: int, number: int) -> tuple[EncoderBatch, EncoderBatch, RowInfo]:
-    """One rank's rows: queries, positives and a negative for each, some of one class, some copies over ranks."""
+def rank_rows(case: Case, rank: int, number: int) -> tuple[EncoderBatch | None, EncoderBatch, RowInfo]:
+    """One rank's rows: queries, positives and a negative for each, some of one class, some copies over ranks.
+
+    Rows with a label only have no query: it is their document.
+    """
     rows, base = num_rows(case, rank), 1000 * number + 10 * rank
     g = torch.Generator().manual_seed(base)
     query, document = texts(rows, base), EncoderBatch.concat([texts(rows, base + 1), texts(rows, base + 2)])
@@ -141,7 +145,34 @@ def rank_rows(case: Case, rank: int, number: int) -> tuple[EncoderBatch, Encoder
         "teacher_query": torch.randn(rows, TEACHER_DIM, generator=g),
         "teacher_document": torch.randn(2 * rows, TEACHER_DIM, generator=g),
     }
-    return query, document, replace(info, **facts)
+    info = replace(info, **facts)
+
+    one_sided = OBJECTIVES[case.objective].one_sided
+    if not one_sided:
+        return query, document, info
+
+    alone = torch.arange(rows) % 2 > 0 if one_sided == "some" else torch.ones(rows, dtype=torch.bool)
+    info.one_sided = alone
+    info.query_ids = torch.where(alone, info.document_ids[:rows], info.query_ids)
+    info.teacher_query = None
+    info.teacher_document = None
+    pairs = [i for i in range(rows) if not alone[i]]
+    return query.select(pairs) if pairs else None, document, info
+
+
+def together(query: EncoderBatch | None, document: EncoderBatch) -> EncoderBatch:
+    return document if query is None else EncoderBatch.concat([query, document])
+
+
+def complete(encoded: Embeddings, info: RowInfo) -> Embeddings:
+    """All queries, then all documents of a rank, from what was encoded."""
+    if info.one_sided is None:
+        return encoded
+    alone = info.one_sided.tolist()
+    first = len(alone) - sum(alone)
+    places = [first + i if alone[i] else i - sum(alone[:i]) for i in range(len(alone))]
+    index = torch.tensor(places + list(range(first, encoded.values.size(0))))
+    return encoded._replace(values=encoded.values[index])
 
 
 def compute(objective: Objective, query: Embeddings, document: Embeddings, rows: RowInfo) -> Tensor:
@@ -165,13 +196,16 @@ def run_case(case: Case, rank: int, gangs: Gangs) -> dict[str, Tensor]:
     if case.kept == "half":
         budget = half_of_graphs(case)
     torch.manual_seed(100 + dp.rank)
-    step = GradCache(
-        module, lambda q, d, rows: compute(objective, q, d, rows), chunk_tokens=CHUNK_TOKENS, activation_budget=budget
-    )
+
+    def loss(*roles: Embeddings, rows: RowInfo) -> Tensor:
+        *query, document = roles
+        return compute(objective, complete_queries(query[0] if query else None, document, rows), document, rows)
+
+    step = GradCache(module, loss, chunk_tokens=CHUNK_TOKENS, activation_budget=budget)
     for number in range(case.accumulation):
         query, document, rows = rank_rows(case, dp.rank, number)
         with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bf16"):
-            value = step(query, document, rows=rows)
+            value = step(*([] if query is None else [query]), document, rows=rows)
         (value * case.scale).backward()
     # What the trainer does: undo the averaging over ranks and the loss scale.
     for parameter in module.parameters():
@@ -186,7 +220,7 @@ def half_of_graphs(case: Case) -> int:
     query, document, _ = rank_rows(case, 0, 0)
     saved = SavedBytes()
     with saved.measuring(), torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bf16"):
-        model(EncoderBatch.concat([query, document]))
+        model(together(query, document))
     return saved.total // 2
 
 
@@ -218,13 +252,13 @@ def reference(case: Case, world_size: int) -> dict[str, Tensor]:
         states.append(torch.get_rng_state())
     for number in range(case.accumulation):
         ranks = [rank_rows(case, rank, number) for rank in range(world_size)]
-        batches = [EncoderBatch.concat([q, d]) for q, d, _ in ranks]
+        batches = [together(q, d) for q, d, _ in ranks]
         plans = plan_all(case, batches)
         parts: list[Embeddings] = []
         with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bf16"):
             for rank, (batch, plan) in enumerate(zip(batches, plans)):
                 torch.set_rng_state(states[rank])
-                parts.append(encode_all(model, batch, plan))
+                parts.append(complete(encode_all(model, batch, plan), ranks[rank][2]))
                 states[rank] = torch.get_rng_state()
             query, document, rows = join(parts, [r for _, _, r in ranks], dtype)
             value = compute(create_objective(case), query, document, rows)
@@ -278,6 +312,8 @@ def join(parts: Sequence[Embeddings], infos: Sequence[RowInfo], dtype: torch.dty
     facts |= {n: both([getattr(i, n) for i in infos], 0) for n in ("document_ids", "scores", "teacher_document")}
     if infos[0].teacher_query is not None:
         facts["teacher_query"] = torch.cat([i.teacher_query for i in infos])
+    if infos[0].one_sided is not None:
+        facts["one_sided"] = torch.cat([i.one_sided for i in infos])
     for name in ("scores", "teacher_query", "teacher_document"):
         facts[name] = None if facts.get(name) is None else facts[name].to(dtype)
     return query, document, RowInfo(**facts)

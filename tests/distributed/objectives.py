@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from vembed_fs2.losses import LOSSES
 from vembed_fs2.losses.combined import WeightedLossSpec
@@ -25,6 +25,9 @@ class Options:
     """Whether it chooses rows or vectors by comparing similarities. Then rounding can choose others, and bfloat16
     does: its gradient jumps, in the plain step as well."""
 
+    one_sided: Literal["", "some", "all"] = ""
+    """Which rows have a label in place of a positive."""
+
     @property
     def tolerance(self) -> dict[str, float]:
         """The largest relative error of the gradient by data type."""
@@ -35,8 +38,15 @@ class Options:
         return getattr(self.config, "similarity", "") == "maxsim"
 
 
-def options(name: str, *, projection: bool = False, decides: bool = False, **values: Any) -> Options:
-    return Options(name, LOSSES[name].config_kls(**values), projection, decides)
+def options(
+    name: str,
+    *,
+    projection: bool = False,
+    decides: bool = False,
+    one_sided: Literal["", "some", "all"] = "",
+    **values: Any,
+) -> Options:
+    return Options(name, LOSSES[name].config_kls(**values), projection, decides, one_sided)
 
 
 COMBINED: Final = [
@@ -73,4 +83,10 @@ OBJECTIVES: Final[dict[str, Options]] = {
     "Embedding distillation, cosine": options("embedding_distillation", projection=True),
     "Embedding distillation, MSE": options("embedding_distillation", kind="mse", projection=True),
     "Combined": options("combined", losses=COMBINED),
+    "InfoNCE, labels only": options("infonce", learn_temperature=True, one_sided="all"),
+    "InfoNCE, some labels only": options("infonce", temperature=0.2, directions=ALL[:2], one_sided="some"),
+    "Sigmoid, labels only": options("sigmoid", one_sided="all"),
+    "Triplet, labels only, hardest": options("triplet", decides=True, one_sided="all"),
+    "Triplet, labels only, all": options("triplet", mining="all", soft_margin=True, one_sided="some"),
+    "Multi-positive, labels only": options("multi_positive", learn_temperature=True, one_sided="all"),
 }

@@ -16,6 +16,7 @@ from vembed_fs2 import Embedder
 from vembed_fs2.data.example import Item
 from vembed_fs2.demo.images import TEMPLATES, caption, write_model_folder
 from vembed_fs2.distributed import RowGather
+from vembed_fs2.evaluation.retrieval import evaluate_embedder
 from vembed_fs2.evaluation.task import RetrievalTask
 from vembed_fs2.recipes.train.valid import VALID_METRICS, RetrievalEvalUnit, ValidReader
 
@@ -83,3 +84,23 @@ def test_sharded_models_run_the_same_batches_on_all_ranks_and_give_the_same_metr
     assert all(len(kinds) == 1 for kinds in first[0])
     assert first[2] > 0
     assert first[1] == pytest.approx(expected)
+
+
+def test_rows_that_are_searched_among_themselves_are_encoded_once(folder: str) -> None:
+    items = [Item(text=caption(i % 3, TEMPLATES[i // 3])) for i in range(9)]
+    relevant = [{j: 1.0 for j in range(9) if j % 3 == i % 3} for i in range(9)]
+    own = RetrievalTask(items, items, relevant, exclude_self=True)
+    embedder = Embedder.load(Path(folder), device="cpu")
+    unit, bag = RetrievalEvalUnit(embedder.model, own, _Alone()), MetricBag(device=torch.device("cpu"))  # type: ignore[arg-type]
+    unit.prepare_metric_bag(bag)
+    seen = []
+    for (batch,) in ValidReader(own, embedder.processor, batch_size=4, chunk_tokens=100, gather=RowGather()):
+        seen += [(batch.role, index) for index in batch.indices.tolist()]
+        with torch.no_grad():
+            unit.process_batch(batch, bag)
+    unit.finalize(bag)
+    assert sorted(seen) == [("document", index) for index in range(9)]
+    expected = evaluate_embedder(embedder, own)
+    assert {name: float(bag.get(name, Sum).compute()) for name in VALID_METRICS} == pytest.approx(
+        {name: expected[name] for name in VALID_METRICS}
+    )

@@ -101,6 +101,18 @@ def test_train_step_fails_where_steps_differ(benchmark: Any) -> None:
         train_step.check({**results, "d": train_step.Results(last=nothing)}, 1e-4)
 
 
+def test_bfloat16_compares_the_same_embeddings(bert_folder: Path, texts: Path) -> None:
+    options = ["--models", "minilm", "dinov2", "--model", bert_folder, "--data", texts, "--layers", 1]
+    status, output = run("bfloat16.py", *options, "--texts", 6, "--rows", 4, "--images", 1, "--repeats", 1)
+    assert status == 0, output
+    steps = table(output)
+    assert list(steps) == ["minilm texts", "dinov2 images"]
+    for step in steps.values():
+        assert float(step["cosine"]) > 0.99
+        assert float(step["their cosine"]) > 0.99
+        assert float(step["ours / theirs"]) > 0
+
+
 def test_scaling_runs(bert_folder: Path, texts: Path) -> None:
     options = ["--model", bert_folder, "--data", texts, "--min", 8, "--max", 16, "--words", 2, "--repeats", 1]
     status, output = run("scaling.py", *options, "--chunk-tokens", 32, 64)

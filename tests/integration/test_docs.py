@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from vembed_fs2.commands.demo import minilm_folder
+from vembed_fs2.recipes.presets import describe_presets
 
 from .command_line import run_block, run_script
 
 ROOT = Path(__file__).parents[2]
-
-MINILM = minilm_folder()
 
 GUIDES = [
     "README.md",
@@ -27,6 +25,7 @@ GUIDES = [
     "docs/data.md",
     "docs/losses.md",
     "docs/models.md",
+    "docs/product-retrieval.md",
 ]
 """In this order, because later guides use the runs of earlier ones."""
 
@@ -40,9 +39,8 @@ def blocks(guide: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the guides take for granted: a model, training and held-out rows, a BEIR folder."""
+    """What the guides take for granted: training and held-out rows, a BEIR folder; not even a network."""
     folder = tmp_path_factory.mktemp("guides")
-    folder.joinpath("all-MiniLM-L6-v2").symlink_to(MINILM)
     rows = [{"query": f"question number {i}", "positive": f"the answer to question {i}"} for i in range(96)]
     for name, part in (("train", rows[:80]), ("valid", rows[80:])):
         folder.joinpath(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
@@ -66,7 +64,6 @@ def test_commands_of_the_guide_run(guide: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("guide", FROM_SCRATCH)
 def test_a_user_can_begin_with_the_guide_in_an_empty_folder(guide: str, tmp_path: Path) -> None:
-    tmp_path.joinpath("all-MiniLM-L6-v2").symlink_to(MINILM)
     for command in blocks(guide, "bash"):
         if command.startswith("pip install"):
             continue
@@ -91,10 +88,25 @@ def shorten(file: Path, num_rows: int) -> None:
         csv.writer(stream).writerows(rows)
 
 
-def test_python_of_the_guide_runs(folder: Path) -> None:
+@pytest.mark.parametrize("guide", ["docs/training.md", "docs/inference.md", "docs/product-retrieval.md"])
+def test_python_of_the_guide_runs(guide: str, folder: Path) -> None:
     script = folder / "guide.py"
-    script.write_text("\n".join(blocks("docs/inference.md", "python")))
+    script.write_text("\n".join(blocks(guide, "python")))
     run_script(script, cwd=folder).expect(0)
+
+
+@pytest.mark.parametrize("block", blocks("docs/losses.md", "python"))
+def test_each_block_of_the_objectives_guide_runs_by_itself(block: str, tmp_path: Path) -> None:
+    script = tmp_path / "guide.py"
+    script.write_text(block)
+    run_script(script, cwd=tmp_path).expect(0)
+
+
+def test_training_guide_lists_all_presets() -> None:
+    text = (ROOT / "docs/training.md").read_text()
+    for line in describe_presets("vembed_fs2.recipes.train").splitlines():
+        name, description = line.split(maxsplit=1)
+        assert f"| `{name}` | {description} |" in text
 
 
 def test_models_guide_lists_all_cards() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def run(code: str, folder: Path, size: int) -> None:
 def be_the_code(code: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    warnings.filterwarnings("error", "Converting a tensor")  # Whoever pastes the guide sees no warning of torch's.
     exec(code, {"__name__": "__main__", "os": os})
 
 

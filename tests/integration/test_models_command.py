@@ -62,8 +62,9 @@ def test_list_of_one_family(models: Any) -> None:
 @pytest.mark.parametrize("verb", [["list", "--family"], ["archs"]])
 def test_an_unknown_family_is_an_error_with_the_nearest(models: Any, verb: list[str]) -> None:
     assert models(*verb, "vembed_clipp", status=2) == (
-        "error: There is no family of embedding models named vembed_clipp. Did you mean vembed_clip?\n"
+        "error: There is no family of embedding models named 'vembed_clipp'. Did you mean 'vembed_clip'?\n"
     )
+    assert models(*verb, "bert", status=2).endswith(" 'bert'. Did you mean 'vembed_bert'?\n")
     assert "There are: " in models(*verb, "qqq", status=2)
 
 
@@ -111,12 +112,12 @@ def test_show_describes_a_folder_and_a_run(models: Any, clip_folder: Path, tmp_p
 
 
 def test_show_of_what_is_no_embedding_model_is_an_error(models: Any, tmp_path: Path) -> None:
-    assert "Did you mean " + MINILM in models("show", MINILM + "x", status=2)
+    assert f"Did you mean '{MINILM}'" in models("show", MINILM + "x", status=2)
     assert "does not exist" in models("show", tmp_path / "nothing", status=2)
     assert "no config.json" in models("show", tmp_path, status=2)
-    assert "no family of embedding models named llama" in models("show", "llama3_2_1b", status=2)
+    assert "no family of embedding models named 'llama'" in models("show", "llama3_2_1b", status=2)
 
 
 def test_the_program_prints_no_stack_trace() -> None:
     result = command_line.run("models", "show", "openai_clip_vit_base_patch_32").expect(2)
-    assert "Did you mean openai_clip_vit_base_patch32" in result.output
+    assert "Did you mean 'openai_clip_vit_base_patch32" in result.output

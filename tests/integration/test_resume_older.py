@@ -40,7 +40,7 @@ def older(bert_folder: Path, texts: Path, tmp_path: Path) -> Path:
     overrides = "model.config_overrides"
     forget(
         folder / "config.yaml", f"{overrides}.head.gem_p", f"{overrides}.head.top_k", "loss.config.directions",
-        "grad_cache.chunk_patches", "dataset.max_rows",
+        "grad_cache.chunk_patches", "dataset.max_rows", "dataset.quoting", "freeze", "valid.queries",
     )  # fmt: skip
     return folder
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.integration.command_line import FAIRSEQ2, environment, metrics, run, steps
 from vembed_fs2 import cli
+from vembed_fs2.recipes.presets import describe_presets
 
 PYTHON = sys.executable
 
@@ -20,6 +21,7 @@ _HEAVY = ("torch", "fairseq2", "transformers", "numpy", "PIL", "pyarrow", "rich"
 _LOADED = f"""
 import sys
 from vembed_fs2.cli import main
+from vembed_fs2.recipes.presets import describe_presets
 sys.argv = ["fairseq2", *sys.argv[1:]]
 try:
     main()
@@ -85,7 +87,7 @@ def test_other_ways_to_start(program: list[str], verb: list[str]) -> None:
     # That they train is shown by the help of the same parser, and by the others of these tests.
     result = run(*verb, "--preset", "list", program=program).expect(0)
 
-    assert result.output == "demo_images\ndemo_text\n"
+    assert result.output == describe_presets("vembed_fs2.recipes.train") + "\n"
 
 
 def test_torchrun(arguments: list[str], tmp_path: Path) -> None:

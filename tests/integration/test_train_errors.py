@@ -45,6 +45,15 @@ def config_cases(folder: Path) -> dict[str, Case]:
             "`los` is not a known key",
         ),
         "range": Case(["dataset.batch_size=0", "regime.num_steps=0"], "`dataset`: `batch", "`regime`: `num_steps`"),
+        "key and range": Case(
+            ["datset.batch_size=8", "regime.num_steps=-1", "model.dtype=x", "gang.timeout=0"],
+            "`datset` is not a known key", "`regime`: `num_steps` must", "`model.dtype` must be", "`gang`: `timeout`",
+        ),
+        "zero": Case(
+            ["regime.publish_metrics_every_n_steps=0", "regime.validate_every_n_steps=-2"],
+            "`regime`: `publish_metrics_every_n_steps` must be", "`regime`: `validate_every_n_steps` must be",
+        ),
+        "export": Case(["regime.export_hugging_face=true"], "`fairseq2 vembed export OUTPUT_DIR FOLDER` writes"),
         "mode": Case(["dataset.mode=x2y"], "`dataset.mode` must be one of", "'t2i'", "x2y"),
         "loss": Case(["loss.name=infonse"], "`loss.name` 'infonse' is not known", "'infonce'?"),
         "optimizer": Case(["optimizer.name=adamm"], "`optimizer.name` 'adamm' is not known", "Did you mean 'adamw'?"),
@@ -92,6 +101,15 @@ def model_cases(folder: Path, bert: Path) -> dict[str, Case]:
         "card": Case(["model.path=null", "model.name=bge_smal_en_v15"], "bge_smal_en_v15", "baai_bge_small_en_v15"),
         "family": Case(["model.path=null", "model.family=vembed_bart"], "`model.family`", "'vembed_bert'?"),
         "arch": Case(["model.path=null", "model.family=vembed_bert", "model.arch=bas"], "`model.arch` 'bas' is not"),
+        "no processor": Case(
+            ["model.path=null", "model.family=vembed_clip", "regime.num_steps=-1", "dataset.batch_size=0"],
+            "`processor.path` must name a folder with a tokenizer or image processor, because new weights",
+            "`fairseq2 vembed export CARD FOLDER --format hf` writes one.", "`num_steps`", "`batch_size`",
+        ),
+        "no image processor": Case(
+            ["model.path=null", "model.family=vembed_clip", f"processor.path={bert}"],
+            f"`processor.path`: {bert} has no image processor", "CARD FOLDER",
+        ),
         "folder": Case([f"model.path={folder}/nosuch"], f"{folder}/nosuch does not exist"),
         "no weights": Case(changed("bare", lambda p: (p / "model.safetensors").unlink()), "bare has no weights"),
         "truncated weights": Case(
@@ -141,9 +159,18 @@ def data_cases(folder: Path) -> dict[str, Case]:
         "held-out image": Case(
             ["valid." + file("held_out.jsonl", picture).partition(".")[2]], "held_out.jsonl:1: the row has an image"
         ),
-        "label only": Case([f"dataset.paths=[{folder / 'label.jsonl'}]"], "label.jsonl:1: the row has no positive"),
+        "label only": Case([f"dataset.paths=[{folder / 'label.jsonl'}]"], "No label is that of two rows"),
+        "label for pairs": Case(
+            [f"dataset.paths=[{folder / 'label.jsonl'}]", "loss.name=cosent"],
+            "label.jsonl:1: the row has no positive to train on, and the objective does not learn from labels",
+        ),
         "held-out labels": Case(
             ["valid.paths=[{}]".format(folder / "label.jsonl")], "No query has a relevant document"
+        ),
+        "both files": Case(
+            [f"dataset.paths=[{folder}/no.jsonl]", f"valid.paths=[{folder}/nor.jsonl]"],
+            "no.jsonl does",
+            "nor.jsonl does",
         ),
         "held-out file": Case([f"valid.paths=[{folder}/nosuch.jsonl]"], "nosuch.jsonl does not exist"),
         "batch": Case(["dataset.batch_size=100"], "100 rows", "83"),
@@ -167,13 +194,34 @@ def test_errors_say_what_is_wrong(tmp_path: Path, bert_folder: Path, texts: Path
     assert corrected.status == 0, corrected.output[-4000:]  # In the folder that the failed ones were given.
 
 
+def test_a_missing_login_is_said_before_anything_is_written(tmp_path: Path, bert_folder: Path, texts: Path) -> None:
+    """And with what else is wrong; not if the metrics are kept on this machine."""
+    no_login = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_API_KEY": ""}
+    config = ["common.metric_recorders.wandb.enabled=true", f"dataset.paths=[{texts}]", "dataset.batch_size=8"]
+
+    def command(model: Path | str) -> list[object]:
+        return ["train", tmp_path / "out", "--no-rich", "--config", *config, f"model.path={model}"]
+
+    refused = run(*command(bert_folder), **no_login).expect(2)
+    assert refused.output == (
+        "error: The configuration is not valid:\n"
+        "  - Weights & Biases has no login on this machine. Run `wandb login`, set WANDB_MODE=offline, or leave "
+        "`common.metric_recorders.wandb.enabled` out to do without it.\n"
+    )
+    both = run(*command("nosuch"), **no_login).expect(2)
+    assert both.output == refused.output + "  - nosuch is neither a folder nor the name of a card.\n"
+    assert not tmp_path.joinpath("out").exists()
+    offline = run(*command("nosuch"), **no_login, WANDB_MODE="offline").expect(2)
+    assert offline.output == "error: nosuch is neither a folder nor the name of a card.\n"
+
+
 def check(name: str, case: Case, result: Result) -> list[str]:
     errors = result.output[result.output.find("error: ") :]
     problems = [f"does not say {text!r}" for text in case.expected if text not in errors]
     if result.status != 2:
         problems.append(f"status {result.status}")
-    if "Traceback" in result.output or "\nerror: " not in "\n" + result.output:
-        problems.append("no clean error")
+    if "Traceback" in result.output or not result.output.startswith("error: "):
+        problems.append("no clean error, or something before it")
     return [f"{name}: {'; '.join(problems)}\n{result.output[-1500:]}"] if problems else []
 
 
@@ -267,7 +315,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, bert_folder: 
     again = command("good", *cold, "loss.config.temperature=1e-38")
     for result in run_all([again, again]):
         assert result.status == 2, result.output[-3000:]
-        assert "Resuming from step 4" in result.output
+        assert re.search("^  resumed +from step 4$", result.output, re.MULTILINE), result.output
         assert ": the training has diverged." in result.output
         assert steps(tmp_path / "good") == [4]
 

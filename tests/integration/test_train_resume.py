@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import resource
 import shutil
 import signal
@@ -83,6 +84,12 @@ def test_weights_are_those_of_an_uninterrupted_run(
         assert steps(folder)[-1] == max(metrics(folder)) < NUM_STEPS
         assert result.output.count(f"{signum.name}: stopping after this step. A second signal ends the run") == 1
         assert f"{signum.name} received. Writing a checkpoint, then stopping." in result.output
+        assert re.search(r"^  resumed +from step \d+$", result.output, re.MULTILINE)
+        last = steps(folder)[-1]
+        assert result.output.endswith(
+            f"Stopped by {signum.name} after step {last} of {NUM_STEPS}: {folder}/checkpoints/step_{last} is written. "
+            f"The same command resumes. Status {128 + signum}.\n"
+        )
 
     run(*arguments(folder), num_processes=num_processes).expect(0)
 

@@ -63,7 +63,7 @@ def states_of(folder: Path, kls: Any = transformers.AutoModel) -> tuple[torch.Te
     """Token states and their mask, of ``TEXTS``."""
     inputs = transformers.AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
     if kls is not transformers.AutoModel:
-        del inputs["token_type_ids"]
+        inputs.pop("token_type_ids", None)
     with torch.no_grad():
         return kls.from_pretrained(folder).eval()(**inputs).last_hidden_state, inputs["attention_mask"]
 
@@ -103,6 +103,62 @@ def test_sentence_transformers_folders(electra: Path, tmp_path: Path) -> None:
     assert_close(embedder.encode_query(TEXTS), theirs.encode_query(TEXTS))
     embedder.save_sentence_transformers(tmp_path / "again")
     assert_close(SentenceTransformer(str(tmp_path / "again"), device="cpu").encode(TEXTS), theirs.encode(TEXTS))
+
+
+ENCODERS = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
+
+
+def write_encoder(folder: Path, model_type: str) -> None:
+    """The encoder alone, as ``T5EncoderModel`` and sentence-transformers save it."""
+    torch.manual_seed(0)
+    name = ENCODERS[model_type]
+    options = {"vocab_size": 30522, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    config = getattr(transformers, f"{name}Config")(**options, note="kept")
+    getattr(transformers, f"{name}EncoderModel")(config).save_pretrained(folder)
+    add_tokenizer(folder)
+    file = folder / "tokenizer_config.json"
+    names = {"model_input_names": ["input_ids", "attention_mask"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | names))
+    is_whole = json.loads(folder.joinpath("config.json").read_text())["is_encoder_decoder"]
+    assert is_whole is (model_type == "umt5")
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_an_encoder_without_its_decoder(model_type: str, tmp_path: Path) -> None:
+    write_encoder(tmp_path / "t5", model_type)
+    kls = getattr(transformers, f"{ENCODERS[model_type]}EncoderModel")
+    states, mask = states_of(tmp_path / "t5", kls)
+    mask = mask.unsqueeze(2)
+    expected = normalize((states * mask).sum(1) / mask.sum(1), dim=1).numpy()
+    embedder = Embedder.load(tmp_path / "t5", device="cpu")
+    assert_close(embedder.encode(TEXTS), expected)
+
+    embedder.save_hf(tmp_path / "hf")
+    (again, _), (first, _) = (states_of(tmp_path / folder, kls) for folder in ("hf", "t5"))
+    assert torch.equal(again, first)
+    before, after = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("t5", "hf"))
+    assert {k: v for k, v in before.items() if k not in LOADING} == {k: v for k, v in after.items() if k not in LOADING}
+
+
+def test_sentence_t5_as_sentence_transformers_saves_it(tmp_path: Path) -> None:
+    write_encoder(tmp_path / "t5", "t5")
+    torch.manual_seed(1)
+    modules = [Transformer(str(tmp_path / "t5"), max_seq_length=20), Pooling(16, "mean")]
+    dense = Dense(16, 12, bias=False, activation_function=torch.nn.Identity())
+    SentenceTransformer(modules=[*modules, dense, Normalize()], device="cpu").save(str(tmp_path / "st"))
+    expected = SentenceTransformer(str(tmp_path / "st"), device="cpu").encode(TEXTS)
+    embedder = Embedder.load(tmp_path / "st", device="cpu")
+    assert_close(embedder.encode(TEXTS), expected)
+    embedder.save_sentence_transformers(tmp_path / "again")
+    assert_close(SentenceTransformer(str(tmp_path / "again"), device="cpu").encode(TEXTS), expected)
+
+
+def test_an_encoder_decoder_that_transformers_has_no_encoder_of_is_refused(tmp_path: Path) -> None:
+    config = transformers.BartConfig(vocab_size=30522, d_model=16, encoder_layers=1, decoder_layers=1)
+    transformers.BartModel(config).save_pretrained(tmp_path / "bart")
+    add_tokenizer(tmp_path / "bart")
+    with pytest.raises(ModelLoadError, match="it is an encoder-decoder"):
+        Embedder.load(tmp_path / "bart", device="cpu")
 
 
 def test_the_encoder_of_t5(tmp_path: Path) -> None:

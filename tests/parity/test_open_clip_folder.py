@@ -263,6 +263,45 @@ def test_weights_are_read_however_they_are_stored(
     assert np.array_equal(*vectors)
 
 
+def remove_tokenizer(folder: Path) -> None:
+    for file in (*folder.glob("tok*"), *folder.glob("vocab*"), *folder.glob("merges*"), *folder.glob("special*")):
+        file.unlink()
+
+
+@pytest.mark.parametrize(("causal", "clean"), [(True, None), (False, "canonicalize")])
+def test_a_folder_without_a_tokenizer_has_the_one_that_open_clip_brings_along(
+    causal: bool, clean: str | None, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    options = {} if clean is None else {"tokenizer_kwargs": {"clean": clean}}
+    pooling = {} if causal else {"no_causal_mask": True, "pool_type": "last"}
+    write_folder(folder, clip_cfg(**options, **pooling))
+    remove_tokenizer(folder)
+    embedder = Embedder.load(folder, device="cpu")
+    assert_same_ids(embedder, folder)
+    assert_same_vectors(folder, embedder)
+
+    # An exported folder has the files, and so needs no open_clip.
+    if causal:
+        for layout in ("open_clip", "hf"):
+            embedder.save(tmp_path / layout, layout)
+            assert tmp_path.joinpath(layout, "tokenizer.json").is_file()
+            assert_same_ids(Embedder.load(tmp_path / layout, device="cpu"), folder)
+        tokens = CLIPProcessor.from_pretrained(tmp_path / "hf").tokenizer(["a cat!"])["input_ids"][0]
+        assert tokens == [t for t in open_clip.get_tokenizer(f"local-dir:{folder}")(["a cat!"])[0].tolist() if t]
+
+
+def test_without_open_clip_the_error_names_the_extra(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "model"))
+    remove_tokenizer(folder)
+    monkeypatch.setattr("vembed_fs2.processing.open_clip.find_spec", lambda name: None)
+    with pytest.raises(ModelLoadError, match=r"pip install 'vembed_fs2\[open-clip\]'\.$") as caught:
+        Embedder.load(folder, device="cpu")
+    assert str(caught.value).startswith(f"{folder} has no tokenizer")
+
+
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     file = folder / "open_clip_config.json"
     config = json.loads(file.read_text())
@@ -277,7 +316,13 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "CoCa": (lambda f: edit_config(f, lambda c: c["model_cfg"].update(multimodal_cfg={})), "CoCa"),
     "unknown option": (lambda f: edit_config(f, lambda c: c["model_cfg"].update(new=1)), r"config\.json: `new`"),
     "no weights": (lambda f: f.joinpath("open_clip_model.safetensors").unlink(), "has no weights"),
-    "no tokenizer": (lambda f: [p.unlink() for n in ("tok*", "vocab*", "merges*") for p in f.glob(n)], "no tokenizer"),
+    "no tokenizer": (
+        lambda f: (
+            remove_tokenizer(f),
+            edit_config(f, lambda c: c["model_cfg"]["text_cfg"].update(hf_tokenizer_name="google-t5/t5-base")),
+        ),
+        "has no tokenizer.*google-t5/t5-base",
+    ),
     "preprocessing": (lambda f: edit_config(f, lambda c: c["preprocess_cfg"].update(mode="L")), "preprocess_cfg.mode"),
     "tokenizer mode": (
         lambda f: edit_config(f, lambda c: c["model_cfg"]["text_cfg"].update(tokenizer_mode="clips")),

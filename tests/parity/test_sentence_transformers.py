@@ -205,7 +205,7 @@ def test_layout_of_before_version_5_4(tiny: Path, tmp_path: Path) -> None:
     folder.joinpath("sentence_bert_config.json").write_text('{"max_seq_length": 50, "do_lower_case": false}')
     assert_equal(folder)
     assert read_modules(folder).max_length == 50
-    assert read_modules(folder).head == HeadConfig(pooling="cls")
+    assert read_modules(folder).head == HeadConfig(pooling="cls", normalize=True)
 
 
 def test_backbone_in_its_own_folder(tiny: Path, tmp_path: Path) -> None:

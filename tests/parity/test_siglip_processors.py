@@ -387,7 +387,8 @@ def test_a_folder_of_naflex_gives_the_embeddings_of_transformers(tmp_path: Path)
     processor = Siglip2ImageProcessor(patch_size=4, max_num_patches=20)
     processor.save_pretrained(folder)
 
-    tokens = tokenizer(LINES, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+    lines = [line.lower() for line in LINES]
+    tokens = tokenizer(lines, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
     features = [
         model.get_image_features(**processor(i.convert("RGB"), input_data_format="channels_last", return_tensors="pt"))
         for i in IMAGES.values()
@@ -396,3 +397,64 @@ def test_a_folder_of_naflex_gives_the_embeddings_of_transformers(tmp_path: Path)
     assert_embeds(Embedder.load(folder), *expected)
     Embedder.load(folder).save_hf(tmp_path / "export")
     assert_embeds(Embedder.load(tmp_path / "export"), *expected)
+
+
+CASES = ["A Photo of the CAT", "TWO old Dogs", "Straße, ΣΊΣΥΦΟΣ, İstanbul"]
+
+
+def write_second_siglip(folder: Path, *, naflex: bool, **options: Any) -> Any:
+    """SigLIP 2, whose models of one image size are of the first one's type."""
+    folder.mkdir()
+    tokenizer = write_gemma_tokenizer(folder, **options)
+    text: dict[str, Any] = TOWER | {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH, "pad_token_id": 0}
+    vision: dict[str, Any] = TOWER | {"patch_size": 4} | ({"num_patches": 9} if naflex else {"image_size": 12})
+    if naflex:
+        model = randomize(Siglip2Model(Siglip2Config(text_config=text, vision_config=vision)))
+        Siglip2ImageProcessor(patch_size=4, max_num_patches=20).save_pretrained(folder)
+    else:
+        model = randomize(SiglipModel(SiglipConfig(text_config=text, vision_config=vision)))
+        SiglipImageProcessor(size={"height": 12, "width": 12}).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return model
+
+
+def transformers_texts(folder: Path, model: Any, lines: list[str]) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(lines, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+    return unit(model.get_text_features(**tokens))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("naflex", [True, False])
+def test_siglip_2_reads_lower_case_as_it_was_trained(naflex: bool, tmp_path: Path) -> None:
+    model = write_second_siglip(tmp_path / "model", naflex=naflex)
+    lines = [normalizers.Lowercase().normalize_str(line) for line in CASES]  # as version 5 of transformers
+    lower = transformers_texts(tmp_path / "model", model, lines)
+    embedder = Embedder.load(tmp_path / "model", device="cpu")
+    assert np.abs(embedder.encode(CASES) - lower).max() <= 1e-5
+
+    # What is exported lowers texts in transformers as well.
+    embedder.save_hf(tmp_path / "out")
+    assert np.abs(transformers_texts(tmp_path / "out", model, CASES) - lower).max() <= 1e-5
+    assert np.array_equal(Embedder.load(tmp_path / "out", device="cpu").encode(CASES), embedder.encode(CASES))
+
+
+@torch.no_grad()
+def test_a_folder_of_siglip_2_may_say_that_case_counts(tmp_path: Path) -> None:
+    model = write_second_siglip(tmp_path / "model", naflex=True, do_lower_case=False)
+    expected = transformers_texts(tmp_path / "model", model, CASES)
+    embedder = Embedder.load(tmp_path / "model", device="cpu")
+    assert np.abs(embedder.encode(CASES) - expected).max() <= 1e-5
+    embedder.save_hf(tmp_path / "out")
+    assert np.array_equal(Embedder.load(tmp_path / "out", device="cpu").encode(CASES), embedder.encode(CASES))
+    lower = [line.lower() for line in CASES]
+    assert np.abs(embedder.encode(lower) - expected).max() > 1e-3
+
+
+def test_a_lowercasing_normaliser_is_not_added_twice(tmp_path: Path) -> None:
+    write_second_siglip(tmp_path / "model", naflex=False)
+    for folder in ("one", "two"):
+        Embedder.load(tmp_path / ("model" if folder == "one" else "one"), device="cpu").save_hf(tmp_path / folder)
+    tokenizers = [json.loads(tmp_path.joinpath(folder, "tokenizer.json").read_text()) for folder in ("one", "two")]
+    kinds = [[step["type"] for step in tokenizer["normalizer"]["normalizers"]] for tokenizer in tokenizers]
+    assert kinds == [["Lowercase", "Replace"]] * 2

@@ -41,6 +41,7 @@ from vembed_fs2.fairseq2_seams import (
     repair_wandb,
     seconds_since_report,
     stop_after_step,
+    without_console_log,
 )
 
 
@@ -121,6 +122,21 @@ def test_errors_are_reported_as_by_fairseq2s_programs() -> None:
 
     main = {"main", "train_main", "eval_main", "generate_main"}
     assert {name for name in functions_of(cli) if not name.startswith("_")} == main | {"register_cli_error"}
+
+
+def test_fairseq2_shows_all_that_is_logged_and_has_no_option_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = import_module("fairseq2.recipe.run")
+    assert "    configure_logging(no_rich=no_rich)\n" in inspect.getsource(module.run)
+    options = {"checkpoint_dir", "no_rich", "no_progress"}
+    assert set(inspect.signature(module.run).parameters) == {"recipe", "config", "output_dir", *options}
+
+    calls: list[bool] = []
+    monkeypatch.setattr(module, "configure_logging", lambda no_rich=False: calls.append(no_rich))
+    with without_console_log():
+        module.configure_logging(no_rich=True)
+    assert calls == []
+    module.configure_logging(no_rich=True)
+    assert calls == [True]
 
 
 def test_fairseq2_looks_for_a_function_that_wandb_has_moved() -> None:

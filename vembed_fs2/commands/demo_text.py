@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Build pairs, evaluate, fine-tune, evaluate again, export."""
     from vembed_fs2.commands.demo import heading, minilm_folder, train
+    from vembed_fs2.console import Screen
     from vembed_fs2.demo.text import write_pairs
+    from vembed_fs2.dtypes import has_fast_bf16
     from vembed_fs2.evaluation.datasets import task_from_files
     from vembed_fs2.evaluation.report import print_results, write_results
     from vembed_fs2.evaluation.retrieval import evaluate_embedder
@@ -27,7 +29,6 @@ def run(args: argparse.Namespace) -> int:
     from vembed_fs2.inference.embedder import Embedder
     from vembed_fs2.recipes.evaluate.evaluate import load_embedder
     from vembed_fs2.recipes.evaluate.settings import EvaluateSettings
-    from vembed_fs2.recipes.train.config import has_fast_bf16
 
     out: Path = args.output_dir
     check_new_folder(out)
@@ -35,13 +36,17 @@ def run(args: argparse.Namespace) -> int:
     base = minilm_folder()
 
     heading("1. Pairs from the documentation of Python, NumPy and PyTorch")
-    files = write_pairs(out / "data")
+    with Screen() as screen, screen.working("Reading the documentation"):
+        files = write_pairs(out / "data")
     task = task_from_files(files.queries, files.corpus, files.qrels)
     print(f"{len(task.queries):,} held-out queries over {len(task.corpus):,} documents, in {out / 'data'}")
     settings = EvaluateSettings(max_length=SEARCH_LENGTH, bf16=has_fast_bf16())
 
     def evaluate(model: Path) -> dict[str, float]:
-        return evaluate_embedder(load_embedder(str(model), settings), task)
+        with Screen() as screen:
+            with screen.working("Loading the model"):
+                embedder = load_embedder(str(model), settings)
+            return evaluate_embedder(embedder, task, show_progress_bar=screen)
 
     heading(f"2. all-MiniLM-L6-v2 before training, on the first {SEARCH_LENGTH} tokens of each text")
     before = evaluate(base)

@@ -14,7 +14,7 @@ from vembed_fs2.commands.models import add_json_argument, print_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="card, Hugging Face folder, run folder or checkpoint folder")
+    parser.add_argument("model", metavar="MODEL", help="folder, run, card or repository of the Hugging Face hub")
     add_json_argument(parser)
     add_trust_argument(parser)
 

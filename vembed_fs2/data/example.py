@@ -88,6 +88,18 @@ class Item:
         """Name the parts in their order: "text, image, text"."""
         return ", ".join("text" if isinstance(part, Text) else "image" for part in self.parts)
 
+    def order_error(self, model: str) -> str:
+        """Return the error of a model that encodes texts and images apart, and so does not see their order.
+
+        :param model: what messages call it, at the beginning of a sentence.
+        """
+        if not self.images:
+            return f"{model} reads one text per input, but an input has {len(self.parts)}."
+        return (
+            f"{model} encodes texts and images apart, so it cannot read them in the order {self.describe_order()}."
+            " Give one text, before or after the images."
+        )
+
 
 @dataclass(frozen=True)
 class Example:

@@ -1,6 +1,7 @@
 """Batches of examples: shuffled, sharded over ranks, loaded ahead by threads, resumed exactly.
 
-The order of an epoch depends on the seed and the number of the epoch alone. A
+The order of an epoch depends on the seed and the number of the epoch alone (and, if
+rows of one label are to stand together, on the labels and the global batch). A
 global batch is the next ``world_size * batch_size`` rows of that order, and each
 rank takes its contiguous share; so one process with 32 rows and two with 16 see
 the same global batches, and a run can be resumed on another number of ranks.
@@ -23,6 +24,7 @@ from typing_extensions import Self, override
 from vembed_fs2.data.dataset import check_on_error
 from vembed_fs2.data.example import Example
 from vembed_fs2.data.loading import Examples, Loader, Task
+from vembed_fs2.data.order import order_by_label
 from vembed_fs2.errors import ConfigError, DataError
 
 log = logging.getLogger("vembed_fs2")
@@ -53,6 +55,9 @@ class EmbeddingDataReader(DataReader[BatchT]):
         :class:`DataError` is logged and left out: its batch is one row smaller,
         and no row changes its place.
     :param load: prepares one row, for example by decoding its images; runs in a thread.
+    :param labels: the label of each row, as a number; 0 for none. *Shape:* ``[N]``.
+    :param rows_per_label: the number of rows of a label that stand together (:func:`.order.order_by_label`); 0 for an
+        order that knows no labels.
     :param files: the path of each data file and its fingerprint
         (:meth:`.dataset.ExampleDataset.fingerprints`). They are part of the state, and a file that
         has changed since then is an error.
@@ -76,6 +81,8 @@ class EmbeddingDataReader(DataReader[BatchT]):
         prefetch: int = 2,
         on_error: str = "raise",
         load: Callable[[Example], Any] | None = None,
+        labels: NDArray[np.int64] | None = None,
+        rows_per_label: int = 0,
         files: Sequence[tuple[str, str]] = (),
     ) -> None:
         _check_arguments(batch_size, rank, world_size, seed, num_accumulate, num_workers, prefetch)
@@ -86,6 +93,8 @@ class EmbeddingDataReader(DataReader[BatchT]):
         self._rank = rank
         self._seed = seed
         self._shuffle = shuffle
+        self._labels = labels
+        self._rows_per_label = _check_rows_per_label(rows_per_label, labels, shuffle, self._plan)
         self._epoch = 0
         self._position = 0
         """The number of batches of this epoch that were returned."""
@@ -131,9 +140,15 @@ class EmbeddingDataReader(DataReader[BatchT]):
 
     def _rows(self, batch: int) -> list[int]:
         if self._order is None:
-            self._order = _order_of(self._plan.num_rows, self._seed, self._epoch, self._shuffle)
+            self._order = self._new_order()
         rows: list[int] = self._order[self._plan.share(batch, self._rank)].tolist()
         return rows
+
+    def _new_order(self) -> NDArray[np.int64]:
+        if self._labels is not None and self._rows_per_label:
+            size = self._plan.global_batch_size
+            return order_by_label(self._labels, self._rows_per_label, size, seed=self._seed, epoch=self._epoch)
+        return _order_of(self._plan.num_rows, self._seed, self._epoch, self._shuffle)
 
     def _cancel(self) -> None:
         for task in self._queue:
@@ -163,6 +178,7 @@ class EmbeddingDataReader(DataReader[BatchT]):
             "position": self._position,
             "seed": self._seed,
             "shuffle": self._shuffle,
+            "rows_per_label": self._rows_per_label,
             "num_rows": self._plan.num_rows,
             "global_batch_size": self._plan.global_batch_size,
             "files": self._files,
@@ -175,6 +191,7 @@ class EmbeddingDataReader(DataReader[BatchT]):
         :raises DataError: the state is of another dataset, global batch size or ``shuffle``, or a file has changed.
         """
         current = self.state_dict()
+        state_dict = {"rows_per_label": 0, **state_dict}  # Older versions knew no labels.
         if missing := current.keys() - state_dict.keys() - {"files"}:
             raise DataError(f"The state of the data reader is not complete: {', '.join(sorted(missing))} missing.")
 
@@ -283,6 +300,7 @@ _FIXED: Final = {
     "num_rows": "number of rows",
     "global_batch_size": "global batch size (rows per rank x ranks)",
     "shuffle": "shuffle",
+    "rows_per_label": "number of rows per label",
 }
 
 
@@ -293,6 +311,20 @@ def _order_of(num_rows: int, seed: int, epoch: int, shuffle: bool) -> NDArray[np
     # NumPy promises the raw numbers of Philox for all versions, but not `Generator.permutation`.
     numbers = np.random.Philox(key=[seed, epoch]).random_raw(num_rows)
     return np.argsort(numbers, kind="stable")
+
+
+def _check_rows_per_label(count: int, labels: NDArray[np.int64] | None, shuffle: bool, plan: _Plan) -> int:
+    if count == 0:
+        return 0
+    if labels is None or len(labels) != plan.num_rows:
+        raise ConfigError("`rows_per_label` needs the label of each row.", where="The data reader's configuration")
+    if not shuffle:
+        raise ConfigError("`rows_per_label` needs `shuffle`.", where="The data reader's configuration")
+    if not 2 <= count <= plan.global_batch_size:
+        text = f"`rows_per_label` must be from 2 to the {plan.global_batch_size:,} rows of a batch, but is {count}."
+        raise ConfigError(text, where="The data reader's configuration")
+
+    return count
 
 
 def _as_int(value: object, key: str) -> int:

@@ -6,13 +6,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Final, NoReturn
 
 from vembed_fs2.data.example import Image, ImageSource, Item, Part, Text
+from vembed_fs2.data.json_text import RepeatedKeyError, parse_json
+
+_INTEGER_AS_FLOAT: Final = re.compile(r"(0|-?[1-9][0-9]*)\.0+")
 
 _URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
@@ -52,7 +56,7 @@ class RowReader:
 
     def value(self, column: str | None) -> object:
         value = self.values.get(column) if column is not None else None
-        return None if self.untyped and value == "" else value
+        return None if (self.untyped and value == "") or is_missing(value) else value
 
     def field(self, field: str) -> object:
         return self.value(self.layout.columns.get(field))
@@ -76,7 +80,7 @@ class RowReader:
         images = self._images(image, names[1])
 
         if self.untyped and isinstance(value, str):
-            value = _read_parts(value)
+            value = _read_parts(value, names[0])
 
         if isinstance(value, list):
             if not value:
@@ -122,7 +126,7 @@ class RowReader:
             _check_keys(entry, ("text", "image"), where)
 
             # Columnar files write the keys that an entry does not have as null.
-            held = [name for name in ("text", "image") if entry.get(name) is not None]
+            held = [name for name in ("text", "image") if not is_missing(entry.get(name))]
             if len(held) != 1:
                 fail(where, f"must hold either a text or an image, but holds {' and '.join(held) or 'neither'}")
 
@@ -130,6 +134,49 @@ class RowReader:
                 yield Text(_text(entry["text"], where))
             else:
                 yield from map(Image, self._images(entry["image"], where))
+
+    def positives(self, instruction: str | None) -> list[Item]:
+        """The documents that the query should find."""
+        several = self._several_positives()
+        if several is None:
+            item = self.item("positive", "positive_image", instruction)
+            return [] if item is None else [item]
+
+        name, entries = several
+        image_name = self.name("positive_image")
+        if self.field("positive_image") is not None:
+            fail(image_name, f"must not be given when {name!r} is a list of positives")
+
+        items = []
+        for idx, entry in enumerate(entries):
+            item = self._item(entry, None, (f"{name}[{idx}]", image_name), instruction)
+            if item is None:
+                fail(name, f"has nothing as entry {idx + 1}")
+            items.append(item)
+        return items
+
+    def count_positives(self) -> int:
+        """The number of positives, if there are several; 1 if not."""
+        several = self._several_positives()
+        return 1 if several is None else len(several[1])
+
+    def _several_positives(self) -> tuple[str, list[object]] | None:
+        """The list of positives, and its name, if the row has one."""
+        name, other = self.name("positives"), self.name("positive")
+        listed, value = self._list(self.field("positives"), name), self.field("positive")
+        if listed:
+            if value is not None:
+                fail(name, f"must not be given together with {other!r}")
+            return name, listed
+
+        if self.untyped and isinstance(value, str):
+            texts = _read_texts(value)
+            return None if texts is None else (other, texts)
+
+        # A list with an object is one positive, of texts and images in their order.
+        if isinstance(value, list) and len(value) > 1 and not any(isinstance(entry, Mapping) for entry in value):
+            return other, value
+        return None
 
     def negatives(self, instruction: str | None) -> tuple[Item, ...]:
         names = (self.name("negatives"), self.name("negative_images"))
@@ -158,7 +205,9 @@ class RowReader:
     def _list(self, value: object, key: str) -> list[object]:
         if self.untyped and isinstance(value, str) and value.lstrip().startswith("["):
             try:
-                value = json.loads(value)
+                value = parse_json(value)
+            except RepeatedKeyError as ex:
+                fail(key, f"is not valid JSON: {ex}")
             except ValueError:
                 fail(key, "starts like a list, but is not valid JSON")
 
@@ -168,7 +217,7 @@ class RowReader:
         return value if isinstance(value, list) else [value]
 
     def _images(self, value: object, key: str) -> tuple[ImageSource, ...]:
-        return tuple(self._image(v, key) for v in self._list(value, key))
+        return () if is_missing(value) else tuple(self._image(v, key) for v in self._list(value, key))
 
     def _image(self, value: object, key: str) -> ImageSource:
         if isinstance(value, Mapping):
@@ -205,27 +254,45 @@ class RowReader:
         return _instruction(self.field(field), self.name(field))
 
     def label(self) -> str | None:
-        value, key = self.field("label"), self.name("label")
-        if value is None:
-            return None
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # Tables turn integer columns that have gaps into floats.
-        if isinstance(value, bool) or not isinstance(value, (str, int)):
-            fail(key, f"must be a string or an integer, but is {_describe(value)}")
+        return read_label(self.field("label"), self.name("label"), untyped=self.untyped)
 
-        return _text(str(value), key)
+    def scores(self, positives: Sequence[Item], negatives: Sequence[Item]) -> list[tuple[float, ...]]:
+        """For each positive its score and those of the negatives; none if the row has no scores."""
+        scores, key = self._scores("scores"), self.name("scores")
 
-    def scores(self, positive: Item | None, negatives: tuple[Item, ...]) -> tuple[float, ...]:
-        key = self.name("scores")
-        scores = tuple(self._score(v, key) for v in self._list(self.field("scores"), key))
+        apart = {"positive_scores": ("positive", positives), "negative_scores": ("negative", negatives)}
+        found = {field: self._scores(field) for field in apart}
+        if not any(found.values()) or any(documents and not found[f] for f, (_, documents) in apart.items()):
+            return self._joint_scores(scores, key, positives, negatives)  # Scores of one kind alone compare nothing.
+
+        for field, (kind, documents) in apart.items():
+            if scores:
+                fail(self.name(field), f"must not be given together with {key!r}")
+            if len(found[field]) != len(documents):
+                held = f"but has {len(found[field])}"
+                fail(self.name(field), f"must have {len(documents)} entries, one for each {kind}, {held}")
+
+        return [(score, *found["negative_scores"]) for score in found["positive_scores"]]
+
+    def _joint_scores(
+        self, scores: tuple[float, ...], key: str, positives: Sequence[Item], negatives: Sequence[Item]
+    ) -> list[tuple[float, ...]]:
         count = 1 + len(negatives)
 
-        if scores and positive is None:
+        if scores and not positives:
             fail(key, "scores the positive, but the row has none")
+        if scores and len(positives) > 1:
+            fail(
+                key, f"scores one positive, but the row has {len(positives)}: give positive_scores and negative_scores"
+            )
         if scores and len(scores) != count:
             fail(key, f"must have {count} entries, for the positive and each negative, but has {len(scores)}")
 
-        return scores
+        return [scores] * max(len(positives), 1)
+
+    def _scores(self, field: str) -> tuple[float, ...]:
+        key = self.name(field)
+        return tuple(self._score(value, key) for value in self._list(self.field(field), key))
 
     def _score(self, value: object, key: str) -> float:
         number = math.nan
@@ -239,7 +306,34 @@ class RowReader:
         return number
 
 
-def _read_parts(text: str) -> object:
+def is_missing(value: object) -> bool:
+    """Whether there is no value; an image without bytes and path is one that Parquet files write for none."""
+    if isinstance(value, Mapping):
+        return len(value) > 0 and value.keys() <= {"bytes", "path"} and all(v is None for v in value.values())
+    return value is None
+
+
+def read_label(value: object, key: str, *, untyped: bool) -> str | None:
+    """Return the class that a row is of.
+
+    Tables turn integers that have gaps into floats: 1 and 1.0 are one class, in files of strings as well. A number and
+    its digits as a string are one class, too, but "01" is another string.
+
+    :raises RowError: it is neither a string, nor an integer, nor a boolean.
+    """
+    if isinstance(value, float) and math.isnan(value):
+        return None  # A gap.
+    if isinstance(value, (float, Decimal)) and value == value // 1:
+        value = int(value)
+    if untyped and isinstance(value, str) and (match := _INTEGER_AS_FLOAT.fullmatch(value)):
+        value = match[1]
+
+    if not isinstance(value, (str, int, type(None))):
+        fail(key, f"must be a string, an integer or a boolean, but is {_describe(value)}")
+    return None if value is None else _text(str(value), key)
+
+
+def _read_parts(text: str, key: str) -> object:
     """Return the list of texts and images that a file of strings holds as JSON; any other text as it is."""
     if not text.lstrip().startswith("[{"):
         return text
@@ -247,7 +341,24 @@ def _read_parts(text: str) -> object:
         values = json.loads(text)
     except ValueError:
         return text
-    return values if all(isinstance(v, Mapping) and set(v) <= {"text", "image"} for v in values) else text
+
+    if not all(isinstance(v, Mapping) and set(v) <= {"text", "image"} for v in values):
+        return text
+    try:
+        return parse_json(text)
+    except RepeatedKeyError as ex:
+        fail(key, f"is not valid JSON: {ex}")
+
+
+def _read_texts(text: str) -> list[object] | None:
+    """Return the list of texts that a file of strings holds as JSON; ``None`` if it is another text."""
+    if not text.startswith('["'):
+        return None
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return None
+    return values if all(isinstance(v, str) for v in values) else None
 
 
 def _text(value: object, key: str) -> str:

@@ -26,17 +26,23 @@ FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "query": ("query", "anchor"),
     "query_image": ("query_image", "anchor_image"),
     "positive": ("positive", "pos", "document"),
+    "positives": ("positives",),
     "positive_image": ("positive_image", "pos_image", "document_image"),
     "negatives": ("negatives", "negative", "neg"),
     "negative_images": ("negative_images", "negative_image", "neg_image"),
     "label": ("label",),
     "scores": ("scores", "score"),
+    "positive_scores": ("positive_scores", "pos_scores"),
+    "negative_scores": ("negative_scores", "neg_scores"),
     "instruction": ("instruction",),
     "document_instruction": ("document_instruction",),
 }
 """The names under which a row may hold each field. ``negative_1``, ``negative_image_1`` and so on are known as well."""
 
 _NAMES: Final = {name: field for field, names in FIELDS.items() for name in names}
+
+_NEAR: Final = [name for name in _NAMES if name not in FIELDS["positive_scores"] + FIELDS["negative_scores"]]
+"""The names that a column is taken for a misspelling of."""
 
 _NUMBERED: Final = re.compile(r"(?:negative|neg)(_image)?_(\d+)")
 
@@ -64,7 +70,7 @@ class RowSchema:
         self.mode = mode
         self.columns = dict(columns or {})
         self.allow_urls = allow_urls
-        self._image_root = image_root
+        self._image_root = None if image_root is None else os.path.expanduser(image_root)
         self._roots: dict[Path, str] = {}
         self._layouts: dict[tuple[str, ...], Layout] = {}
 
@@ -73,8 +79,8 @@ class RowSchema:
             errors.append(f"`mode` must be one of {', '.join(MODES)}, but is {mode!r}.{did_you_mean(mode, MODES)}")
 
         errors += self._column_errors()
-        if image_root is not None and not os.path.isdir(image_root):
-            errors.append(f"`image_root` must be a folder, but {os.fspath(image_root)} is none.")
+        if self._image_root is not None and not os.path.isdir(self._image_root):
+            errors.append(f"`image_root` must be a folder, but {self._image_root} is none.")
         if errors:
             raise ConfigError(errors, where="The data configuration")
 
@@ -87,7 +93,16 @@ class RowSchema:
                 yield f"`columns` maps {field!r} to several columns; {several}."
 
     def parse(self, row: Mapping[str, object], where: str, folder: Path, *, untyped: bool = False) -> Example:
-        """Read a row.
+        """Read a row that has one positive at most; see :meth:`parse_all`."""
+        examples = self.parse_all(row, where, folder, untyped=untyped)
+        if len(examples) > 1:
+            raise DataError(f"{where}: the row has {len(examples)} positives, but one is expected here.")
+        return examples[0]
+
+    def parse_all(
+        self, row: Mapping[str, object], where: str, folder: Path, *, untyped: bool = False
+    ) -> tuple[Example, ...]:
+        """Read a row: an example for each of its positives, or one if it has none.
 
         :param where: the row's place, for messages.
         :param folder: the folder of the data file.
@@ -96,9 +111,30 @@ class RowSchema:
         :raises DataError: the row cannot be used; the message names place, key and reason.
         """
         try:
-            return self._example(RowReader(row, self._layout(row), self._root(folder), self.allow_urls, untyped), where)
+            return self._examples(self._reader(row, folder, untyped), where)
         except RowError as ex:
             raise DataError(f"{where}: {ex}") from None
+
+    def count_positives(self, row: Mapping[str, object], folder: Path, *, untyped: bool = False) -> int:
+        """The number of examples that :meth:`parse_all` makes of a row; 1 if the row is broken."""
+        try:
+            return self._reader(row, folder, untyped).count_positives()
+        except RowError:
+            return 1
+
+    def positive_columns(self) -> list[str]:
+        """The columns that may hold a list of positives."""
+        mapped = [self.columns.get(field) for field in ("positive", "positives")]
+        return [*FIELDS["positive"], *FIELDS["positives"], *(c for c in mapped if isinstance(c, str))]
+
+    def _reader(self, row: Mapping[str, object], folder: Path, untyped: bool) -> RowReader:
+        return RowReader(row, self._layout(row), self._root(folder), self.allow_urls, untyped)
+
+    @property
+    def label_column(self) -> str | None:
+        """The column that holds labels, where a file has it."""
+        column = self.columns.get("label", "label")
+        return column if isinstance(column, str) else None
 
     def ignored_columns(self, row: Mapping[str, object]) -> set[str]:
         """The columns of a row that hold no field."""
@@ -108,31 +144,34 @@ class RowSchema:
             return set()
         return set(row) - set(layout.columns.values()) - {key for pair in layout.numbered for key in pair if key}
 
-    def _example(self, row: RowReader, where: str) -> Example:
+    def _examples(self, row: RowReader, where: str) -> tuple[Example, ...]:
         query = row.item("query", "query_image", row.instruction("instruction"))
         if query is None:
             row.fail_missing("query")
 
         for_documents = row.instruction("document_instruction")
-        positive = row.item("positive", "positive_image", for_documents)
+        positives = row.positives(for_documents)
         negatives = row.negatives(for_documents)
 
         label = row.label()
-        if positive is None and label is None:
+        if not positives and label is None:
             row.fail_missing("positive", " and no label")
 
-        self._check_mode(row, query, positive, negatives)
-        scores = row.scores(positive, negatives)
-        return Example(query, positive, negatives, label, scores, where)
+        self._check_mode(row, query, positives, negatives)
+        scores = row.scores(positives, negatives)
+        if not positives:
+            return (Example(query, None, negatives, label, scores[0], where),)
+        return tuple(Example(query, p, negatives, label, own, where) for p, own in zip(positives, scores))
 
-    def _check_mode(self, row: RowReader, query: Item, positive: Item | None, negatives: tuple[Item, ...]) -> None:
+    def _check_mode(self, row: RowReader, query: Item, positives: Sequence[Item], negatives: tuple[Item, ...]) -> None:
         if self.mode == "auto":
             return
 
-        wanted = [(self.mode[0], "query", query), (self.mode[2], "positive", positive)]
+        wanted = [(self.mode[0], "query", query)]
+        wanted += [(self.mode[2], "positive", positive) for positive in positives]
         wanted += [(self.mode[2], "negatives", negative) for negative in negatives]
         for part, field, item in wanted:
-            if item is not None and (kind := kind_of(item)) != part:
+            if (kind := kind_of(item)) != part:
                 fail(row.name(field), f"must be {_PARTS[part]} in mode {self.mode}, but is {_PARTS[kind]}")
 
     def _root(self, folder: Path) -> str:
@@ -168,7 +207,7 @@ class RowSchema:
         for key in keys:
             match = _NUMBERED.fullmatch(key)
 
-            name = _NAMES.get("negative" + (match[1] or "")) if match else _NAMES.get(key)
+            name = field_of(key)
             if key in taken or key in self.columns or name in self.columns:
                 continue
 
@@ -181,8 +220,12 @@ class RowSchema:
                 if name in found:
                     fail(key, f"means the same as {found[name]!r}; leave one of them out")
                 found[name] = key
-            elif close := get_close_matches(key, _NAMES, n=1, cutoff=0.86):
-                fail(key, f"is no field. Did you mean {close[0]!r}? If not, give the column another name")
+            elif close := get_close_matches(key, _NEAR, n=1, cutoff=0.86):
+                fail(key, f"is no field.{did_you_mean(key, close)} If not, give the column another name")
+
+        # FlagEmbedding's rows, which call the instruction of the query so.
+        if "prompt" in keys and "pos" in keys and not {"instruction", "prompt"} & {*found, *self.columns, *taken}:
+            found["instruction"] = "prompt"
 
         return Layout(found, tuple((numbered[n][0], numbered[n][1]) for n in sorted(numbered)))
 
@@ -194,6 +237,12 @@ class RowSchema:
             elif column is not None:
                 prefix = "negative_image" if field == "negative_images" else "negative"
                 yield from ((f"{prefix}_{number}", name) for number, name in enumerate(column, start=1))
+
+
+def field_of(name: str) -> str | None:
+    """Return the field that a row holds under a name (``negatives`` for ``neg_1``); ``None`` if it is none."""
+    match = _NUMBERED.fullmatch(name)
+    return _NAMES.get(f"negative{match[1] or ''}" if match else name)
 
 
 def kind_of(item: Item) -> Literal["t", "i", "m"]:

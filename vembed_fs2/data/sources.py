@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
-from abc import abstractmethod
-from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from hashlib import blake2b
-from itertools import accumulate
+from glob import glob, has_magic
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, Literal, TypeAlias, get_args
 
-from typing_extensions import override
-
+from vembed_fs2.data.cache import COMPRESSIONS, format_of
+from vembed_fs2.data.classes import ClassFolder, has_folders
 from vembed_fs2.data.shard import RawRow, Shard
-from vembed_fs2.errors import DataError
+from vembed_fs2.data.text_files import (
+    Delimited,
+    Descriptor,
+    JsonLines,
+    JsonList,
+    Opener,
+    TabDelimited,
+    TabUnquoted,
+    Unquoted,
+)
+from vembed_fs2.errors import ConfigError, DataError
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""A file, a folder of shards, or several of them."""
+"""A file, a pattern such as ``data/*.jsonl``, a folder of shards, a folder of classes, or several of them."""
+
+Quoting: TypeAlias = Literal["rfc4180", "none"]
+"""How CSV and TSV files mark fields that hold a separator: by quotes, or not at all."""
 
 
 _OPEN_FILES: Final = 128
-_BOM: Final = b"\xef\xbb\xbf"
 
 
 class RowSource:
@@ -34,9 +41,12 @@ class RowSource:
 
     Rows are read when they are asked for; any number of threads may ask.
 
-    :param paths: a file, a folder of shards (taken in the order of their names),
-        or several of them. All files must have the same format.
+    :param paths: a file, a pattern such as ``data/*.jsonl``, a folder of shards (both taken in the
+        order of their names), a folder of classes (:class:`.ClassFolder`), or several of them.
+        All must have the same format.
+    :param quoting: of CSV and TSV files: ``rfc4180``, or ``none`` if a quote is a character like any other.
     :raises DataError: a file is missing, empty or unreadable, or formats are mixed.
+    :raises ConfigError: an unknown ``quoting``.
     """
 
     files: tuple[Path, ...]
@@ -45,16 +55,22 @@ class RowSource:
     untyped: bool
     """True if the format knows only strings (CSV and TSV)."""
 
-    def __init__(self, paths: Paths) -> None:
+    def __init__(self, paths: Paths, quoting: str = "rfc4180") -> None:
+        if quoting not in get_args(Quoting):
+            raise ConfigError(
+                f"`quoting` must be 'rfc4180' or 'none', but is {quoting!r}.", where="The data configuration"
+            )
+
         self.files = _find_files(paths)
-        suffix = self.files[0].suffix.lower()
-        self.untyped = suffix in (".csv", ".tsv")
+        kind = _kind_of(self.files[0])
+        self.untyped = kind in (".csv", ".tsv")
 
         # A bounded number of open files, however many shards there are. A thread
         # that reads holds its own reference, so that eviction cannot close under it.
-        opener = lru_cache(_OPEN_FILES)(_Descriptor)
+        opener = lru_cache(_OPEN_FILES)(Descriptor)
 
-        self._shards = [_FORMATS[suffix](file, opener) for file in self.files]
+        formats = _UNQUOTED_FORMATS if quoting == "none" else _FORMATS
+        self._shards = [formats[kind](file, opener) for file in self.files]
         for shard in self._shards:
             if len(shard) == 0:
                 raise DataError(f"{shard.file} has no rows.")
@@ -82,9 +98,40 @@ class RowSource:
         """The file that holds a row."""
         return self._locate(index)[0].file
 
+    def folder(self, index: int) -> Path:
+        """The folder that a row's images lie in, if nothing else is said."""
+        return self._locate(index)[0].folder
+
+    def column(self, name: str) -> Iterator[object]:
+        """Yield a column's value in each row: ``None`` if there is none, an error if the row cannot be read."""
+        return chain.from_iterable(shard.column(name) for shard in self._shards)
+
+    @property
+    def other_files(self) -> list[str]:
+        """Files of folders of classes that hold no row."""
+        return [str(shard.file / name) for shard in self._shards for name in shard.other_files]
+
     def fingerprints(self) -> list[tuple[str, str]]:
         """The path of each file, and a short text that is another one if the file had changed."""
         return [(str(shard.file), shard.fingerprint()) for shard in self._shards]
+
+    def rows_with_lists(self, columns: Sequence[str]) -> Iterator[int]:
+        """The rows in which one of these columns may hold a list of several values."""
+        for shard, end in zip(self._shards, self._ends):
+            yield from (end - len(shard) + row for row in shard.rows_with_lists(columns))
+
+    def find_joined_rows(self) -> str | None:
+        """Return a sentence about rows of TSV files that quotes seem to have joined; ``None`` if there are none."""
+        found = [(shard, row) for shard in self._shards for row in shard.joined_rows()]
+        if not found:
+            return None
+
+        shard, row = found[0]
+        return (
+            f"{shard.where(row)}: a quoted field holds a tab or a line break, so that what looks like several fields or"
+            f" rows is one ({len(found):,} in all). If quotes are plain characters in this file, as in MS MARCO's,"
+            " set `quoting` to 'none'."
+        )
 
     def _locate(self, index: int) -> tuple[Shard, int]:
         if not 0 <= index < len(self):
@@ -93,204 +140,35 @@ class RowSource:
         return self._shards[shard], index - (self._ends[shard - 1] if shard else 0)
 
 
-class _Descriptor:
-    """An open file that closes when nothing uses it any more."""
-
-    def __init__(self, file: Path) -> None:
-        self._fd = -1
-        self._fd = os.open(file, os.O_RDONLY)
-
-    def read(self, start: int, end: int) -> bytes:
-        # `pread` has no file position, hence needs no lock.
-        parts = []
-        while start < end and (part := os.pread(self._fd, end - start, start)):
-            parts.append(part)
-            start += len(part)
-        return b"".join(parts)
-
-    def __del__(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-
-
-_Opener: TypeAlias = Callable[[Path], _Descriptor]
-
-
-class _TextShard(Shard):
-    """A text file, read through an index of where each record begins."""
-
-    def __init__(self, file: Path, opener: _Opener) -> None:
-        super().__init__(file)
-
-        self._opener = opener
-        self._starts, lines = array("Q"), array("Q")
-        try:
-            with file.open("rb") as stream:
-                for start, line in self._scan(stream):
-                    self._starts.append(start)
-                    lines.append(line)
-                self._starts.append(stream.tell())
-        except OSError as ex:
-            raise DataError(f"{file} cannot be read: {ex.strerror or ex}.") from None
-
-        # Most files have one record per line: they need no second index.
-        regular = len(lines) > 0 and lines[-1] - lines[0] == len(lines) - 1
-        self._lines: Sequence[int] = range(lines[0], lines[-1] + 1) if regular else lines
-
-    @abstractmethod
-    def _scan(self, stream: io.BufferedReader) -> Iterator[tuple[int, int]]:
-        """Yield the byte offset and the line number of each record; leave ``stream`` at its end."""
-
-    @override
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    @override
-    def _layout(self) -> bytes:
-        return self._starts.tobytes()
-
-    @override
-    def where(self, row: int) -> str:
-        return f"{self.file}:{self._lines[row]}"
-
-    def _text(self, row: int) -> str:
-        try:
-            data = self._opener(self.file).read(self._starts[row], self._starts[row + 1])
-        except OSError as ex:
-            raise DataError(f"{self.where(row)}: the file cannot be read: {ex.strerror or ex}.") from None
-        return _decode(data, self.where(row))
-
-
-class _JsonLines(_TextShard):
-    @override
-    def _scan(self, stream: io.BufferedReader) -> Iterator[tuple[int, int]]:
-        start = _skip_bom(stream)
-        for number, line in enumerate(stream, 1):
-            if not line.isspace():
-                yield start, number
-            start += len(line)
-
-    @override
-    def read(self, row: int) -> RawRow:
-        try:
-            value = json.loads(self._text(row).strip())
-        except ValueError as ex:
-            raise DataError(f"{self.where(row)}: not valid JSON: {_json_problem(ex)}.") from None
-        except RecursionError:
-            raise DataError(f"{self.where(row)}: the JSON is nested too deeply.") from None
-
-        return _expect_object(value, self.where(row))
-
-
-class _Delimited(_TextShard):
-    """CSV, or TSV with CSV's quoting (RFC 4180; a quoted field may hold newlines)."""
-
-    delimiter = ","
-
-    @override
-    def _scan(self, stream: io.BufferedReader) -> Iterator[tuple[int, int]]:
-        start = end = _skip_bom(stream)
-
-        def lines() -> Iterator[str]:
-            nonlocal end
-            for number, line in enumerate(stream, 1):
-                end += len(line)
-                yield _decode(line, f"{self.file}:{number}")
-
-        reader = self._reader(lines())
-        header: list[str] = []
-        line = 1
-        try:
-            for record in reader:
-                if not header:
-                    header = record
-                elif record:
-                    yield start, line
-                start, line = end, reader.line_num + 1
-        except csv.Error as ex:
-            raise DataError(f"{self.file}:{line}: not valid {self.file.suffix[1:].upper()}: {ex}.") from None
-
-        self._header = self._check_header(header)
-
-    def _reader(self, lines: Iterator[str]) -> Any:
-        # The default limit of 128 KiB is less than a long document.
-        csv.field_size_limit(2**31 - 1)
-        return csv.reader(lines, delimiter=self.delimiter, strict=True)
-
-    def _check_header(self, header: list[str]) -> list[str]:
-        for name in header:
-            if not name.strip():
-                raise DataError(f"{self.file}: the header has a column without a name.")
-            if header.count(name) > 1:
-                raise DataError(f"{self.file}: the header names the column {name!r} twice.")
-        return header
-
-    @override
-    def read(self, row: int) -> RawRow:
-        try:
-            values = next(self._reader(io.StringIO(self._text(row), newline="\n")))
-        except (csv.Error, StopIteration) as ex:
-            raise DataError(f"{self.where(row)}: the row cannot be read: {ex}.") from None
-
-        if len(values) != len(self._header):
-            raise DataError(
-                f"{self.where(row)}: the row has {len(values)} fields, but the header has {len(self._header)}."
-            )
-
-        return dict(zip(self._header, values))
-
-
-class _TabDelimited(_Delimited):
-    delimiter = "\t"
-
-
-class _JsonList(Shard):
-    """A JSON file that holds a list of objects; read as a whole."""
-
-    def __init__(self, file: Path, _: _Opener) -> None:
-        super().__init__(file)
-
-        try:
-            content = file.read_bytes()
-            rows = json.loads(_decode(content.removeprefix(_BOM), str(file)))
-        except OSError as ex:
-            raise DataError(f"{file} cannot be read: {ex.strerror or ex}.") from None
-        except ValueError as ex:
-            raise DataError(f"{file} is not valid JSON: {ex}. If it has one object per line, name it .jsonl.") from None
-
-        if not isinstance(rows, list):
-            raise DataError(f"{file} must hold a list of objects, but holds {_kind(rows)}.")
-
-        self._rows = rows
-        self._digest = blake2b(content, digest_size=8).digest()
-
-    @override
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @override
-    def _layout(self) -> bytes:
-        return self._digest
-
-    @override
-    def read(self, row: int) -> RawRow:
-        return dict(_expect_object(self._rows[row], self.where(row)))
-
-
-def _table(file: Path, _: _Opener) -> Shard:
+def _table(file: Path, _: Opener) -> Shard:
     from vembed_fs2.data.tables import TableShard
 
     return TableShard(file)
 
 
-_FORMATS: Final[dict[str, Callable[[Path, _Opener], Shard]]] = {
-    ".jsonl": _JsonLines,
-    ".csv": _Delimited,
-    ".tsv": _TabDelimited,
-    ".json": _JsonList,
+def _class_folder(folder: Path, _: Opener) -> Shard:
+    return ClassFolder(folder)
+
+
+_CLASSES: Final = "a folder of classes"
+
+_FORMATS: Final[dict[str, Callable[[Path, Opener], Shard]]] = {
+    ".jsonl": JsonLines,
+    ".csv": Delimited,
+    ".tsv": TabDelimited,
+    ".json": JsonList,
     ".parquet": _table,
     ".arrow": _table,
+    _CLASSES: _class_folder,
 }
+
+_SUFFIXES: Final = tuple(name for name in _FORMATS if name != _CLASSES)
+
+_UNQUOTED_FORMATS: Final = {**_FORMATS, ".csv": Unquoted, ".tsv": TabUnquoted}
+
+_COMPRESSIBLE: Final = (".jsonl", ".csv", ".tsv", ".json")
+
+_KNOWN: Final = f"{', '.join(_SUFFIXES)}, and {', '.join(_COMPRESSIBLE)} with {' or '.join(COMPRESSIONS)}"
 
 
 def _find_files(paths: Paths) -> tuple[Path, ...]:
@@ -299,10 +177,10 @@ def _find_files(paths: Paths) -> tuple[Path, ...]:
     if not paths:
         raise DataError("No data file is given.")
 
-    files = [file for path in paths for file in _expand(Path(path))]
+    files = [file for path in paths for file in _expand(Path(os.path.expanduser(path)))]
     first = files[0]
     for file in files:
-        if file.suffix.lower() != first.suffix.lower():
+        if _kind_of(file) != _kind_of(first):
             raise DataError(f"All files must have the same format, but there are {first} and {file}.")
 
     return tuple(files)
@@ -312,11 +190,28 @@ def _expand(path: Path) -> list[Path]:
     if path.is_dir():
         return _shards_of(path)
     if not path.exists():
+        if has_magic(str(path)):
+            return _matches_of(path)
         raise DataError(f"{path} does not exist.")
-    if path.suffix.lower() not in _FORMATS:
-        raise DataError(f"{path} has an unknown format; known are {', '.join(_FORMATS)}.")
+    if not _is_known(path):
+        raise DataError(f"{path} has an unknown format; known are {_KNOWN}.")
 
     return [path]
+
+
+def _is_known(path: Path) -> bool:
+    return format_of(path) in (_COMPRESSIBLE if path.suffix.lower() in COMPRESSIONS else _SUFFIXES)
+
+
+def _matches_of(pattern: Path) -> list[Path]:
+    paths = [Path(match) for match in sorted(glob(str(pattern), recursive=True))]
+
+    # Of the folders that `**` matches, it matches the files as well.
+    files = [f for path in paths if not ("**" in pattern.parts and path.is_dir()) for f in _expand(path)]
+    if not files:
+        raise DataError(f"{pattern} matches no file.")
+
+    return _without_copies(files)
 
 
 def _shards_of(folder: Path) -> list[Path]:
@@ -325,40 +220,28 @@ def _shards_of(folder: Path) -> list[Path]:
     except OSError as ex:
         raise DataError(f"{folder} cannot be read: {ex.strerror or ex}.") from None
 
-    files = [folder / n for n in names if not n.startswith(".") and Path(n).suffix.lower() in _FORMATS]
+    files = [folder / n for n in names if not n.startswith(".") and _is_known(Path(n))]
+    files = [f for f in files if not f.is_dir()]
 
     # JSON files that lie beside shards of another format describe the dataset.
-    files = [f for f in files if f.suffix.lower() != ".json"] or files
-    if not files:
-        raise DataError(f"{folder} has no data files; known formats are {', '.join(_FORMATS)}.")
+    files = [f for f in files if format_of(f) != ".json"] or files
+    if files:
+        return _without_copies(files)
+    if has_folders(folder):
+        return [folder]
 
+    raise DataError(f"{folder} has no data files ({_KNOWN}), and no folders of images: one for each class.")
+
+
+def _kind_of(file: Path) -> str:
+    return _CLASSES if file.is_dir() else format_of(file)
+
+
+def _without_copies(files: list[Path]) -> list[Path]:
+    """:raises DataError: a file is there as it is and compressed, so that its rows would be read twice."""
+    for file in files:
+        if file.suffix.lower() in COMPRESSIONS and file.with_suffix("") in files:
+            raise DataError(
+                f"{file} and {file.with_suffix('')} hold the same rows. Name one of them, or move the other."
+            )
     return files
-
-
-def _skip_bom(stream: io.BufferedReader) -> int:
-    size = len(_BOM) if stream.read(len(_BOM)) == _BOM else 0
-    stream.seek(size)
-    return size
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as ex:
-        raise DataError(f"{where}: the text is not UTF-8 ({ex.reason}).") from None
-
-
-def _json_problem(ex: ValueError) -> str:
-    # The decoder counts lines within the record; only the column helps.
-    return f"{ex.msg} at column {ex.colno}" if isinstance(ex, json.JSONDecodeError) else str(ex)
-
-
-def _expect_object(value: object, where: str) -> RawRow:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: a row must be a JSON object, but is {_kind(value)}.")
-    return value
-
-
-def _kind(value: object) -> str:
-    names = {list: "a list", dict: "an object", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")

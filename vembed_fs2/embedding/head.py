@@ -115,8 +115,13 @@ class HeadConfig:
     dense: Sequence[DenseConfig] = field(default_factory=list)
     """Dense layers after the pooling."""
 
-    normalize: bool = True
-    """If ``True``, the model's own embeddings are of unit length (applied by ``Embedder``, not by the model)."""
+    normalize: bool | None = None
+    """
+    Whether the model ends with a normalisation (applied by ``Embedder``, not by
+    the model): if ``True``, all its embeddings are of unit length; if ``False``,
+    none is scaled. If ``None``, nobody has said it: embeddings are scaled unless
+    the caller of ``encode`` objects.
+    """
 
     similarity: SingleSimilarity = "cosine"
     """How two embeddings are compared. Several vectors per row are always compared by MaxSim."""
@@ -131,6 +136,16 @@ class HeadConfig:
     def is_multi_vector(self) -> bool:
         """Whether a row has several vectors."""
         return "none" in self.poolings
+
+    @property
+    def is_unit(self) -> bool:
+        """Whether embeddings are meant to be of unit length."""
+        return self.normalize is not False
+
+    @property
+    def is_pooler_alone(self) -> bool:
+        """Whether nothing follows the backbone's own pooler, but perhaps a normalisation."""
+        return self.poolings == ("pooler",) and not self.dense
 
     @property
     def reads_pooler(self) -> bool:
@@ -246,7 +261,8 @@ class Head(Module):
     """Makes embeddings of states, of one vector or of several; does not normalise.
 
     What the embeddings of a model are is said here alone: :attr:`output_dim` is
-    their size, :attr:`normalize` whether they are meant to be of unit length, and
+    their size, :attr:`normalize` whether they are meant to be of unit length,
+    :attr:`has_normalization` whether the model ends with that, and
     :attr:`similarity` how they are compared.
     """
 
@@ -259,7 +275,8 @@ class Head(Module):
         super().__init__()
         self.config = config
         self.output_dim = head_output_dim(config, input_dim, pooler_dim)
-        self.normalize = config.normalize
+        self.normalize = config.is_unit
+        self.has_normalization = config.normalize is True
         self.similarity: Similarity = MAXSIM if config.is_multi_vector else config.similarity
         self.dense = ModuleList(Linear(d.input_dim, d.output_dim, bias=d.bias) for d in config.dense)
         self.activations = ModuleList(create_activation(_ACTIVATIONS[d.activation]) for d in config.dense)
@@ -343,13 +360,24 @@ def pool(seqs: Tensor, mask: Tensor | None, pooling: Pooling, *, gem_p: float = 
     counts, ``last`` the last one, and the weights of ``weightedmean`` are the
     positions, of padding on the left as well. Means are taken in float32.
     ``gem`` is the p-th root of the mean of p-th powers, of what is positive
-    (Radenović et al., 2018, https://arxiv.org/abs/1711.02512).
+    (Radenović et al., 2018, https://arxiv.org/abs/1711.02512). If no token of a
+    text counts, its state is zero.
 
     :param seqs: token states. *Shape:* ``[N, L, M]``.
     :param mask: True for the tokens that count; ``None`` means all. *Shape:* ``[N, L]``.
     :param gem_p: the exponent of ``gem``.
     :returns: *Shape:* ``[N, M]``, of the data type of ``seqs``.
     """
+    if mask is None:
+        return _pool(seqs, None, pooling, gem_p)
+
+    # Poolings see at least one token, so that none divides by zero, in the backward pass either.
+    mask = mask.bool()
+    is_empty = ~mask.any(1, keepdim=True)
+    return _pool(seqs, mask | is_empty, pooling, gem_p).masked_fill(is_empty, 0.0)
+
+
+def _pool(seqs: Tensor, mask: Tensor | None, pooling: Pooling, gem_p: float) -> Tensor:
     match pooling:
         case "cls":
             return seqs[:, 0] if mask is None else _take(seqs, mask.int().argmax(1))
@@ -373,9 +401,9 @@ def pool(seqs: Tensor, mask: Tensor | None, pooling: Pooling, *, gem_p: float = 
         case "gem":
             # Not 0, whose root has no gradient.
             powers = seqs.float().clamp(min=1e-6).pow(gem_p)
-            return pool(powers, mask, "mean").pow(1.0 / gem_p).to(seqs.dtype)
+            return _pool(powers, mask, "mean", gem_p).pow(1.0 / gem_p).to(seqs.dtype)
         case "max":
-            return seqs.amax(1) if mask is None else seqs.masked_fill(~mask.bool().unsqueeze(2), -torch.inf).amax(1)
+            return seqs.amax(1) if mask is None else seqs.masked_fill(~mask.unsqueeze(2), -torch.inf).amax(1)
         case _:
             if pooling not in _REGISTERED:
                 raise ValueError(f"`pooling` must not be '{pooling}'.")

@@ -5,8 +5,10 @@ An objective declares its parts, a model holds them, embeddings carry them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
 from typing import Final
 
 import torch
@@ -55,6 +57,28 @@ class LearnedPart:
         return torch.randn(self.shape, generator=generator, device="cpu") * self.std + self.mean
 
 
+_in_float32: Final = ContextVar("in_float32", default=False)
+
+
+@contextmanager
+def learned_in_float32() -> Iterator[None]:
+    """Models that are created meanwhile hold what objectives learn in float32, whatever the type of their weights.
+
+    Half precision rounds a log temperature of 4.6 to steps of 1/32. Not for training: FSDP2 shards no group of
+    parameters of several types.
+    """
+    token = _in_float32.set(True)
+    try:
+        yield
+    finally:
+        _in_float32.reset(token)
+
+
+def learned_dtype(weights: torch.dtype) -> torch.dtype:
+    """The type of learned parts beside weights of a type."""
+    return torch.promote_types(weights, torch.float32) if _in_float32.get() else weights
+
+
 LOGIT_SCALE: Final = "logit_scale"
 """Log of the inverse temperature. CLIP and SigLIP have it as well."""
 
@@ -87,6 +111,12 @@ class EmbeddingModelConfig:
 
     learned: Sequence[LearnedPart] | None = None
     """What else an objective learns. Training sets it; exported folders do not have it."""
+
+    extra_fields: dict[str, dict[str, object]] = field(default_factory=dict)
+    """
+    The fields of a folder's configuration that have no counterpart here, by the
+    name of their file (``config.json``). An exported folder has them again.
+    """
 
     def learned_parts(self, embedding_dim: int) -> Sequence[LearnedPart]:
         """Return what the model holds for objectives."""

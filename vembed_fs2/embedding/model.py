@@ -17,6 +17,7 @@ from torch.nn.functional import normalize, pad
 from typing_extensions import Self, override
 
 from vembed_fs2.embedding.batch import EncoderBatch as EncoderBatch
+from vembed_fs2.embedding.freezing import stop_dropout
 from vembed_fs2.embedding.head import DenseConfig as DenseConfig
 from vembed_fs2.embedding.head import Head as Head
 from vembed_fs2.embedding.head import HeadConfig as HeadConfig
@@ -26,7 +27,7 @@ from vembed_fs2.embedding.head import SingleSimilarity as SingleSimilarity
 from vembed_fs2.embedding.head import States as States
 from vembed_fs2.embedding.head import is_late_interaction
 from vembed_fs2.embedding.inputs import ImageInputs, Kind, TextInputs
-from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart
+from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, LearnedPart, learned_dtype
 from vembed_fs2.embedding.learned import EmbeddingModelConfig as EmbeddingModelConfig
 from vembed_fs2.errors import DataError
 
@@ -68,7 +69,18 @@ class _FromHead(Generic[T]):
         self._read = read
         self._default = default
 
+    def __set_name__(self, owner: type[EmbeddingModel], name: str) -> None:
+        self._name = name
+
+    def __set__(self, model: EmbeddingModel, value: T | None) -> None:
+        model.__dict__[self._name] = value
+
     def __get__(self, model: EmbeddingModel | None, owner: type[EmbeddingModel]) -> T:
+        # Nobody says anything by `None`, such as that of `HeadConfig.normalize`.
+        if model is not None and (assigned := model.__dict__.get(self._name)) is not None:
+            value: T = assigned
+            return value
+
         head = None if model is None else model._modules.get("head")
         if isinstance(head, Head):
             return self._read(head)
@@ -95,6 +107,9 @@ class EmbeddingModel(Module, ABC):
     normalize = _FromHead[bool](lambda head: head.normalize, True)
     """If ``True``, the model's embeddings are meant to be of unit length."""
 
+    has_normalization = _FromHead[bool](lambda head: head.has_normalization, False)
+    """If ``True``, the model ends with a normalisation of its own, which comes before all that a caller asks for."""
+
     similarity = _FromHead[Similarity](lambda head: head.similarity, "cosine")
     """How two embeddings are compared; ``maxsim`` if there are several vectors per row."""
 
@@ -117,6 +132,9 @@ class EmbeddingModel(Module, ABC):
     max_text_length: int | None = None
     """The longest text in tokens, special tokens included."""
 
+    vocab_size: int | None = None
+    """The number of rows of the token embedding table: ids of tokens must be less. ``None`` is not checked."""
+
     text_padding: TextPadding = "longest"
     """Whether texts are padded to the longest of a batch, or to ``max_text_length``: where the padding counts."""
 
@@ -127,7 +145,9 @@ class EmbeddingModel(Module, ABC):
     """An image shape that the model takes: channels, height, width in pixels."""
 
     frozen_parameters: frozenset[str] = frozenset()
-    """The names of the parameters that are never trained: those that the factory of the family freezes."""
+    """The names of the parameters that are never trained: those that the factory of the family freezes, and more."""
+
+    _has_frozen_parts = False
 
     logit_scale: Tensor | None
     logit_bias: Tensor | None
@@ -270,6 +290,21 @@ class EmbeddingModel(Module, ABC):
             self.get_parameter(name).requires_grad_(False)
         return self
 
+    def freeze(self, names: Iterable[str]) -> None:
+        """Keep these parameters as they are in training. A part of which all are frozen has no dropout either."""
+        self.frozen_parameters |= frozenset(names)
+        self._has_frozen_parts = True
+        for name in self.frozen_parameters:
+            self.get_parameter(name).requires_grad_(False)
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; but what :meth:`freeze` froze only computes features."""
+        super().train(mode)
+        if self._has_frozen_parts:
+            stop_dropout(self, self.frozen_parameters)
+        return self
+
     def add_learned_parts(self, parts: Iterable[LearnedPart]) -> None:
         """Give the model what it does not hold yet for objectives.
 
@@ -282,7 +317,7 @@ class EmbeddingModel(Module, ABC):
             if getattr(self, part.name, None) is not None:
                 raise ValueError(f"`{part.name}` is a part of the model; the objective must learn another name.")
 
-            initial = part.initial().to(device=like.device, dtype=like.dtype)
+            initial = part.initial().to(device=like.device, dtype=learned_dtype(like.dtype))
             if part.is_trained:
                 self.register_parameter(part.name, Parameter(initial))
             else:

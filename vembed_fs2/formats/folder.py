@@ -25,7 +25,13 @@ from vembed_fs2.formats.open_clip import (
     read_text_options,
 )
 from vembed_fs2.formats.registry import find_layout
-from vembed_fs2.formats.sentence_transformers import SentenceModules, find_clip, read_modules
+from vembed_fs2.formats.sentence_transformers import (
+    EMPTY_PROMPTS,
+    SentenceModules,
+    SentenceTowers,
+    find_clip,
+    read_modules,
+)
 from vembed_fs2.formats.weights import WEIGHT_FILES, LazyTensors, find_weights
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
@@ -127,6 +133,10 @@ class ModelFolder:
         """How texts are prepared, prompts included, as fields of ``ProcessorSettings``."""
         return {}
 
+    def truncate_dim(self) -> int | None:
+        """The leading dimensions of embeddings that are kept, where the folder says it."""
+        return None if self.modules is None else self.modules.truncate_dim
+
     def image_options(self) -> dict[str, Any] | None:
         """How images are prepared, as ``preprocessor_config.json`` says it; ``None`` if that is a file."""
         return None
@@ -165,7 +175,7 @@ class SentenceTransformersFolder(ModelFolder):
 
         return {
             "max_length": modules.max_length,
-            "prompts": dict(modules.prompts),
+            "prompts": {**EMPTY_PROMPTS, **modules.prompts},
             "default_prompt_name": modules.default_prompt_name,
             "do_lower_case": modules.do_lower_case,
             "include_prompt": modules.head.include_prompt,
@@ -178,6 +188,34 @@ class SentenceTransformersFolder(ModelFolder):
         for idx, folder in enumerate(self.modules.dense_folders):
             tensors.add(find_weights(folder), partial(_dense_name, idx))
         return tensors
+
+
+@final
+class SentenceTowersFolder(ModelFolder):
+    """A model of texts and images in transformers' layout, as a module of sentence-transformers."""
+
+    def __init__(self, root: Path, towers: SentenceTowers) -> None:
+        super().__init__(root, towers.backbone)
+        self._towers = towers
+
+    @override
+    def image_head(self) -> ImageHeadConfig:
+        towers = self._towers
+        return ImageHeadConfig(pooling="pooler", normalize=towers.normalize, similarity=towers.similarity)
+
+    @override
+    def truncate_dim(self) -> int | None:
+        return self._towers.truncate_dim
+
+    @override
+    def text_options(self) -> dict[str, Any]:
+        towers = self._towers
+
+        return {
+            "max_length": towers.max_length,
+            "prompts": {**EMPTY_PROMPTS, **towers.prompts},
+            "default_prompt_name": towers.default_prompt_name,
+        }
 
 
 @final
@@ -202,7 +240,7 @@ class OpenClipFolder(ModelFolder):
     @override
     def config(self) -> dict[str, Any]:
         model_cfg, preprocess_cfg = read_open_clip_json(self.root)
-        return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+        return {**read_json(self.config_file), "model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
     @override
     def text_options(self) -> dict[str, Any]:
@@ -230,9 +268,9 @@ def is_open_clip_folder(path: Path) -> bool:
 
 
 def open_sentence_transformers(path: Path) -> ModelFolder:
-    """Open a folder of sentence-transformers: of a text model, or of its CLIP module."""
-    if clip := find_clip(path):
-        return ModelFolder(path, clip)
+    """Open a folder of sentence-transformers: of a text model, or of a model of texts and images."""
+    if towers := find_clip(path):
+        return SentenceTowersFolder(path, towers)
     return SentenceTransformersFolder(path, read_modules(path))
 
 

@@ -19,6 +19,7 @@ from typing_extensions import override
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.files import read_json
 from vembed_fs2.formats.dialect import Dialect
+from vembed_fs2.formats.extra_fields import add_extra_fields, find_extra_fields
 from vembed_fs2.formats.key_map import KeyMap
 
 OPEN_CLIP_CONFIG: Final = "open_clip_config.json"
@@ -27,6 +28,12 @@ OPEN_CLIP_WEIGHTS: Final = "open_clip_model.safetensors"
 
 CLEANINGS: Final = ("lower", "whitespace", "canonicalize")
 """How open_clip cleans texts."""
+
+_KNOWN_FIELDS: Final[Mapping[str, object]] = {
+    "model_cfg": {"vision_cfg": {}, "text_cfg": dict.fromkeys(("hf_tokenizer_name", "pad_id", "tokenizer_kwargs"))},
+    "preprocess_cfg": dict.fromkeys(("mean", "std", "interpolation", "resize_mode", "fill_color")),
+}
+"""The fields of a configuration file that are the processor's, and those that hold others."""
 
 _MODEL_DEFAULTS: Final = {
     "embed_dim": 0,
@@ -94,6 +101,24 @@ class OpenClipFormat(Dialect):
             # Texts are padded with the tokenizer's token, whatever `pad_id` says.
             text_cfg["pad_id"] = pad_id
         return self.config_from_open_clip({**content["model_cfg"], "text_cfg": text_cfg})
+
+    @override
+    def find_extra_fields(self, content: Mapping[str, Any], config: Any) -> dict[str, object]:
+        return find_extra_fields(content, {"model_cfg": self.config_to_open_clip(config)}, _KNOWN_FIELDS)
+
+    def add_extra_fields(self, content: Mapping[str, Any], config: Any) -> Mapping[str, Any]:
+        """Return a file's content with the extra fields of ``config``, unless these contradict it."""
+        extra = getattr(config, "extra_fields", {}).get(OPEN_CLIP_CONFIG)
+        if not extra:
+            return content
+
+        completed = add_extra_fields(content, extra, _KNOWN_FIELDS)
+        try:
+            again = self.config_to_open_clip(self.config_from_open_clip(completed["model_cfg"]))
+        except ModelLoadError:
+            return content
+
+        return completed if again == self.config_to_open_clip(config) else content
 
     @override
     def has_names(self, keys: Iterable[str]) -> bool:
@@ -203,6 +228,14 @@ def read_text_options(folder: Path) -> dict[str, Any]:
         "strip_sep_token": strip_sep_token,
         "open_clip_bpe": not has_own_tokenizer,
     }
+
+
+def find_tokenizer_name(folder: Path) -> str | None:
+    """Return the repository whose tokenizer a folder of open_clip names; ``None`` if it names none."""
+    if not folder.joinpath(OPEN_CLIP_CONFIG).is_file():
+        return None
+    name: str | None = read_open_clip_json(folder)[0]["text_cfg"].get("hf_tokenizer_name")
+    return name
 
 
 def read_model_options(model_cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fairseq2.runtime.dependency import DependencyContainer, DependencyLookup, DependencyResolver
 
-from vembed_fs2.errors import VembedError
+from vembed_fs2.errors import VembedError, did_you_mean
 from vembed_fs2.resolver import get_resolver
 
 
@@ -68,5 +68,6 @@ def get_writer(name: str) -> Callable[[Any, Path], None]:
     """
     writers = {layout.name: layout.write for layout in list_layouts() if layout.write is not None}
     if name not in writers:
-        raise VembedError(f"'{name}' is not a layout that can be written. These can: {', '.join(sorted(writers))}.")
+        hint = did_you_mean(name, writers) or f" These can: {', '.join(sorted(writers))}."
+        raise VembedError(f"'{name}' is not a layout that can be written.{hint}")
     return writers[name]

@@ -40,6 +40,13 @@ POOLING_KEYS: Final = {
 }
 
 
+EMPTY_PROMPTS: Final = {"query": "", "document": ""}
+"""
+The prompts that sentence-transformers adds to those of a folder. So neither side
+has the default prompt there, and documents never have one called ``passage`` or ``corpus``.
+"""
+
+
 ACTIVATIONS: Final = {
     "identity": "torch.nn.modules.linear.Identity",
     "tanh": "torch.nn.modules.activation.Tanh",
@@ -62,8 +69,31 @@ _TRANSFORMER_VALUES: Final[dict[str, tuple[object, ...]]] = {
 }
 
 
+# The same of models of texts and images, which give embeddings themselves.
+_TOWER_VALUES: Final[dict[str, tuple[object, ...]]] = {
+    "transformer_task": ("feature-extraction",),
+    "module_output_name": ("sentence_embedding",),
+    "modality_config": tuple(
+        {kind: {"method": f"get_{kind}_features", "method_output_name": name} for kind in ("text", "image")}
+        for name in ("pooler_output", None)
+    ),
+    "unpad_inputs": (None, False),
+    "do_lower_case": (None, False),
+}
+
+
 # Options for transformers that do not change what it computes; the data type is the user's choice here.
 _HARMLESS_OPTIONS: Final = {"torch_dtype", "dtype", "attn_implementation", "trust_remote_code", "low_cpu_mem_usage"}
+
+
+_OPTION_KEYS: Final = (
+    "model_args",
+    "model_kwargs",
+    "tokenizer_args",
+    "processor_kwargs",
+    "config_args",
+    "config_kwargs",
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +121,35 @@ class SentenceModules:
     do_lower_case: bool = False
     """If ``True``, texts are lowercased before tokenization."""
 
+    truncate_dim: int | None = None
+    """The leading dimensions of embeddings that are kept, if the folder says it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceTowers:
+    """What ``modules.json`` and the files that it names say about a model of texts and images."""
+
+    backbone: Path
+    """The folder with its ``config.json`` and weights."""
+
+    normalize: bool
+    """Whether a normalisation follows the model."""
+
+    similarity: SingleSimilarity = "cosine"
+    """How embeddings are compared."""
+
+    truncate_dim: int | None = None
+    """The leading dimensions of embeddings that are kept, if the folder says it."""
+
+    max_length: int | None = None
+    """The longest text in tokens, if the folder has it."""
+
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """Prompt texts by name."""
+
+    default_prompt_name: str | None = None
+    """The prompt that is used when none is asked for."""
+
 
 def read_modules(root: Path) -> SentenceModules:
     """Read a sentence-transformers folder.
@@ -113,23 +172,100 @@ def read_modules(root: Path) -> SentenceModules:
     )
     max_length, do_lower_case = _read_transformer(backbone)
 
-    return SentenceModules(backbone, head, dense_folders, max_length, prompts, default_prompt_name, do_lower_case)
+    return SentenceModules(
+        backbone,
+        head,
+        dense_folders,
+        max_length,
+        prompts,
+        default_prompt_name,
+        do_lower_case,
+        _read_truncate_dim(root / "config_sentence_transformers.json"),
+    )
 
 
-def find_clip(root: Path) -> Path | None:
-    """Return the folder of a CLIP model in transformers' layout, if ``modules.json`` names one.
+def find_clip(root: Path) -> SentenceTowers | None:
+    """Find a model of texts and images in transformers' layout, if ``modules.json`` names one.
 
-    :raises ModelLoadError: something else than a normalisation follows the model.
+    In older versions of sentence-transformers that is CLIP alone; since 5.4, any such model is a
+    Transformer module that gives embeddings.
+
+    :raises ModelLoadError: something else than a normalisation follows the model, or an option is not supported.
     """
     modules = _list_modules(root)
 
     kinds = [kind for kind, _ in modules]
-    if kinds[:1] != ["CLIPModel"]:
+    if kinds[:1] != ["CLIPModel"] and not (kinds[:1] == ["Transformer"] and _has_two_towers(modules[0][1])):
         return None
     if kinds[1:] not in ([], ["Normalize"]):
-        raise ModelLoadError(f"{root / 'modules.json'}: {kinds[1:]} after CLIPModel is not supported.")
+        raise ModelLoadError(f"{root / 'modules.json'}: {kinds[1:]} after {kinds[0]} is not supported.")
 
-    return modules[0][1]
+    backbone = modules[0][1]
+    prompts, default, similarity = _read_prompts(root / "config_sentence_transformers.json")
+    max_length = _read_tower_options(backbone) if kinds[0] == "Transformer" else None
+
+    return SentenceTowers(
+        backbone=backbone,
+        normalize="Normalize" in kinds,
+        similarity=similarity,
+        max_length=max_length,
+        prompts=prompts,
+        default_prompt_name=default,
+        truncate_dim=_read_truncate_dim(root / "config_sentence_transformers.json"),
+    )
+
+
+def _has_two_towers(folder: Path) -> bool:
+    """Whether a Transformer module has a method for texts and another one for images."""
+    file = _transformer_file(folder)
+    modalities = (read_json(file) if file.is_file() else {}).get("modality_config")
+    if not isinstance(modalities, Mapping):
+        return False
+    methods = {kind: value.get("method") for kind, value in modalities.items() if isinstance(value, Mapping)}
+    return methods == {"text": "get_text_features", "image": "get_image_features"}
+
+
+def _read_tower_options(folder: Path) -> int | None:
+    """The longest text.
+
+    :raises ModelLoadError: the file asks for something else than what the model's own processor does.
+    """
+    file = _transformer_file(folder)
+    config = read_json(file)
+    _check_options(file, config, {"max_seq_length", "processing_kwargs"}, _TOWER_VALUES)
+
+    processing = _read(file, config, "processing_kwargs", dict, {}) if config.get("processing_kwargs") else {}
+    _refuse_unknown(file, processing, {"text"}, "processing_kwargs.")
+    options = _read(file, processing, "text", dict, {})
+    _refuse_unknown(file, options, {"max_length", "padding", "truncation"}, "processing_kwargs.text.")
+    if options.get("truncation", True) in (False, "do_not_truncate"):
+        raise ModelLoadError(f"{file}: `processing_kwargs.text.truncation` must be true: longer texts have no place.")
+
+    for values, name in ((options, "max_length"), (config, "max_seq_length")):
+        if values.get(name) is not None:
+            length: int = _read(file, values, name, int)
+            return length
+
+    return None
+
+
+def _check_options(
+    file: Path, config: Mapping[str, Any], known: set[str], values: Mapping[str, tuple[object, ...]]
+) -> None:
+    """Refuse what is not among ``known``, and other values than ``values`` of the rest."""
+    _refuse_unknown(file, config, {*known, *values, *_OPTION_KEYS})
+    for key, supported in values.items():
+        if key in config and config[key] not in supported:
+            raise ModelLoadError(f"{file}: `{key}` is {config[key]!r}, which is not supported.")
+
+    for key in _OPTION_KEYS:
+        for option in _read(file, config, key, dict, {}):
+            if option not in _HARMLESS_OPTIONS:
+                raise ModelLoadError(f"{file}: `{key}.{option}` is not supported.")
+
+
+def _transformer_file(folder: Path) -> Path:
+    return next((folder / n for n in TRANSFORMER_FILES if folder.joinpath(n).is_file()), folder / TRANSFORMER_FILES[0])
 
 
 def _list_modules(root: Path) -> list[tuple[str, Path]]:
@@ -214,19 +350,9 @@ def _read_dense(file: Path) -> DenseConfig:
 
 def _read_transformer(folder: Path) -> tuple[int | None, bool]:
     """The longest text and whether texts are lowercased."""
-    file = next((folder / n for n in TRANSFORMER_FILES if folder.joinpath(n).is_file()), folder / TRANSFORMER_FILES[0])
+    file = _transformer_file(folder)
     config = read_json(file) if file.is_file() else {}
-    options = {"model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs"}
-    _refuse_unknown(file, config, {*_TRANSFORMER_KEYS, *_TRANSFORMER_VALUES, *options})
-
-    for key, values in _TRANSFORMER_VALUES.items():
-        if key in config and config[key] not in values:
-            raise ModelLoadError(f"{file}: `{key}` is {config[key]!r}, which is not supported.")
-
-    for key in options:
-        for option in _read(file, config, key, dict, {}):
-            if option not in _HARMLESS_OPTIONS:
-                raise ModelLoadError(f"{file}: `{key}.{option}` is not supported.")
+    _check_options(file, config, _TRANSFORMER_KEYS, _TRANSFORMER_VALUES)
 
     max_length = None
     if config.get("max_seq_length") is not None:
@@ -260,7 +386,7 @@ def _read_prompts(file: Path) -> tuple[dict[str, str], str | None, SingleSimilar
             prompts[name] = _read(file, {f"prompts.{name}": text}, f"prompts.{name}", str)
 
     default = config.get("default_prompt_name")
-    if default is not None and default not in prompts:
+    if default is not None and default not in {**EMPTY_PROMPTS, **prompts}:
         raise ModelLoadError(f"{file}: `default_prompt_name` is '{default}', but `prompts` has no such prompt.")
 
     similarity: SingleSimilarity = config.get("similarity_fn_name") or "cosine"
@@ -270,10 +396,17 @@ def _read_prompts(file: Path) -> tuple[dict[str, str], str | None, SingleSimilar
     return prompts, default, similarity
 
 
-def _refuse_unknown(file: Path, config: Mapping[str, Any], known: set[str]) -> None:
+def _read_truncate_dim(file: Path) -> int | None:
+    value = read_json(file).get("truncate_dim") if file.is_file() else None
+    if value is not None and (type(value) is not int or value < 1):
+        raise ModelLoadError(f"{file}: `truncate_dim` must be a positive integer, but is {value!r} instead.")
+    return value
+
+
+def _refuse_unknown(file: Path, config: Mapping[str, Any], known: set[str], where: str = "") -> None:
     for key in config:
         if key not in known:
-            raise ModelLoadError(f"{file}: `{key}` is not supported.")
+            raise ModelLoadError(f"{file}: `{where}{key}` is not supported.")
 
 
 _REQUIRED: Final = object()

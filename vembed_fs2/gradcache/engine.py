@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vembed_fs2.distributed import GradSync, grad_sync_of
+from vembed_fs2.distributed import GradSync, after_backward, grad_sync_of
 from vembed_fs2.gradcache.group import EncodedChunk, Group
 from vembed_fs2.gradcache.planner import Budget, count_kept, match_counts, parse_budget, plan_chunks
 from vembed_fs2.gradcache.replay import RngState, SavedBytes, is_out_of_memory
-from vembed_fs2.gradcache.rows import as_rows
+from vembed_fs2.gradcache.rows import TokenDims, as_rows
 from vembed_fs2.reachable import find_reachable
 
 log = logging.getLogger("vembed_fs2")
@@ -90,6 +90,9 @@ class GradCache:
     :param grad_sync: when FSDP2 reduces gradients: after the ``"last"`` chunk,
         with whole gradients in memory until then, or after ``"every_chunk"``,
         with the least memory and the most communication.
+    :param token_dims: for dicts of tensors: the name of a tensor -> its dimensions that count tokens, such as
+        ``{"weights": (1,), "features": ()}``, if they are not found right by
+        their sizes (see :class:`~vembed_fs2.gradcache.rows.DictRows`).
     :param sync: how gradients are reduced; found from ``encode`` if ``None``.
     :raises ValueError: one of the sizes or ``grad_sync`` is not valid.
     """
@@ -103,6 +106,7 @@ class GradCache:
         chunk_patches: int | None = None,
         activation_budget: Budget = "auto",
         grad_sync: Literal["last", "every_chunk"] = "last",
+        token_dims: TokenDims | None = None,
         sync: GradSync | None = None,
     ) -> None:
         for name, size in (("chunk_tokens", chunk_tokens), ("chunk_patches", chunk_patches)):
@@ -122,6 +126,7 @@ class GradCache:
         self._kept_bytes = 0  # By the encoders before, in this step.
         self._grad_sync = grad_sync
         self._bytes_per_token: dict[tuple[int, int], float] = {}
+        self._token_dims = token_dims
         self._sync = sync
         self.stats = StepStats()
 
@@ -183,7 +188,7 @@ class GradCache:
                 _check_closure(encoder)
                 group = groups[id(encoder)] = Group(len(groups), encoder, sync)
 
-            group.add(idx, as_rows(role))
+            group.add(idx, as_rows(role, self._token_dims))
 
         return list(groups.values())
 
@@ -315,6 +320,14 @@ class _Step:
         value, self._value = self._value, None
         groups, self._groups = self._groups, []
 
+        if any(group.sync.has_hooks for group in groups):
+            # Another loss in the same pass may use the same module: its hooks count on one backward pass.
+            after_backward(lambda: self._run(value, groups, scale))
+        else:
+            self._run(value, groups, scale)
+
+    @torch.no_grad()
+    def _run(self, value: Tensor, groups: list[Group], scale: Tensor) -> None:
         # The loss itself is carried backward now and not in the forward pass, for
         # two reasons: with half precision its gradients would underflow without
         # the loss scale, and its own parameters get theirs like in a plain step.

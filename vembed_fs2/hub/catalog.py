@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from fairseq2.models import ModelFamily
 from fairseq2.runtime.dependency import DependencyLookup, DependencyResolver
 
 from vembed_fs2.embedding.model import EmbeddingModel
-from vembed_fs2.errors import VembedError
+from vembed_fs2.errors import VembedError, did_you_mean
 from vembed_fs2.models.archs import get_arch_summary
 from vembed_fs2.models.family import get_checkpoint_format
 from vembed_fs2.models.support import FamilySupport, get_family_support
@@ -64,9 +63,8 @@ def get_family(name: str, resolver: DependencyResolver) -> ModelFamily:
     """
     known = embedding_families(resolver)
     if name not in known:
-        nearest = get_close_matches(name, known, 1)
-        hint = f"Did you mean {nearest[0]}?" if nearest else f"There are: {', '.join(known)}."
-        raise VembedError(f"There is no family of embedding models named {name}. {hint}")
+        hint = did_you_mean(name, known) or f" There are: {', '.join(known)}."
+        raise VembedError(f"There is no family of embedding models named '{name}'.{hint}")
     return resolver.resolve(ModelFamily, key=name)
 
 

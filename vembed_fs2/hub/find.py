@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import isnan
 from pathlib import Path
 from typing import Any
 
-from fairseq2.assets import AssetCard, AssetCardError, AssetDownloadError, AssetStore
+from fairseq2.assets import AssetCard, AssetCardError, AssetDownloadError, AssetDownloadManager, AssetStore
 from fairseq2.models import ModelFamily
 from fairseq2.runtime.dependency import DependencyResolver
 from fairseq2.utils.structured import StructureError, ValueConverter
+from fairseq2.utils.uri import Uri
 from fairseq2.utils.yaml import YamlError, YamlLoader
 
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.checkpoint import HOW_TO_TRUST, NeedsCodeError, wants_code
-from vembed_fs2.formats.download import download_repository
+from vembed_fs2.formats.download import FolderDownloadManager, download_repository, reason_of
 from vembed_fs2.formats.folder import ModelFolder, is_model_folder
+from vembed_fs2.hub.repositories import find_card_name, find_repository, list_repositories, log_once, suggest
 from vembed_fs2.models.family import (
     FALLBACK_FAMILY,
     find_family,
@@ -33,7 +34,7 @@ class ModelSource:
     """The origin, family and configuration of a model."""
 
     name: str
-    """What the user typed."""
+    """What the user typed, or the card that this stands for."""
 
     family: str
     config: Any
@@ -42,6 +43,24 @@ class ModelSource:
     weights: Path | AssetCard
     folder: Path | None
     """The folder with the processor's files; ``None`` if they are on a hub."""
+
+    def weights_path(self) -> Path:
+        """The path of the checkpoint, which is downloaded if need be.
+
+        :raises ModelLoadError: it cannot be fetched.
+        """
+        if isinstance(self.weights, Path):
+            return self.weights
+
+        try:
+            uri = self.weights.field("checkpoint").as_uri()
+            if uri.scheme == "file":
+                return uri.to_path()
+            return FolderDownloadManager(get_resolver().resolve(AssetDownloadManager)).download_model(uri)
+        except AssetDownloadError as ex:
+            raise ModelLoadError(f"{self.name} cannot be fetched: {reason_of(ex)}.") from ex
+        except AssetCardError as ex:
+            raise ModelLoadError(f"Card {self.name} does not say where its weights are: {ex}") from ex
 
     def processor_folder(self) -> Path:
         """The folder with the processor's files, downloaded if need be.
@@ -60,13 +79,16 @@ class ModelSource:
         try:
             return download_repository(uri, weights=False)
         except AssetDownloadError as ex:
-            raise ModelLoadError(f"Card {self.name}: the processor files cannot be fetched. {ex}") from ex
+            raise ModelLoadError(f"Card {self.name}: the processor files cannot be fetched: {reason_of(ex)}.") from ex
 
 
 def find_model(
     name_or_path: str | Path, resolver: DependencyResolver | None = None, *, trust_remote_code: bool = False
 ) -> ModelSource:
-    """Find a model by card name, Hugging Face folder, run folder or checkpoint folder.
+    """Find a model by card name, folder, run folder, checkpoint folder, or repository of the Hugging Face hub.
+
+    A folder comes first, then a card of that name, then the card of that repository; a repository that no card
+    has is downloaded.
 
     :param trust_remote_code: whether Python code that comes with the model may be run. Of cards, their own
         `trust_remote_code` says it.
@@ -79,24 +101,54 @@ def find_model(
             return _open_run(str(name_or_path), *run, resolver, trust_remote_code)
         return _open_folder(str(name_or_path), path.resolve(), resolver, trust_remote_code)
 
-    if isinstance(name_or_path, Path) or "/" in name_or_path:
-        raise ModelLoadError(f"{name_or_path} does not exist.")
-
-    return _open_card(name_or_path, resolver)
+    return _find_elsewhere(str(name_or_path), resolver, trust_remote_code)
 
 
-def _open_card(name: str, resolver: DependencyResolver) -> ModelSource:
+def _find_elsewhere(name: str, resolver: DependencyResolver, trust_remote_code: bool) -> ModelSource:
+    """Find a model that is no folder."""
     store = resolver.resolve(AssetStore)
-    try:
-        card = store.maybe_retrieve_card(name)
-    except AssetCardError as ex:
-        raise ModelLoadError(f"Card {name} cannot be read: {ex}") from ex
+    if "/" not in name:
+        try:
+            card = store.maybe_retrieve_card(name)
+        except AssetCardError as ex:
+            raise ModelLoadError(f"Card {name} cannot be read: {ex}") from ex
+        if card is not None:
+            return _open_card(name, card, resolver)
 
-    if card is None:
-        nearest = get_close_matches(name, store.asset_names, 3, 0.5)
-        hint = f" Did you mean {' or '.join(n.removesuffix('@') for n in nearest)}?" if nearest else ""
+    repository, repositories = find_repository(name), list_repositories(resolver)
+    card_name = find_card_name(repository or name, repositories)
+    if card_name is not None:
+        log_once(f"There is no folder {name}: loading the card {card_name}.")
+        return _open_card(card_name, store.retrieve_card(card_name), resolver)
+
+    if repository is not None:
+        return _open_repository(name, repository, resolver, trust_remote_code)
+
+    if "/" not in name:
+        hint = suggest(name, store.asset_names, repositories)
         raise ModelLoadError(f"{name} is neither a folder nor the name of a card.{hint}")
 
+    last = Path(name).name
+    card_name = find_card_name(last, repositories)
+    hint = "" if card_name is None else f" Without the folder, {last} is the card {card_name}."
+    raise ModelLoadError(f"{name} does not exist.{hint}")
+
+
+def _open_repository(name: str, repository: str, resolver: DependencyResolver, trust_remote_code: bool) -> ModelSource:
+    uri = Uri.maybe_parse(f"hg://{repository}")
+    assert uri is not None
+    try:
+        folder = download_repository(uri)
+    except AssetDownloadError as ex:
+        hint = suggest(repository, (), list_repositories(resolver))
+        what = f"{name} does not exist, and" if name == repository else name
+        raise ModelLoadError(f"{what} cannot be fetched from the Hugging Face hub: {reason_of(ex)}.{hint}") from ex
+
+    log_once(f"There is no folder {name}: loading the repository of the Hugging Face hub, {folder}.")
+    return _open_folder(name, folder, resolver, trust_remote_code)
+
+
+def _open_card(name: str, card: AssetCard, resolver: DependencyResolver) -> ModelSource:
     field = card.maybe_get_field("model_family")
     if field is None:
         raise ModelLoadError(f"Card {name} does not describe a model: it has no `model_family`.")
@@ -108,7 +160,9 @@ def _open_card(name: str, resolver: DependencyResolver) -> ModelSource:
 
     try:
         config = family.get_model_config(card)
-    except (AssetCardError, AssetDownloadError) as ex:
+    except AssetDownloadError as ex:
+        raise ModelLoadError(f"Card {name} cannot be fetched: {reason_of(ex)}.") from ex
+    except AssetCardError as ex:
         raise ModelLoadError(f"Card {name} cannot be read: {ex} {ex.__cause__ or ''}".rstrip()) from ex
 
     return ModelSource(name, family_name, config, card, local_folder(card))

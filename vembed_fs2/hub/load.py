@@ -12,9 +12,12 @@ from fairseq2.gang import Gangs, create_fake_gangs
 from fairseq2.model_checkpoint import CorruptModelCheckpointError
 from fairseq2.models import ModelFamily, ModelGatedError
 
+from vembed_fs2.dtypes import DtypeLike, find_dtype
 from vembed_fs2.embedding.head import Head
+from vembed_fs2.embedding.learned import learned_in_float32
 from vembed_fs2.embedding.model import EmbeddingModel
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.formats.download import reason_of
 from vembed_fs2.hub.find import ModelSource, find_model
 from vembed_fs2.models.support import get_family_support
 from vembed_fs2.processing.processor import Processor
@@ -28,16 +31,20 @@ def load_model(
     name_or_path: str | Path,
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: DtypeLike = torch.float32,
     gangs: Gangs | None = None,
     trust_remote_code: bool = False,
 ) -> EmbeddingModel:
     """Load the bare model, in evaluation mode.
 
-    :param name_or_path: a card, a Hugging Face folder, a run folder or a checkpoint folder.
+    :param name_or_path: a card, a Hugging Face folder, a run folder, a checkpoint folder, or a repository of the
+        Hugging Face hub.
+    :param dtype: the type of the weights, its name, or "auto" (see :func:`~vembed_fs2.dtypes.find_dtype`).
     :param trust_remote_code: whether Python code that comes with the model may be run.
     :raises ModelLoadError: there is no such model, or its checkpoint does not fit.
+    :raises VembedError: weights cannot be of that type.
     """
+    dtype = find_dtype(dtype, device or "cpu")
     source = find_model(name_or_path, trust_remote_code=trust_remote_code)
     return load_source(source, device=device, dtype=dtype, gangs=gangs)
 
@@ -49,18 +56,21 @@ def load_source(
     dtype: torch.dtype = torch.float32,
     gangs: Gangs | None = None,
 ) -> EmbeddingModel:
-    """Load the model of ``source``, in evaluation mode."""
+    """Load the model of ``source``, in evaluation mode. What it holds for objectives is float32 at least."""
     family = get_resolver().resolve(ModelFamily, key=source.family)
     gangs = gangs or create_fake_gangs(torch.device(device or "cpu"))
     try:
-        if isinstance(source.weights, Path):
-            model = family.load_custom_model(source.weights, source.config, gangs, dtype, False, False, None)
-        else:
-            model = family.load_model(source.weights, gangs, dtype, source.config, False, False)
+        with learned_in_float32():
+            if isinstance(source.weights, Path):
+                model = family.load_custom_model(source.weights, source.config, gangs, dtype, False, False, None)
+            else:
+                model = family.load_model(source.weights, gangs, dtype, source.config, False, False)
     except CorruptModelCheckpointError as ex:
         reason = ex.__cause__ or ex
         raise ModelLoadError(f"{source.name}: the checkpoint does not fit the model. {reason}") from ex
-    except (AssetCardError, AssetDownloadError, ModelGatedError) as ex:
+    except AssetDownloadError as ex:
+        raise ModelLoadError(f"{source.name} cannot be fetched: {reason_of(ex)}.") from ex
+    except (AssetCardError, ModelGatedError) as ex:
         raise ModelLoadError(f"{source.name} cannot be loaded: {ex} {ex.__cause__ or ''}".rstrip()) from ex
     except ModelLoadError as ex:
         # What a family finds wrong with tensors does not say where they are from.
@@ -99,6 +109,7 @@ def load_tower_processor(
         frozenset(kinds if image_folder is None else kinds - {"image"}),
         max_length=max_length,
         model_max_length=model.max_text_length,
+        vocab_size=model.vocab_size,
         tokens_per_image=model.tokens_per_image,
         text_padding=model.text_padding,
     )

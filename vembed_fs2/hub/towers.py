@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
-from fairseq2.assets import AssetDownloadManager
 from fairseq2.gang import Gangs
 from fairseq2.model_checkpoint import CorruptModelCheckpointError
 from fairseq2.models import ModelFamily
@@ -19,9 +18,8 @@ from torch import Tensor
 
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE
 from vembed_fs2.embedding.model import EmbeddingModelConfig
-from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
+from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError, did_you_mean
 from vembed_fs2.formats.checkpoint import NeedsCodeError
-from vembed_fs2.formats.download import FolderDownloadManager
 from vembed_fs2.hub.find import ModelSource, find_model
 from vembed_fs2.models.composed.config import NO_CODE, ComposedConfig, maybe_get_family, unknown_family
 from vembed_fs2.models.composed.model import MODALITIES, ComposedModel, Tower
@@ -44,6 +42,8 @@ def resolve_towers(config: ComposedConfig, overrides: Mapping[str, Any]) -> dict
     for modality in MODALITIES:
         own = overrides.get(modality)
         if isinstance(own, Mapping):
+            own = _name_repository(own)
+            overrides = {**overrides, modality: own}
             try:
                 values[modality] = {**values[modality], **_find_encoder(values[modality]["family"], own)}
             except ConfigError as ex:
@@ -62,6 +62,14 @@ def resolve_towers(config: ComposedConfig, overrides: Mapping[str, Any]) -> dict
             tower["path"] = str(Path(tower["path"]).expanduser().resolve())
 
     return merged
+
+
+def _name_repository(own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Let `name` name what `path` names, if that is no folder but a card or a repository of the hub."""
+    path = own.get("path")
+    if not isinstance(path, (str, Path)) or own.get("name") or Path(path).expanduser().exists():
+        return own
+    return {**own, "path": None, "name": str(path)}
 
 
 def refuse_sources(config: ComposedConfig, overrides: Mapping[str, Any]) -> None:
@@ -113,7 +121,9 @@ def _find_encoder(family: str, own: Mapping[str, Any]) -> dict[str, Any]:
 
     config = found.maybe_get_arch_config(given["arch"]) if "arch" in given else found.config_kls()
     if config is None:
-        raise ConfigError(f"`arch` '{given['arch']}' is not known. Known: {', '.join(sorted(found.get_archs()))}.")
+        archs = sorted(found.get_archs())
+        hint = did_you_mean(given["arch"], archs) or f" Known: {', '.join(archs)}."
+        raise ConfigError(f"`arch` '{given['arch']}' is not known.{hint}")
 
     return {"family": found.name, "config": _unstructure(config)}
 
@@ -121,7 +131,7 @@ def _find_encoder(family: str, own: Mapping[str, Any]) -> dict[str, Any]:
 def _unstructure(config: object) -> object:
     if isinstance(config, EmbeddingModelConfig):
         # What another objective learned has no part in this model; what only a training needs stays untrained.
-        learned = {f.name for f in fields(EmbeddingModelConfig)} - {"learned"}
+        learned = {f.name for f in fields(EmbeddingModelConfig)} - {"learned", "extra_fields"}
         defaults: dict[str, Any] = {f.name: f.default for f in fields(config) if f.name in learned}
         config = replace(config, **defaults)
     return StandardValueConverter().unstructure(config)
@@ -142,7 +152,7 @@ def load_towers(model: ComposedModel, gangs: Gangs) -> None:
 def _load_tower(tower: Tower, source: ModelSource, gangs: Gangs) -> None:
     family = get_resolver().resolve(ModelFamily, key=source.family)
     try:
-        tensors = family.iter_checkpoint(_weights_path(source), tower.config, gangs, False, None)
+        tensors = family.iter_checkpoint(source.weights_path(), tower.config, gangs, False, None)
         set_model_state(tower.backbone, _select(tower, tensors), NOOP_PROGRESS_REPORTER)
     except CorruptModelCheckpointError as ex:
         raise ModelLoadError(f"{source.name}: the checkpoint does not fit the model. {ex.__cause__ or ex}") from ex
@@ -157,14 +167,3 @@ def _select(tower: Tower, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tup
     for name, tensor in tensors:
         if not name.startswith(left_out) and (name in known or name not in (LOGIT_SCALE, LOGIT_BIAS)):
             yield name, tensor
-
-
-def _weights_path(source: ModelSource) -> Path:
-    """Return the path of the checkpoint, which is downloaded if need be."""
-    if isinstance(source.weights, Path):
-        return source.weights
-
-    uri = source.weights.field("checkpoint").as_uri()
-    if uri.scheme == "file":
-        return uri.to_path()
-    return FolderDownloadManager(get_resolver().resolve(AssetDownloadManager)).download_model(uri)

@@ -14,6 +14,8 @@ from vembed_fs2.processing.processor import as_item
 _ONE_INPUT: Final = (str, bytes, dict, Item, Path)
 """Inputs that are not several, although one can iterate over most of them."""
 
+_IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
 
 def as_several(inputs: object) -> Iterable[object] | None:
     """Return the inputs one by one; ``None`` if ``inputs`` is a single input.
@@ -57,3 +59,15 @@ def as_items(values: Iterable[object]) -> Iterator[Item]:
 def as_single(value: object) -> Item:
     """Convert a single input; a NumPy array without dimensions holds one."""
     return as_item(value.item() if getattr(value, "ndim", None) == 0 else value)  # type: ignore[attr-defined]
+
+
+def names_image(item: Item) -> bool:
+    """Whether a text is the path of an image that exists."""
+    text = item.text
+    if text is None or item.images or not text.lower().endswith(_IMAGE_SUFFIXES):
+        return False
+
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # Too long for a path, or with a null character.
+        return False

@@ -7,23 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from vembed_fs2.embedding.model import EmbeddingModel, Embeddings
 from vembed_fs2.errors import VembedError
+from vembed_fs2.formats.ranges import Ranges, Scaling
 from vembed_fs2.inference.encoder import Encoded
-
-Array: TypeAlias = NDArray[Any]
-"""Embeddings outside torch."""
-
-Precision: TypeAlias = Literal["float32", "int8", "uint8", "binary", "ubinary"]
-"""The numbers of embeddings: floats, one byte per dimension, or one bit, eight in a byte."""
+from vembed_fs2.inference.quantize import Array as Array
+from vembed_fs2.inference.quantize import Precision as Precision
+from vembed_fs2.inference.quantize import check_precision, find_ranges, quantize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +29,14 @@ class VectorOptions:
     dim: int
     """The number of leading dimensions that are kept."""
 
-    unit: bool
-    """Whether vectors are scaled to unit length."""
+    scaling: Scaling
+    """How vectors are scaled."""
 
     precision: Precision
     """The numbers that are returned."""
+
+    ranges: Array | None
+    """The smallest and the largest value of each dimension, of ``int8`` and ``uint8``. *Shape:* ``[2, D]``."""
 
     as_tensor: bool
     """Whether they stay tensors, on their device."""
@@ -47,34 +46,52 @@ class VectorOptions:
 
     @staticmethod
     def of(
-        model: EmbeddingModel, truncate_dim: int | None, precision: Precision, unit: bool | None, as_tensor: bool
+        model: EmbeddingModel,
+        *,
+        truncate_dim: int | None = None,
+        precision: Precision | None = None,
+        normalize: bool | None = None,
+        raw: bool = False,
+        ranges: object = None,
+        kept_ranges: Ranges | None = None,
+        as_tensor: bool = False,
     ) -> VectorOptions:
         """Combine what the caller asks for with what the model says.
 
+        :param ranges: what the caller gives.
+        :param kept_ranges: what the model has been calibrated to.
         :raises VembedError: an option is not valid.
         """
         is_dim = isinstance(truncate_dim, int) and 1 <= truncate_dim <= model.embedding_dim
         if truncate_dim is not None and not is_dim:
             raise VembedError(f"`truncate_dim` must be between 1 and {model.embedding_dim}, but is {truncate_dim!r}.")
-        if precision not in get_args(Precision):
-            raise VembedError(f"`precision` must be one of {', '.join(get_args(Precision))}, but is {precision!r}.")
+        if raw and normalize:
+            raise VembedError("`raw` and `normalize_embeddings` exclude each other: raw embeddings are not scaled.")
 
-        is_multi_vector = model.is_multi_vector
-        if is_multi_vector and precision != "float32":
+        precision = check_precision(precision or "float32")
+        if model.is_multi_vector and precision != "float32":
             raise VembedError(f"`precision` of a multi-vector model must be float32, but is {precision!r}.")
 
+        dim = truncate_dim or model.embedding_dim
+        scaling: Scaling = "none" if raw else _find_scaling(model, dim, normalize)
+
         return VectorOptions(
-            dim=truncate_dim or model.embedding_dim,
-            unit=model.normalize if unit is None else unit,
+            dim=dim,
+            scaling=scaling,
             precision=precision,
+            ranges=find_ranges(ranges, kept_ranges, precision, scaling, dim),
             as_tensor=as_tensor,
-            is_multi_vector=is_multi_vector,
+            is_multi_vector=model.is_multi_vector,
         )
 
     def finish(self, embeddings: Embeddings) -> Embeddings:
         """Truncate and scale the embeddings of a chunk."""
-        values, mask = embeddings.values.float()[..., : self.dim], embeddings.mask
-        if self.unit:
+        values, mask = embeddings.values.float(), embeddings.mask
+        if self.scaling == "model":
+            values = normalize(values, dim=-1)
+
+        values = values[..., : self.dim]
+        if self.scaling == "unit":
             values = normalize(values, dim=-1)
 
         # Vectors of all inputs may not fit on the device.
@@ -122,25 +139,17 @@ class VectorOptions:
 
     def _convert(self, values: Tensor) -> Any:
         if self.precision != "float32":
-            values = torch.from_numpy(quantize(values.cpu().numpy(), self.precision))
+            values = torch.from_numpy(quantize(values.cpu().numpy(), self.precision, self.ranges))
         return values if self.as_tensor else values.cpu().numpy()
 
 
-def quantize(values: Array, precision: Precision) -> Array:
-    """Quantize float embeddings ``[N, D]`` as sentence-transformers' ``quantize_embeddings`` does.
+def _find_scaling(model: EmbeddingModel, dim: int, normalize: bool | None) -> Scaling:
+    """How vectors of ``dim`` dimensions are scaled, if the caller asks for ``normalize``.
 
-    ``int8`` and ``uint8`` divide the range of each dimension in ``values`` into
-    255 steps; ``binary`` and ``ubinary`` keep signs, eight to a byte.
+    ``False`` takes no normalisation of the model's own away, as in sentence-transformers.
     """
-    if precision in ("binary", "ubinary"):
-        packed: Array = np.packbits(values > 0, axis=-1)
-        return (packed - np.uint8(128)).view(np.int8) if precision == "binary" else packed
-
-    if precision == "float32" or not len(values):
-        return values.astype(precision)
-
-    low, high = values.min(axis=0, keepdims=True), values.max(axis=0, keepdims=True)
-    steps = np.where(high > low, (high - low) / 255, np.float32(1))
-    buckets: Array = np.clip(np.floor((values - low) / steps), 0, 255)
-
-    return buckets.astype(np.uint8) if precision == "uint8" else (buckets - 128).astype(np.int8)
+    if normalize or (normalize is None and model.normalize and not model.has_normalization):
+        return "unit"
+    if not model.has_normalization or not model.normalize:
+        return "none"
+    return "unit" if dim == model.embedding_dim else "model"

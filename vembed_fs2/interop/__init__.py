@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from vembed_fs2.embedding.model import EmbeddingModel
+from vembed_fs2.formats.ranges import Ranges
 from vembed_fs2.hub.find import ModelSource
 from vembed_fs2.processing.processor import Processor
 
@@ -20,3 +21,9 @@ class Exportable(Protocol):
 
     @property
     def source(self) -> ModelSource: ...
+
+    @property
+    def ranges(self) -> Ranges | None: ...
+
+    @property
+    def truncate_dim(self) -> int | None: ...

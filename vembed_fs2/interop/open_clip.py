@@ -11,8 +11,10 @@ from torch import Tensor
 
 from vembed_fs2.errors import VembedError
 from vembed_fs2.files import new_folder, write_json
+from vembed_fs2.formats.folder import IMAGE_HEAD_FILE
 from vembed_fs2.formats.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, read_pair
 from vembed_fs2.interop import Exportable
+from vembed_fs2.interop.finish import finish_folder
 from vembed_fs2.models.family import get_open_clip_format, head_of
 from vembed_fs2.processing.open_clip import OpenClipPreprocessing, OpenClipTransform
 from vembed_fs2.processing.towers import TowerProcessor
@@ -35,7 +37,8 @@ def save_open_clip(exported: Exportable, folder: Path) -> None:
     source = exported.source
     checkpoint_format = get_open_clip_format(source.family)
 
-    if head_of(source.config) is not None:
+    head = head_of(source.config)
+    if head is not None and not head.is_pooler_alone:
         raise VembedError("open_clip has no place for the `head` of a model, which replaces its own poolings.")
 
     processor = exported.processor
@@ -51,8 +54,11 @@ def save_open_clip(exported: Exportable, folder: Path) -> None:
     with new_folder(folder) as out:
         tensors = {k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)}
         save_file(tensors, out / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
-        write_json(out / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
-        processor.save(out)
+        content = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+        write_json(out / OPEN_CLIP_CONFIG, checkpoint_format.add_extra_fields(content, source.config))
+        if head is not None:  # Whether embeddings are normalised, which open_clip leaves to its caller.
+            write_json(out / IMAGE_HEAD_FILE, asdict(head))
+        finish_folder(exported, out, folder.name)
 
 
 def _describe_tokenizer(processor: TowerProcessor, name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from vembed_fs2.errors import ConfigError, VembedError
 from vembed_fs2.files import new_folder, write_json
 from vembed_fs2.formats.sentence_transformers import (
     ACTIVATIONS,
+    EMPTY_PROMPTS,
     POOLING_KEYS,
     POOLINGS,
     TRANSFORMER_FILES,
@@ -21,6 +22,7 @@ from vembed_fs2.formats.sentence_transformers import (
 )
 from vembed_fs2.interop import Exportable
 from vembed_fs2.interop.backbone import write_backbone
+from vembed_fs2.interop.finish import finish_folder
 from vembed_fs2.models.family import get_checkpoint_format, head_of
 
 
@@ -34,6 +36,7 @@ def write_modules(
     do_lower_case: bool,
     dense_state: Mapping[str, Tensor],
     embedding_dim: int,
+    truncate_dim: int | None = None,
 ) -> None:
     """Write the files that make a Hugging Face folder a sentence-transformers folder.
 
@@ -58,22 +61,23 @@ def write_modules(
         folders.append(("Dense", f"{idx + 2}_Dense"))
         _write_dense(root / folders[-1][1], dense, dense_state, prefix=f"head.dense.{idx}.")
 
-    if head.normalize:
+    if head.is_unit:
         folders.append(("Normalize", f"{len(folders)}_Normalize"))
         root.joinpath(folders[-1][1]).mkdir(exist_ok=True)
 
     write_json(root / TRANSFORMER_FILES[0], {"max_seq_length": max_length, "do_lower_case": do_lower_case})
-    settings = {"prompts": dict(prompts), "default_prompt_name": default_prompt_name}
-    write_json(root / "config_sentence_transformers.json", {**settings, "similarity_fn_name": head.similarity})
+    _write_prompts(root, prompts, default_prompt_name, head.similarity, truncate_dim)
 
-    # Last, because its presence is what makes the folder one of sentence-transformers.
-    write_json(
-        root / "modules.json",
-        [
-            {"idx": idx, "name": str(idx), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for idx, (kind, path) in enumerate(folders)
-        ],
-    )
+    _write_list(root, folders)
+
+
+def _write_prompts(
+    folder: Path, prompts: Mapping[str, str], default_name: str | None, similarity: str, truncate_dim: int | None
+) -> None:
+    settings: dict[str, object] = {"prompts": dict(prompts), "default_prompt_name": default_name}
+    if truncate_dim is not None:
+        settings["truncate_dim"] = truncate_dim
+    write_json(folder / "config_sentence_transformers.json", {**settings, "similarity_fn_name": similarity})
 
 
 def _write_pooling(folder: Path, head: HeadConfig, dim: int) -> None:
@@ -108,7 +112,8 @@ def _write_dense(folder: Path, dense: DenseConfig, state: Mapping[str, Tensor], 
 def save_sentence_transformers(exported: Exportable, folder: Path) -> None:
     """Write a folder that sentence-transformers loads: the backbone and the modules after it."""
     head = head_of(exported.source.config)
-    if head is not None and "image" in exported.model.modalities:
+    is_whole = head is None or ("image" in exported.model.modalities and head.is_pooler_alone)
+    if not is_whole and "image" in exported.model.modalities:
         raise VembedError(
             f"sentence-transformers has no place for the `head` of {exported.source.family} models."
             " `--format hf` keeps it."
@@ -117,11 +122,11 @@ def save_sentence_transformers(exported: Exportable, folder: Path) -> None:
     with new_folder(folder) as out:
         write_backbone(exported, out)
 
-        if head is not None:
-            write_head(exported, out)
+        if is_whole:
+            _write_whole_model(exported, out)
         else:
-            _write_whole_model(exported.source.family, out)
-        exported.processor.save(out)
+            write_head(exported, out)
+        finish_folder(exported, out, folder.name)
 
 
 def can_write_head(exported: Exportable) -> bool:
@@ -138,22 +143,45 @@ def write_head(exported: Exportable, folder: Path) -> None:
         folder,
         head=replace(head, include_prompt=settings.include_prompt),
         max_length=settings.max_length,
-        prompts=settings.prompts,
+        prompts=_named_prompts(exported),
         default_prompt_name=settings.default_prompt_name,
         do_lower_case=settings.do_lower_case,
         dense_state={k: v.cpu() for k, v in exported.model.state_dict().items() if k.startswith("head.dense.")},
         embedding_dim=exported.model.embedding_dim,
+        truncate_dim=exported.truncate_dim,
     )
 
 
-def _write_whole_model(family: str, folder: Path) -> None:
+def _write_whole_model(exported: Exportable, folder: Path) -> None:
     """Name sentence-transformers' own module for such models; it reads transformers' layout."""
+    family, settings = exported.source.family, exported.processor.settings
     checkpoint_format = get_checkpoint_format(family)
     if checkpoint_format is None or checkpoint_format.sentence_module is None:
         raise VembedError(f"{family} models cannot be written for sentence-transformers.")
 
-    kinds = [f"sentence_transformers.models.{name}" for name in (checkpoint_format.sentence_module, "Normalize")]
-    paths = ("", "1_Normalize")
-    folder.joinpath(paths[1]).mkdir()
-    modules = [{"idx": i, "name": str(i), "path": p, "type": k} for i, (k, p) in enumerate(zip(kinds, paths))]
-    write_json(folder / "modules.json", modules)
+    modules = [(checkpoint_format.sentence_module, "")]
+    if exported.model.normalize:
+        modules.append(("Normalize", "1_Normalize"))
+        folder.joinpath("1_Normalize").mkdir()
+
+    prompts = _named_prompts(exported)
+    _write_prompts(folder, prompts, settings.default_prompt_name, exported.model.similarity, exported.truncate_dim)
+    _write_list(folder, modules)
+
+
+def _named_prompts(exported: Exportable) -> dict[str, str]:
+    """The prompts, and those of both roles by the names for which sentence-transformers looks only."""
+    processor = exported.processor
+    return {**processor.settings.prompts, **{role: processor.prompt_for(role) or "" for role in EMPTY_PROMPTS}}
+
+
+def _write_list(folder: Path, modules: Sequence[tuple[str, str]]) -> None:
+    """Write ``modules.json``, of the class and the folder of each module.
+
+    Last, because its presence is what makes the folder one of sentence-transformers.
+    """
+    entries = [
+        {"idx": idx, "name": str(idx), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for idx, (kind, path) in enumerate(modules)
+    ]
+    write_json(folder / "modules.json", entries)

@@ -9,6 +9,7 @@ from vembed_fs2.files import new_folder, write_json
 from vembed_fs2.formats.folder import HEAD_FILE, IMAGE_HEAD_FILE
 from vembed_fs2.interop import Exportable
 from vembed_fs2.interop.backbone import write_backbone
+from vembed_fs2.interop.finish import finish_folder
 from vembed_fs2.interop.sentence_transformers import can_write_head, write_head
 from vembed_fs2.models.family import head_of
 
@@ -34,4 +35,4 @@ def save_hf(exported: Exportable, folder: Path) -> None:
             name = IMAGE_HEAD_FILE if is_image_head else HEAD_FILE
             write_json(out / name, asdict(head))
 
-        exported.processor.save(out)
+        finish_folder(exported, out, folder.name)

@@ -73,6 +73,22 @@ class RowInfo:
     teacher_document: Tensor | None = None
     """A teacher's embeddings of the documents. *Shape:* ``[m, T]``, float."""
 
+    one_sided: Tensor | None = None
+    """The rows that have a label but no positive of their own. Their query and their positive are one embedding, which
+    is given as both; their positives are the other rows of their label. ``None`` if there are none on any rank.
+    *Shape:* ``[b]``, bool."""
+
+    @staticmethod
+    def of_labels(labels: Tensor, ids: Tensor | None = None) -> RowInfo:
+        """Rows of one embedding each, which is given as query and as document: ``loss(x, x, RowInfo.of_labels(y))``.
+
+        :param labels: the class of each row; 0 if it has none. *Shape:* ``[b]``, int64.
+        :param ids: content hash of each row; all are different if ``None``. *Shape:* ``[b]``, int64.
+        """
+        if ids is None:
+            ids = RowInfo.distinct(labels.size(0), 0, labels.device).query_ids
+        return RowInfo(ids, ids, labels, one_sided=torch.ones_like(labels, dtype=torch.bool))
+
     @staticmethod
     def distinct(num_queries: int, num_documents: int, device: torch.device | None = None) -> RowInfo:
         """Rows of which nothing is the same as anything else, nor as a row of another rank."""
@@ -98,7 +114,7 @@ class RowInfo:
             )
 
         expected = {"negative_rows": num_documents - num_queries, "scores": num_documents}
-        expected |= {"teacher_query": num_queries, "teacher_document": num_documents}
+        expected |= {"teacher_query": num_queries, "teacher_document": num_documents, "one_sided": num_queries}
         for name, size in expected.items():
             value = getattr(self, name)
             if value is not None and value.size(0) != size:
@@ -226,6 +242,11 @@ class Objective(ABC):
         return _parts_of_properties(self)
 
     @property
+    def uses_labels(self) -> bool:
+        """Whether a row may have a label in place of a positive (:attr:`RowInfo.one_sided`)."""
+        return False
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether rows need a teacher's embeddings."""
         return False
@@ -248,6 +269,11 @@ class Objective(ABC):
 def scope(gather: RowGather | None, negatives: Negatives) -> RowGather:
     """Return what gathers the rows that an objective compares: all ranks' rows, or its own rank's."""
     return gather if gather is not None and negatives == "global" else RowGather()
+
+
+def without_positive(inputs: LossInput, num_rows: Tensor) -> dict[str, Tensor]:
+    """Return the metric that counts this rank's rows without a positive, where rows may have none."""
+    return {} if inputs.rows.one_sided is None else {"without_positive": num_rows}
 
 
 def checked(config: _ConfigT) -> _ConfigT:
@@ -341,6 +367,9 @@ class GlobalRows:
     start: int
     """The row of this rank's first query among all."""
 
+    one_sided: Tensor | None = None
+    """This rank's rows whose query is their document; ``None`` if it has none. *Shape:* ``[b]``, bool."""
+
     @property
     def document_row(self) -> Tensor:
         """The row (from 0 to B - 1) that each document belongs to. *Returns:* ``[M]``.
@@ -408,9 +437,10 @@ def gather_all(inputs: LossInput, gather: RowGather) -> GlobalRows:
     )
     own = rows.document_rows()
     document_row = gather(torch.where(own < 0, own, own + start), counts_m)
+    one_sided = rows.one_sided if rows.one_sided is not None and bool(rows.one_sided.any()) else None
 
     return GlobalRows(
-        inputs, query, query_mask, document, document_mask, info, document_row, torch.cat(positive), start
+        inputs, query, query_mask, document, document_mask, info, document_row, torch.cat(positive), start, one_sided
     )
 
 

@@ -17,6 +17,7 @@ from typing import Final, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from vembed_fs2.distributed import RowGather
 from vembed_fs2.embedding.head import Similarity
@@ -35,6 +36,7 @@ from vembed_fs2.losses.common import (
     positive_errors,
     scale_parts,
     scope,
+    without_positive,
 )
 from vembed_fs2.losses.filters import Hardness, highest_negative, teacher_block
 from vembed_fs2.losses.tiles import Block, TileGrads, sum_over_tiles
@@ -140,6 +142,13 @@ class InfoNCE(Objective):
     positive, copies of the query. With several directions, the loss of a row is
     the mean of theirs, or one softmax over all of them (``partition``).
 
+    A row with a label but without a positive of its own has the other rows of its
+    label as positives, without copies of itself (``mask_same``). Its loss is the mean
+    over them, each against the negatives alone, as if the row were written once for
+    each; zero if there are none. (In :class:`.MultiPositive` the positives compete
+    with each other as well.) A negative is a false one if it is as similar as the most
+    similar positive.
+
     Options: only the hardest negatives; false negatives filtered by margin (as
     in de Souza et al., "NV-Retriever", 2024, https://arxiv.org/abs/2407.15831)
     or by a teacher (Solatorio, "GISTEmbed", 2024,
@@ -164,6 +173,10 @@ class InfoNCE(Objective):
         return scale_parts(self._config)
 
     @property
+    def uses_labels(self) -> bool:
+        return True
+
+    @property
     def needs_teacher(self) -> bool:
         return self._config.false_negatives == "filter_by_teacher"
 
@@ -174,9 +187,9 @@ class InfoNCE(Objective):
         """
         rows = gather_all(inputs, self._gather)
         scale = self._scale(inputs)
-        tile = _Softmax(rows, self._config, scale)
+        tile = (_Softmax if rows.one_sided is None else _SeveralPositives)(rows, self._config, scale)
         loss = sum_over_tiles(tile.blocks, tile, [scale] if isinstance(scale, Tensor) else [])
-        metrics = tile.metrics()
+        metrics = tile.metrics() | without_positive(inputs, tile.num_without)
         metrics["temperature"] = inputs.num_queries / torch.as_tensor(scale, device=loss.device).detach().squeeze()
 
         return LossOutput(loss, metrics)
@@ -207,7 +220,9 @@ class _Softmax:
         if config.hardness != "none":
             self._hardness = Hardness(rows, config.hardness, config.hardness_strength)
 
-        self._num_found, self._num_masked = torch.zeros(2, dtype=torch.int64, device=rows.positive.device)
+        self._num_found, self._num_masked, self.num_without = torch.zeros(
+            3, dtype=torch.int64, device=rows.positive.device
+        )
         self._num_queries, self._num_others = rows.inputs.num_queries, rows.document.size(0) - 1
         self.blocks = _blocks(rows, directions, config)
 
@@ -291,6 +306,115 @@ class _Softmax:
         # A pair that is left out has a score of -inf and a gradient of 0.
         parts = [z.nan_to_num_(neginf=0.0).mul_(grad).sum() for grad, z in zip(grads, raw)]
         return [torch.stack(parts).sum() / self._scale] if parts else []
+
+
+class _SeveralPositives(_Softmax):
+    r"""The same for rows of which some have several positives, or none.
+
+    With :math:`Z` the sum of the exponentials of the negatives, the loss of a row is
+    the mean of :math:`\log(1 + Z e^{-z_p})` over its positives.
+    """
+
+    def __init__(self, rows: GlobalRows, config: InfoNCEConfig, scale: Tensor | float) -> None:
+        super().__init__(rows, config, scale)
+        assert rows.one_sided is not None
+        self._one_sided = rows.one_sided.long()
+        self._num_negatives = torch.zeros_like(self._num_masked)
+
+    def __call__(self, scores: list[Tensor], rows: slice, scalars: list[Tensor]) -> TileGrads:
+        scores, by_teacher = scores[: len(self._own)], scores[len(self._own) :]
+        positives = {group[0]: self._excluded[group[0]].positives(rows) for group in self._groups}
+        highest = self._highest_negatives((by_teacher or scores)[0], positives[0])
+        raw = [s.clone() for s in scores] if self._is_learned else []
+
+        negatives = [
+            self._negatives(i, s, judged, positives.get(i), highest, rows)
+            for i, (s, judged) in enumerate(zip(scores, by_teacher or scores))
+        ]
+        self._count(scores[0], negatives[0], positives[0], rows)
+        if self._hardness is not None:
+            negatives[0].add_(self._hardness(negatives[0], rows), alpha=1.0 / self._scale)
+
+        weight, factor = 1.0 / len(self._groups), self._scale / len(self._groups)
+        loss = torch.zeros((), dtype=scores[0].dtype, device=scores[0].device)
+        for group in self._groups:
+            positive = positives[group[0]]
+            log_total = _log_softmax_total([negatives[i] for i in group], scale=self._scale)
+
+            # Each pair of a row and a positive, and how much it counts.
+            x_sC = torch.add(log_total, scores[group[0]], alpha=-self._scale).masked_fill_(~positive, -torch.inf)
+            share = 1.0 / positive.sum(1, keepdim=True).clamp_(min=1)
+            loss += weight * (softplus(x_sC) * share).sum()
+
+            pull = x_sC.sigmoid_().mul_(share)
+            push = pull.sum(1, keepdim=True) * factor
+            for i in group:
+                negatives[i].mul_(push)
+            negatives[group[0]].sub_(pull, alpha=factor)
+
+        return TileGrads(loss, [*negatives, *(None for _ in by_teacher)], self._scale_grads(negatives, raw))
+
+    def metrics(self) -> dict[str, Tensor]:
+        return super().metrics() | {"num_negatives": self._num_negatives}
+
+    def _highest_negatives(self, judged: Tensor, positive: Tensor) -> Tensor | None:
+        """The greatest similarity that a negative of each row may have. *Returns:* ``[s, 1]``."""
+        config = self._config
+        if config.false_negatives == "keep":
+            return None
+
+        best = judged.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
+        relative = config.false_negative_margin_type == "relative"
+        highest = highest_negative(best, config.false_negative_margin, relative=relative)
+        return highest.masked_fill_(best == -torch.inf, torch.inf)
+
+    def _negatives(
+        self, number: int, s_sC: Tensor, judged: Tensor, positive: Tensor | None, highest: Tensor | None, rows: slice
+    ) -> Tensor:
+        """The scores of the negatives in a direction; all others are -inf."""
+        excluded = self._excluded[number].mask(rows)
+        if highest is not None:
+            false = judged > highest
+            if positive is None and self._own[number] is not None:
+                false.scatter_(1, self._own_columns(number, rows), False)
+            excluded = false if excluded is None else excluded.logical_or_(false)
+
+        negatives = s_sC.clone() if excluded is None else s_sC.masked_fill(excluded, -torch.inf)
+        if positive is not None:
+            negatives.masked_fill_(positive, -torch.inf)
+        if number == 0 and self._config.hardest is not None:
+            _keep_hardest(negatives, self._own_columns(0, rows), self._config.hardest)
+
+        return negatives
+
+    def _count(self, scores_sC: Tensor, negatives_sC: Tensor, positive: Tensor, rows: slice) -> None:
+        count = positive.sum(1)
+        num_negatives = torch.count_nonzero(negatives_sC > -torch.inf)
+        self._num_negatives += num_negatives
+
+        # What is left is neither a positive, nor a negative, nor the row itself.
+        self._num_masked += (scores_sC.size(1) - self._one_sided[rows] - count).sum() - num_negatives
+
+        best = scores_sC.masked_fill(~positive, -torch.inf).amax(1)
+        self._num_found += torch.count_nonzero(best > negatives_sC.amax(1))
+        self.num_without += torch.count_nonzero(count == 0)
+
+
+def _log_softmax_total(tiles: Sequence[Tensor], *, scale: float) -> Tensor:
+    """Replace scores by their probabilities under one softmax over all tiles; by 0 if all of a row are -inf.
+
+    :returns: the log of the sum of the exponentials of the scaled scores. *Shape:* ``[s, 1]``.
+    """
+    top = torch.stack([z.amax(1, keepdim=True) for z in tiles]).amax(0).mul_(scale)
+    top.masked_fill_(top == -torch.inf, 0.0)
+
+    total = torch.zeros_like(top)
+    for z in tiles:
+        total += torch.add(-top, z, alpha=scale, out=z).exp_().sum(1, keepdim=True)
+    for z in tiles:
+        z.div_(total.clamp_min(torch.finfo(z.dtype).tiny))
+
+    return total.log_().add_(top)
 
 
 def _blocks(rows: GlobalRows, directions: Sequence[str], config: InfoNCEConfig) -> list[Block]:

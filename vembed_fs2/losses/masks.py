@@ -5,6 +5,7 @@ Legend: b anchors of this rank, t anchors of a tile, C columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,63 +28,123 @@ class Exclusions:
     """
 
     own: Tensor | None = None
-    """The column of each anchor that is kept in any case: its positive. *Shape:* ``[b]``."""
+    """The column of each anchor's own row. It is the positive, which is kept in any case; or, if the anchor is
+    one-sided, the anchor itself, which is left out in any case. *Shape:* ``[b]``."""
+
+    one_sided: Tensor | None = None
+    """The anchors whose positives are the other rows of their label; ``None`` if there are none. *Shape:* ``[b]``."""
+
+    labels: tuple[Tensor, Tensor] | None = None
+    """The label of each anchor ``[b]`` and of each column ``[C]``, if rows of a label are no negatives or positives."""
+
+    mask_labels: bool = True
+    """Whether rows of one label are left out as negatives."""
 
     _keys: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def add(self, anchor_b: Tensor, column_C: Tensor) -> None:
-        """Leave out pairs of the same key, if there are any besides the anchors' own."""
+    def add(self, anchor_b: Tensor, column_C: Tensor, *, copies: bool = False) -> None:
+        """Leave out pairs of the same key, if there are any besides the anchors' own.
+
+        :param copies: whether such a column is the anchor once more, so that it is no positive either.
+        """
+        if self._matches(anchor_b, column_C):
+            self._keys.append((anchor_b, column_C))
+            if copies:
+                self._copies.append((anchor_b, column_C))
+
+    def add_labels(self, anchor_b: Tensor, column_C: Tensor, *, mask: bool) -> None:
+        """
+        :param mask: whether to leave out pairs of the same label.
+        """
+        self.mask_labels = mask and self._matches(anchor_b, column_C)
+        self.labels = (anchor_b, column_C)
+
+    def mask(self, rows: slice) -> Tensor | None:
+        """The pairs of a tile that are no negatives. *Returns:* ``[t, C]``, bool; ``None`` if there are none."""
+        keys = self._keys
+        if self.labels is not None and self.mask_labels:
+            keys = [*keys, self.labels]
+
+        mask = _same(keys, rows)
+        if self.one_sided is not None and self.own is not None:
+            if mask is None:
+                mask = self._no_pairs(rows)
+            mask.scatter_(1, self.own[rows].unsqueeze(1), self.one_sided[rows].unsqueeze(1))
+        elif mask is not None and self.own is not None:
+            mask.scatter_(1, self.own[rows].unsqueeze(1), False)
+
+        return mask
+
+    def positives(self, rows: slice) -> Tensor:
+        """The positives of a tile: of an anchor its own column; or, if it is one-sided, the other rows of its label,
+        without copies of itself that are left out. *Returns:* ``[t, C]``, bool."""
+        assert self.own is not None
+        own = self.own[rows].unsqueeze(1)
+        if self.one_sided is None:
+            return self._no_pairs(rows).scatter_(1, own, True)
+
+        assert self.labels is not None
+        one_sided = self.one_sided[rows].unsqueeze(1)
+
+        positive = _same([self.labels], rows)
+        assert positive is not None
+        if (copies := _same(self._copies, rows)) is not None:
+            positive.logical_and_(copies.logical_not_())
+
+        return positive.logical_and_(one_sided).scatter_(1, own, ~one_sided)
+
+    def _matches(self, anchor_b: Tensor, column_C: Tensor) -> bool:
         ordered = torch.sort(column_C).values
 
         matches = torch.searchsorted(ordered, anchor_b, right=True) - torch.searchsorted(ordered, anchor_b)
         if self.own is not None:
             matches = matches - (column_C[self.own] == anchor_b).long()
-        if bool((matches > 0).any()):
-            self._keys.append((anchor_b, column_C))
+        return bool((matches > 0).any())
 
-    def mask(self, rows: slice) -> Tensor | None:
-        """The pairs of a tile that are left out. *Returns:* ``[t, C]``, bool; ``None`` if there are none."""
-        if not self._keys:
-            return None
+    def _no_pairs(self, rows: slice) -> Tensor:
+        assert self.labels is not None
+        anchor, column = self.labels
+        return torch.zeros(anchor[rows].size(0), column.size(0), dtype=torch.bool, device=column.device)
 
-        mask: Tensor | None = None
-        for anchor, column in self._keys:
-            same = anchor[rows].unsqueeze(1) == column.unsqueeze(0)
-            mask = same if mask is None else mask.logical_or_(same)
 
-        assert mask is not None
+def _same(keys: Sequence[tuple[Tensor, Tensor]], rows: slice) -> Tensor | None:
+    """The pairs of a tile that have one of several keys in common."""
+    mask: Tensor | None = None
+    for anchor, column in keys:
+        same = anchor[rows].unsqueeze(1) == column.unsqueeze(0)
+        mask = same if mask is None else mask.logical_or_(same)
 
-        if self.own is not None:
-            mask.scatter_(1, self.own[rows].unsqueeze(1), False)
-
-        return mask
+    return mask
 
 
 def query_to_document(rows: GlobalRows, *, mask_same: bool = True) -> Exclusions:
     """Documents that are no negatives of this rank's queries: copies of the positive and of the query, and the
     positives of rows with the same query or label."""
-    excluded = Exclusions(own=rows.target)
+    excluded = Exclusions(own=rows.target, one_sided=rows.one_sided)
+    own, everyone = rows.inputs.rows, rows.rows
     if mask_same:
-        own, everyone = rows.inputs.rows, rows.rows
         excluded.add(everyone.document_ids[rows.target], everyone.document_ids)
-        excluded.add(own.query_ids, everyone.document_ids)
+        excluded.add(own.query_ids, everyone.document_ids, copies=True)
         excluded.add(own.query_ids, _at_positives(rows, everyone.query_ids))
-        excluded.add(_label_keys(own.labels, _NO_ANCHOR), _at_positives(rows, _label_keys(everyone.labels, _NO_COLUMN)))
 
+    labels = _at_positives(rows, _label_keys(everyone.labels, _NO_COLUMN))
+    excluded.add_labels(_label_keys(own.labels, _NO_ANCHOR), labels, mask=mask_same)
     return excluded
 
 
 def document_to_query(rows: GlobalRows, *, mask_same: bool = True) -> Exclusions:
     """Queries that are no negatives of this rank's positives."""
-    excluded = Exclusions(own=rows.row)
+    excluded = Exclusions(own=rows.row, one_sided=rows.one_sided)
+    own, everyone = rows.inputs.rows, rows.rows
     if mask_same:
-        own, everyone = rows.inputs.rows, rows.rows
         positive_ids = everyone.document_ids[rows.positive]
         excluded.add(positive_ids[rows.row], positive_ids)
-        excluded.add(positive_ids[rows.row], everyone.query_ids)
+        excluded.add(positive_ids[rows.row], everyone.query_ids, copies=True)
         excluded.add(own.query_ids, everyone.query_ids)
-        excluded.add(_label_keys(own.labels, _NO_ANCHOR), _label_keys(everyone.labels, _NO_COLUMN))
 
+    labels = _label_keys(everyone.labels, _NO_COLUMN)
+    excluded.add_labels(_label_keys(own.labels, _NO_ANCHOR), labels, mask=mask_same)
     return excluded
 
 

@@ -30,6 +30,7 @@ from vembed_fs2.losses.common import (
     positive_errors,
     scale_parts,
     scope,
+    without_positive,
 )
 from vembed_fs2.losses.infonce import softmax_
 from vembed_fs2.losses.tiles import TileGrads, sum_over_tiles
@@ -73,6 +74,10 @@ class MultiPositive(Objective):
     all other rows and the explicit negatives of all rows, without those that are
     known to be none (``mask_same``).
 
+    A row with a label but without a positive of its own is compared with all rows
+    but itself: :math:`P_i` holds the other rows of its label, as in the paper,
+    without copies of the row (``mask_same``). If there are none, its loss is zero.
+
     ``accuracy`` counts queries whose most similar document is of their class.
     """
 
@@ -86,6 +91,10 @@ class MultiPositive(Objective):
 
     def learned_parts(self, embedding_dim: int, teacher_dim: int | None = None) -> Sequence[LearnedPart]:
         return scale_parts(self._config)
+
+    @property
+    def uses_labels(self) -> bool:
+        return True
 
     def compute(self, inputs: LossInput) -> LossOutput:
         """
@@ -104,7 +113,7 @@ class MultiPositive(Objective):
             back = _ClassSoftmax(anchor_key, document_key[rows.positive], excluded)
             loss = (loss + sum_over_tiles([rows.block("document", "query", config.similarity)], back, [scale])) / 2
 
-        metrics = tile.metrics
+        metrics = tile.metrics | without_positive(inputs, tile.num_without)
         metrics["temperature"] = inputs.num_queries / scale.detach().squeeze()
         return LossOutput(loss, metrics)
 
@@ -128,38 +137,53 @@ class _ClassSoftmax:
         self._excluded = excluded
         zero = torch.zeros((), device=anchor_key.device)
         self.metrics = dict.fromkeys(("accuracy", "num_positives", "num_negatives", "masked_fraction"), zero)
+        self.num_without = zero
+        """The number of anchors without a positive."""
 
     def __call__(self, scores: list[Tensor], rows: slice, scalars: list[Tensor]) -> TileGrads:
         (s_tC,), (scale,) = scores, scalars
 
-        positive = self._anchor_key[rows].unsqueeze(1) == self._column_key.unsqueeze(0)
+        positive = self._positives(rows)
+        has_positive = positive.any(1, keepdim=True)
         excluded = self._excluded.mask(rows)
         if excluded is not None:
             excluded.logical_and_(~positive)
 
-        self._add_metrics(s_tC, positive, excluded)
+        self._add_metrics(s_tC, positive, excluded, rows)
+        self.num_without = self.num_without + (~has_positive).sum()
 
         z_tC = s_tC * scale
         if excluded is not None:
-            z_tC.masked_fill_(excluded, -torch.inf)
+            # All may be left out of a row that counts for nothing.
+            z_tC.masked_fill_(excluded.logical_and_(has_positive), -torch.inf)
 
-        target_tC = positive.to(s_tC.dtype).div_(positive.sum(1, keepdim=True))
+        target_tC = positive.to(s_tC.dtype).div_(positive.sum(1, keepdim=True).clamp_(min=1))
         log_sum = softmax_([z_tC])
-        loss = (log_sum - (target_tC * s_tC).sum(1) * scale).sum()
+        loss = ((log_sum - (target_tC * s_tC).sum(1) * scale) * has_positive.squeeze(1)).sum()
 
         # The gradient of the logits: probabilities less those that are asked for.
-        grad_tC = z_tC.sub_(target_tC)
+        grad_tC = z_tC.sub_(target_tC).mul_(has_positive)
         scale_grad = s_tC.mul_(grad_tC).sum()
 
         return TileGrads(loss, [torch.mul(grad_tC, scale, out=s_tC)], [scale_grad])
 
-    def _add_metrics(self, scores_tC: Tensor, positive: Tensor, excluded: Tensor | None) -> None:
+    def _positives(self, rows: slice) -> Tensor:
+        positive = self._anchor_key[rows].unsqueeze(1) == self._column_key.unsqueeze(0)
+        one_sided = self._excluded.one_sided
+        if one_sided is None:
+            return positive
+        return torch.where(one_sided[rows].unsqueeze(1), self._excluded.positives(rows), positive)
+
+    def _add_metrics(self, scores_tC: Tensor, positive: Tensor, excluded: Tensor | None, rows: slice) -> None:
         others = positive if excluded is None else positive | excluded
         best = scores_tC.masked_fill(~positive, -torch.inf).amax(1)
 
         # A tie with a negative does not count as found.
         found = best > scores_tC.masked_fill(others, -torch.inf).amax(1)
         num_masked = torch.zeros_like(found.sum()) if excluded is None else excluded.sum()
+        if self._excluded.one_sided is not None:
+            num_masked = num_masked - self._excluded.one_sided[rows].sum()  # A row is no candidate of its own.
+
         values = {
             "accuracy": found.sum(),
             "num_positives": positive.sum(),

@@ -65,6 +65,10 @@ class Composite(Objective):
         )
 
     @property
+    def uses_labels(self) -> bool:
+        return all(p.objective.uses_labels for p in self._parts)
+
+    @property
     def needs_teacher(self) -> bool:
         return any(p.objective.needs_teacher for p in self._parts)
 

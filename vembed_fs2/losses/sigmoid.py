@@ -34,6 +34,7 @@ from vembed_fs2.losses.common import (
     positive_errors,
     scale_parts,
     scope,
+    without_positive,
 )
 from vembed_fs2.losses.tiles import TileGrads, sum_over_tiles
 
@@ -80,6 +81,10 @@ class Sigmoid(Objective):
     :math:`z_{ij}` is 1 for the positive of :math:`i` and -1 for the positives of
     all other rows and the explicit negatives of all rows, without those that are
     known to be no negatives (``same``).
+
+    For a row with a label but without a positive of its own it is 1 for the other
+    rows of its label, whatever ``same`` says; the row itself is left out, and copies
+    of it as ``same`` says. A row without any positive has a loss of zero.
     """
 
     def __init__(self, config: SigmoidConfig | None = None, gather: RowGather | None = None) -> None:
@@ -94,6 +99,10 @@ class Sigmoid(Objective):
         bias = [LearnedPart(name=LOGIT_BIAS, mean=self._config.bias)] if self._config.learn_bias else []
         return [*scale_parts(self._config), *bias]
 
+    @property
+    def uses_labels(self) -> bool:
+        return True
+
     def compute(self, inputs: LossInput) -> LossOutput:
         """
         :raises ValueError: the temperature or the bias is to be learned, but the model does not give it.
@@ -101,9 +110,9 @@ class Sigmoid(Objective):
         config, num_queries = self._config, inputs.num_queries
         scale, bias = self._scale(inputs), self._bias(inputs)
         rows = gather_all(inputs, self._gather)
-        tile = _SigmoidTile(rows, config.same)
+        tile = (_SigmoidTile if rows.one_sided is None else _SeveralPositives)(rows, config.same)
         loss = sum_over_tiles([rows.block("query", "document", config.similarity)], tile, [scale, bias])
-        metrics = tile.metrics
+        metrics = tile.metrics | without_positive(inputs, tile.num_without)
         metrics["temperature"] = num_queries / scale.detach().squeeze()
         metrics["bias"] = num_queries * bias.detach().squeeze()
 
@@ -129,6 +138,8 @@ class _SigmoidTile:
         self._same_is_positive = same == "positive"
         zero = torch.zeros((), device=rows.query.device)
         self.metrics = {"accuracy": zero, "num_negatives": zero, "masked_fraction": zero}
+        self.num_without = zero
+        """The number of queries without a positive."""
 
     def __call__(self, scores: list[Tensor], rows: slice, scalars: list[Tensor]) -> TileGrads:
         (s_tC,), (scale, bias) = scores, scalars
@@ -167,6 +178,51 @@ class _SigmoidTile:
             "masked_fraction": num_masked / max(num_others, 1),
         }
         self.metrics = {name: self.metrics[name] + value for name, value in values.items()}
+
+
+class _SeveralPositives(_SigmoidTile):
+    """The same for rows of which some have several positives, or none."""
+
+    def __init__(self, rows: GlobalRows, same: Literal["mask", "positive", "negative"]) -> None:
+        super().__init__(rows, same)
+        assert rows.one_sided is not None
+        self._one_sided = rows.one_sided
+
+    def __call__(self, scores: list[Tensor], rows: slice, scalars: list[Tensor]) -> TileGrads:
+        (s_tC,), (scale, bias) = scores, scalars
+        positive, left_out = self._same.positives(rows), self._same.mask(rows)
+        assert left_out is not None  # The rows themselves.
+
+        if self._same_is_positive:
+            itself = torch.zeros_like(positive)
+            itself.scatter_(1, self._target[rows].unsqueeze(1), self._one_sided[rows].unsqueeze(1))
+            positive, left_out = positive | (left_out & ~itself), itself
+
+        left_out.logical_and_(~positive)
+        has_positive = positive.any(1, keepdim=True)
+        self._count(s_tC, positive, left_out, rows)
+
+        sign = 1.0 - 2.0 * positive
+        x_tC = torch.addcmul(bias, s_tC, scale).mul_(sign).masked_fill_(left_out | ~has_positive, -torch.inf)
+        loss = softplus(x_tC).sum()
+        grad_tC = x_tC.sigmoid_().mul_(sign)
+        bias_grad = grad_tC.sum()
+        scale_grad = s_tC.mul_(grad_tC).sum()
+
+        return TileGrads(loss, [torch.mul(grad_tC, scale, out=s_tC)], [scale_grad, bias_grad])
+
+    def _count(self, scores_tC: Tensor, positive: Tensor, left_out: Tensor, rows: slice) -> None:
+        best = scores_tC.masked_fill(~positive, -torch.inf).amax(1)
+        negative = ~(positive | left_out)
+        found = best > scores_tC.masked_fill(~negative, -torch.inf).amax(1)
+
+        values = {
+            "accuracy": found.sum(),
+            "num_negatives": negative.sum(),
+            "masked_fraction": (left_out.sum() - self._one_sided[rows].sum()) / max(scores_tC.size(1) - 1, 1),
+        }
+        self.metrics = {name: self.metrics[name] + value for name, value in values.items()}
+        self.num_without = self.num_without + (~positive.any(1)).sum()
 
 
 def _negate(x_tC: Tensor, own: Tensor, others: Tensor | None) -> None:

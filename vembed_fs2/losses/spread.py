@@ -102,6 +102,10 @@ class Spread(Objective):
         self._config = checked(config or SpreadConfig())
         self._gather = scope(gather, self._config.negatives)
 
+    @property
+    def uses_labels(self) -> bool:
+        return True  # It asks for no positive.
+
     def compute(self, inputs: LossInput) -> LossOutput:
         """
         :raises ValueError: embeddings are of several vectors.

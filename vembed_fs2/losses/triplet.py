@@ -31,6 +31,7 @@ from vembed_fs2.losses.common import (
     choice_errors,
     gather_all,
     scope,
+    without_positive,
 )
 from vembed_fs2.losses.tiles import TileGrads, sum_over_tiles
 
@@ -85,7 +86,12 @@ class Triplet(Objective):
     - ``all``: the mean over its negatives whose loss is not zero. For a
       soft margin, which is never zero, over all of them.
 
-    A query without negatives has a loss of zero. ``active_fraction`` is the
+    A row with a label but without a positive of its own has the other rows of its
+    label as positives, without copies of itself (``mask_same``): ``hardest`` compares
+    the least similar of them (batch hard of Hermans et al.), ``semi_hard`` takes the
+    mean over them, and ``all`` over all pairs of a positive and a negative.
+
+    A query without negatives, or without positives, has a loss of zero. ``active_fraction`` is the
     fraction of the chosen negatives (of all, for ``all``) that violate the margin.
     """
 
@@ -97,12 +103,16 @@ class Triplet(Objective):
         self._config = checked(config or TripletConfig())
         self._gather = scope(gather, self._config.negatives)
 
+    @property
+    def uses_labels(self) -> bool:
+        return True
+
     def compute(self, inputs: LossInput) -> LossOutput:
         config = self._config
         rows = gather_all(inputs, self._gather)
-        tile = _TripletTile(rows, config)
+        tile = (_TripletTile if rows.one_sided is None else _SeveralPositives)(rows, config)
         loss = sum_over_tiles([rows.block("query", "document", config.similarity)], tile)
-        return LossOutput(loss, tile.metrics)
+        return LossOutput(loss, tile.metrics | without_positive(inputs, tile.num_without))
 
 
 class _TripletTile:
@@ -115,6 +125,8 @@ class _TripletTile:
         zero = torch.zeros((), device=rows.query.device)
         names = ("accuracy", "active_fraction", "num_negatives", "masked_fraction")
         self.metrics = dict.fromkeys(names, zero)
+        self.num_without = zero
+        """The number of queries without a positive."""
 
     def __call__(self, scores: list[Tensor], rows: slice, scalars: list[Tensor]) -> TileGrads:
         s_tC = scores[0]
@@ -176,6 +188,96 @@ class _TripletTile:
 
         x_tC.div_(count.unsqueeze(1))
         return (losses / count).sum(), num_active / num_negatives.clamp_min(1)
+
+
+class _SeveralPositives(_TripletTile):
+    """The same for rows of which some have several positives, or none."""
+
+    def __init__(self, rows: GlobalRows, config: TripletConfig) -> None:
+        super().__init__(rows, config)
+        assert rows.one_sided is not None
+        self._one_sided = rows.one_sided.long()
+
+    def __call__(self, scores: list[Tensor], rows: slice, scalars: list[Tensor]) -> TileGrads:
+        (s_tC,) = scores
+        positive, excluded = self._excluded.positives(rows), self._excluded.mask(rows)
+        others = positive if excluded is None else positive | excluded
+        negatives = s_tC.masked_fill(others, -torch.inf)
+        num_positives, num_negatives = positive.sum(1), (~others).sum(1)
+        best = s_tC.masked_fill(~positive, -torch.inf).amax(1)
+        found = best > negatives.amax(1)
+
+        if self._config.mining == "hardest":
+            loss, active, grad_tC = self._hardest(s_tC, positive, negatives)
+        else:
+            loss, active, grad_tC = self._each(s_tC, positive, negatives, num_positives, num_negatives)
+
+        num_masked = (s_tC.size(1) - self._one_sided[rows] - num_positives - num_negatives).sum()
+        self.num_without = self.num_without + (num_positives == 0).sum()
+        values = {
+            "accuracy": found.sum(),
+            "active_fraction": active.sum(),
+            "num_negatives": num_negatives.sum(),
+            "masked_fraction": num_masked / max(s_tC.size(1) - 1, 1),
+        }
+        self.metrics = {name: self.metrics[name] + value for name, value in values.items()}
+
+        return TileGrads(loss, [grad_tC])
+
+    def _hardest(self, s_tC: Tensor, positive: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compare the least similar positive with the most similar negative.
+
+        *Returns:* the sum of the losses; whether each row violates the margin, ``[t]``; and the gradient, ``[t, C]``.
+        """
+        worst, worst_index = s_tC.masked_fill(~positive, torch.inf).min(1, keepdim=True)
+        best, best_index = negatives.max(1, keepdim=True)
+
+        x = best + (self._config.margin - worst)  # -inf without either.
+        slope = self._slope(x)
+        grad_tC = torch.zeros_like(s_tC).scatter_(1, best_index, slope)
+        grad_tC.scatter_add_(1, worst_index, -slope)
+
+        return self._loss(x).sum(), (x > 0.0).squeeze(1), grad_tC
+
+    def _each(
+        self, s_tC: Tensor, positive: Tensor, negatives: Tensor, num_positives: Tensor, num_negatives: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compare one positive after the other with its negatives, so that no table of all triplets is needed.
+
+        *Returns:* as :meth:`_hardest`; but of each row the fraction of its triplets that violate the margin.
+        """
+        is_all = self._config.mining == "all"
+        loss_t, num_active = torch.zeros_like(s_tC[:, 0]), torch.zeros_like(num_positives)
+        grad_tC = torch.zeros_like(s_tC)
+        columns = positive.byte().sort(dim=1, descending=True, stable=True).indices
+        for number in range(int(num_positives.max())):
+            # A row that has no more positives has a loss of zero from here on.
+            column = columns[:, number : number + 1]
+            similarity = s_tC.gather(1, column).masked_fill_((num_positives <= number).unsqueeze(1), torch.inf)
+
+            best, index = (negatives, None) if is_all else _semi_hard(negatives, similarity)
+            x = best + (self._config.margin - similarity)
+            slope = self._slope(x)
+            if index is None:
+                grad_tC += slope
+            else:
+                grad_tC.scatter_add_(1, index, slope)
+
+            grad_tC.scatter_add_(1, column, -slope.sum(1, keepdim=True))
+            loss_t += self._loss(x).sum(1)
+            num_active += (x > 0.0).sum(1)
+
+        num_pairs = num_positives * (num_negatives if is_all else 1)
+        count = num_active if is_all and not self._config.soft_margin else num_pairs
+        count = count.clamp(min=1)
+
+        return (loss_t / count).sum(), num_active / num_pairs.clamp(min=1), grad_tC.div_(count.unsqueeze(1))
+
+    def _loss(self, x: Tensor) -> Tensor:
+        return softplus(x) if self._config.soft_margin else x.clamp_min(0.0)
+
+    def _slope(self, x: Tensor) -> Tensor:
+        return x.sigmoid() if self._config.soft_margin else (x > 0.0).to(x.dtype)
 
 
 def _semi_hard(s_tC: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:

@@ -262,7 +262,13 @@ def read_folder_config(path: Path, checkpoint_format: CheckpointFormat, *, trust
     if image_head is not None:
         set_image_head(config, image_head)
 
+    _keep_extra_fields(config, folder, checkpoint_format)
     return config
+
+
+def _keep_extra_fields(config: Any, folder: ModelFolder, source: CheckpointFormat | Dialect) -> None:
+    if isinstance(config, EmbeddingModelConfig) and (extra := source.find_extra_fields(folder.config, config)):
+        config.extra_fields = {folder.config_name: extra}
 
 
 def read_dialect_config(folder: ModelFolder, resolver: DependencyResolver | None = None) -> tuple[str, Any]:
@@ -274,9 +280,14 @@ def read_dialect_config(folder: ModelFolder, resolver: DependencyResolver | None
 
     try:
         family, dialect = find_dialect(folder.dialect, folder.config, resolver)
-        return family, dialect.from_config(folder.root, folder.config)
+        config = dialect.from_config(folder.root, folder.config)
+        if (head := folder.image_head()) is not None:
+            set_image_head(config, head)
     except ModelLoadError as ex:
         raise ModelLoadError(f"{folder.config_file}: {ex}") from None
+
+    _keep_extra_fields(config, folder, dialect)
+    return family, config
 
 
 def find_dialect(

@@ -7,18 +7,24 @@ offsets of crops down.
 
 from __future__ import annotations
 
+import gzip
 import html
 import json
 import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, final
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from transformers import CLIPTokenizerFast
+from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 from vembed_fs2.errors import DataError, ModelLoadError, VembedError
 from vembed_fs2.formats.open_clip import read_options, read_pair
@@ -43,6 +49,11 @@ _PLAIN: Final = re.compile(r"[\t\n -%'-~]*")
 """Texts that neither ftfy nor unescaping of HTML changes: printable ASCII without ``&``."""
 
 _NO_PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
+
+_BPE_FILE: Final = "bpe_simple_vocab_16e6.txt.gz"
+"""The vocabulary in open_clip's package."""
+
+_NUM_MERGES: Final = 49_152 - 256 - 2
 
 _WORDS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 """Contractions, words, digits, and runs of all else."""
@@ -271,6 +282,33 @@ class OpenClipTexts:
             ]
         )
         backend.encode_special_tokens = True
+
+
+def load_built_in_tokenizer(folder: Path) -> CLIPTokenizerFast:
+    """Load the tokenizer of CLIP, which open_clip brings along for folders that have none.
+
+    :param folder: the model's folder.
+    :raises ModelLoadError: open_clip is not installed, or lacks the file.
+    """
+    spec = find_spec("open_clip")  # Not imported: that takes seconds.
+    file = None if spec is None or spec.origin is None else Path(spec.origin).with_name(_BPE_FILE)
+    if file is None or not file.is_file():
+        raise ModelLoadError(
+            f"{folder} has no tokenizer, so the model uses the vocabulary that comes with open_clip, which is not "
+            "installed: pip install 'vembed_fs2[open-clip]'."
+        )
+
+    # After a line for the version. More merges than these follow, which CLIP does not use.
+    merges = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1 : _NUM_MERGES + 1]
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
+    vocabulary = {token: idx for idx, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+
+    with TemporaryDirectory() as name:
+        files = Path(name, "vocab.json"), Path(name, "merges.txt")
+        files[0].write_text(json.dumps(vocabulary), encoding="utf-8")
+        files[1].write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+        return CLIPTokenizerFast(str(files[0]), str(files[1]), model_max_length=77)
 
 
 def clean_text(text: str, cleaning: str) -> str:

@@ -29,6 +29,8 @@ _MODEL_FILE: Final = "spiece.model"
 
 _CLASSES: Final = ("SiglipTokenizer", "SiglipTokenizerFast")
 
+_GEMMA_CLASSES: Final = ("GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenizer")
+
 _SPACE: Final = "▁"
 """What sentencepiece writes for a space."""
 
@@ -51,6 +53,22 @@ def is_siglip_tokenizer(folder: Path) -> bool:
     if name is None and folder.joinpath("config.json").is_file():
         return read_json(folder / "config.json").get("model_type") == "siglip"
     return name in _CLASSES
+
+
+def reads_lower_case(folder: Path) -> bool:
+    """Whether a model folder is of SigLIP 2, which was trained on texts in lower case, and does not say otherwise.
+
+    Its tokenizer is Gemma's, which takes letters as they are. open_clip and version 5 of transformers lower them.
+    """
+    file = folder / "config.json"
+    model_type = str(read_json(file).get("model_type")) if file.is_file() else ""
+
+    # The models of one image size are of the first SigLIP's type.
+    config = _read_config(folder)
+    is_second = model_type.startswith("siglip2") or (
+        model_type.startswith("siglip") and config.get("tokenizer_class") in _GEMMA_CLASSES
+    )
+    return is_second and config.get("do_lower_case") is not False
 
 
 def load_siglip_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -13,13 +13,16 @@ from typing import Any, Final, Literal, NamedTuple, final
 
 import numpy as np
 import torch
-from tokenizers import Encoding, Tokenizer, normalizers
+from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.processing.open_clip import OpenClipTexts
+from vembed_fs2.formats.open_clip import find_tokenizer_name
+from vembed_fs2.processing.open_clip import OpenClipTexts, load_built_in_tokenizer
 from vembed_fs2.processing.siglip_tokenizer import is_siglip_tokenizer, load_siglip_tokenizer
+from vembed_fs2.processing.version_5 import is_of_version_5, load_of_version_5
+from vembed_fs2.processing.vocabulary import fit_vocabulary
 
 _TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -32,6 +35,9 @@ _TOKENIZER_FILES: Final = (
 
 # Tokenizers without a limit say 1e30.
 _NO_LIMIT: Final = 10**9
+
+_MAX_PREFIXES: Final = 1024
+"""The prefixes whose lengths are remembered."""
 
 
 class TokenizedTexts(NamedTuple):
@@ -60,6 +66,7 @@ class TextProcessor:
         *,
         max_length: int | None = None,
         model_max_length: int | None = None,
+        vocab_size: int | None = None,
         do_lower_case: bool = False,
         padding: Literal["longest", "max_length"] = "longest",
         open_clip: OpenClipTexts | None = None,
@@ -69,6 +76,7 @@ class TextProcessor:
         :param max_length: the longest text in tokens, special tokens included;
             if ``None``, the tokenizer's own limit. The rest is cut off.
         :param model_max_length: the longest text that the model can take at all.
+        :param vocab_size: the number of tokens that the model has embeddings of.
         :param do_lower_case: if ``True``, the tokenizer lowercases texts.
         :param padding: whether to pad to the longest text or to ``max_length``.
         :param open_clip: what open_clip does besides.
@@ -88,6 +96,8 @@ class TextProcessor:
         self._backend = _copy_backend(tokenizer)
         self._open_clip = open_clip or OpenClipTexts()
         self._open_clip.change_backend(self._backend)
+        if vocab_size is not None:
+            self._backend = fit_vocabulary(self._backend, tokenizer, vocab_size)
 
         if self._max_length is not None:
             self._backend.enable_truncation(self._max_length, direction=tokenizer.truncation_side)
@@ -97,7 +107,9 @@ class TextProcessor:
         # Models of open_clip see all padding; if texts have their full width already, they need no mask.
         is_unmasked = self._width is not None and bool(self._open_clip.text_cleaning)
         self._is_masked = "attention_mask" in self._names and not is_unmasked
-        self._pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        # open_clip pads with the first token, whatever it is.
+        has_padding = tokenizer.pad_token_id is not None and not self._open_clip.open_clip_bpe
+        self._pad_id: int = tokenizer.pad_token_id if has_padding else 0
         self._pad_type_id: int = tokenizer.pad_token_type_id
 
         # A model that does not mask padding may read it, so its side counts.
@@ -110,6 +122,7 @@ class TextProcessor:
         *,
         max_length: int | None = None,
         model_max_length: int | None = None,
+        vocab_size: int | None = None,
         do_lower_case: bool = False,
         padding: Literal["longest", "max_length"] = "longest",
         open_clip: OpenClipTexts | None = None,
@@ -118,29 +131,31 @@ class TextProcessor:
 
         :raises ModelLoadError: ``folder`` has no tokenizer, or one that cannot be loaded.
         """
-        if not any(folder.joinpath(name).is_file() for name in _TOKENIZER_FILES):
-            raise ModelLoadError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there.")
+        has_files = any(folder.joinpath(name).is_file() for name in _TOKENIZER_FILES)
+        if not has_files and not (open_clip is not None and open_clip.open_clip_bpe):
+            name = find_tokenizer_name(folder)
+            hint = "" if name is None else f" open_clip takes the tokenizer of {name}: put its files there."
+            raise ModelLoadError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there.{hint}")
 
         try:
-            if is_siglip_tokenizer(folder):
-                tokenizer = load_siglip_tokenizer(folder)
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(
-                    folder, use_fast=True, local_files_only=True, trust_remote_code=False
-                )
+            tokenizer = _load_tokenizer(folder) if has_files else load_built_in_tokenizer(folder)
         except ModelLoadError:
             raise
         except Exception as ex:  # The Rust library raises bare exceptions.
             raise ModelLoadError(f"The tokenizer in {folder} cannot be loaded: {ex}") from None
 
-        return TextProcessor(
-            tokenizer,
-            max_length=max_length,
-            model_max_length=model_max_length,
-            do_lower_case=do_lower_case,
-            padding=padding,
-            open_clip=open_clip,
-        )
+        try:
+            return TextProcessor(
+                tokenizer,
+                max_length=max_length,
+                model_max_length=model_max_length,
+                vocab_size=vocab_size,
+                do_lower_case=do_lower_case,
+                padding=padding,
+                open_clip=open_clip,
+            )
+        except ModelLoadError as ex:
+            raise ModelLoadError(f"{folder}: {ex}") from None
 
     @property
     def max_length(self) -> int | None:
@@ -191,10 +206,14 @@ class TextProcessor:
             texts = [prefix + text for prefix, text in zip(prefixes, texts)]
 
         encodings = self._backend.encode_batch(self._open_clip.clean(texts))
-        width = self._width or max((len(e) for e in encodings), default=0)
-        pooling_mask = None
+        lengths = torch.tensor([len(e) for e in encodings], dtype=torch.int64)
+
+        # The model sees one padding token of a text without tokens, and poolings see none.
+        width = self._width or max(map(len, encodings), default=0) or min(len(encodings), 1)
+        attention_mask = _mask(lengths.clamp(min=1), width) if self._is_masked else None
+        pooling_mask = _mask(lengths, width) if self._is_masked and bool((lengths == 0).any()) else None
         if prefixes is not None and mask_prefixes:
-            pooling_mask = self._mask(encodings, width)
+            pooling_mask = _mask(lengths, width)
             for row, prefix in enumerate(prefixes):
                 pooling_mask[row, : self._prefix_length(prefix)] = False
 
@@ -204,16 +223,12 @@ class TextProcessor:
 
         return TokenizedTexts(
             input_ids,
-            self._mask(encodings, width) if self._is_masked else None,
+            attention_mask,
             _pad([e.type_ids for e in encodings], width, self._pad_type_id, left=self._pads_left)
             if "token_type_ids" in self._names
             else None,
             pooling_mask,
         )
-
-    def _mask(self, encodings: Sequence[Encoding], width: int) -> Tensor:
-        lengths = torch.tensor([len(e) for e in encodings], dtype=torch.int64)
-        return torch.arange(width) < lengths.unsqueeze(1)
 
     def _prefix_length(self, prefix: str) -> int:
         """The tokens of ``prefix``, with the special tokens before it but not those after it."""
@@ -221,6 +236,8 @@ class TextProcessor:
         if length is None:
             ids = self._backend.encode(self._open_clip.clean([prefix])[0]).ids
             length = len(ids) - 1 if ids and ids[-1] in self._tokenizer.all_special_ids else len(ids)
+            if len(self._prefix_lengths) >= _MAX_PREFIXES:  # Every row may have an instruction of its own.
+                self._prefix_lengths = {"": 0}
             self._prefix_lengths[prefix] = length
         return length
 
@@ -228,6 +245,14 @@ class TextProcessor:
         """Write all files of the tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save_pretrained(folder)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if is_siglip_tokenizer(folder):
+        return load_siglip_tokenizer(folder)
+    if is_of_version_5(folder):
+        return load_of_version_5(folder)
+    return AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True, trust_remote_code=False)
 
 
 def _find_max_length(tokenizer: Any, max_length: int | None, model_max_length: int | None, padding: str) -> int | None:
@@ -262,6 +287,11 @@ def _copy_backend(tokenizer: Any) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _mask(lengths: Tensor, width: int) -> Tensor:
+    """True for the first tokens of each text. *Returns:* ``[T, L]``."""
+    return torch.arange(width) < lengths.unsqueeze(1)
 
 
 def _pad(rows: Sequence[Sequence[int]], width: int, value: int, *, left: bool) -> Tensor:

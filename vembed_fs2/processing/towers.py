@@ -23,6 +23,7 @@ from vembed_fs2.processing.open_clip import OpenClipTexts
 from vembed_fs2.processing.patches import pack_patches
 from vembed_fs2.processing.processor import Processor
 from vembed_fs2.processing.settings import ProcessorSettings, read_settings, save_settings
+from vembed_fs2.processing.siglip_tokenizer import reads_lower_case
 from vembed_fs2.processing.text import TextProcessor
 
 
@@ -90,13 +91,8 @@ class TowerProcessor(Processor[PreparedItem]):
                 "An input of a model with several vectors per row must be one text or one image, but is"
                 f" {item.describe_order()}."
             )
-        if item.is_interleaved and not item.images:
-            raise DataError(f"The model reads one text per input, but an input has {len(item.parts)}.")
         if item.is_interleaved:
-            raise DataError(
-                "The model encodes texts and images apart, so it cannot read them in the order"
-                f" {item.describe_order()}. Give one text, before or after the images."
-            )
+            raise DataError(item.order_error("The model"))
 
     @override
     def collate(
@@ -174,6 +170,7 @@ class TowerProcessor(Processor[PreparedItem]):
         *,
         max_length: int | None = None,
         model_max_length: int | None = None,
+        vocab_size: int | None = None,
         tokens_per_image: int = 1,
         text_padding: TextPadding = "longest",
     ) -> TowerProcessor:
@@ -182,8 +179,9 @@ class TowerProcessor(Processor[PreparedItem]):
         :param modalities: what the model takes: ``text``, ``image`` or both.
         :param max_length: overrides the folder's longest text.
         :param model_max_length: the longest text that the model can take at all.
+        :param vocab_size: the number of tokens that the model has embeddings of.
         :param text_padding: whether texts are padded to the longest of a batch, or all to the longest there can be.
-        :raises ModelLoadError: a file is missing or broken.
+        :raises ModelLoadError: a file is missing or broken, or the tokenizer does not fit the model.
         """
         settings, folder = find_settings(folder)
         # Without a length of its own, a folder's tokenizer says it, as in sentence-transformers.
@@ -195,6 +193,7 @@ class TowerProcessor(Processor[PreparedItem]):
                 folder,
                 max_length=wanted,
                 model_max_length=model_max_length,
+                vocab_size=vocab_size,
                 do_lower_case=settings.do_lower_case,
                 padding=text_padding,
                 open_clip=OpenClipTexts(
@@ -220,4 +219,8 @@ def find_settings(folder: Path) -> tuple[ProcessorSettings, Path]:
     if opened is None:
         return ProcessorSettings(), folder
 
-    return ProcessorSettings(**opened.text_options()), opened.backbone
+    settings = ProcessorSettings(**opened.text_options())
+    if opened.dialect is None and reads_lower_case(opened.backbone):
+        settings.do_lower_case = True
+
+    return settings, opened.backbone

@@ -62,6 +62,7 @@ class ToyBagModel(EmbeddingModel):
         self.layers = ModuleList(ToyBagLayer(config) for _ in range(config.num_layers))
         self.head = Head(config.head, config.model_dim)
         self.max_text_length = config.max_seq_len
+        self.vocab_size = config.vocab_size
 
     def encode_text_states(self, batch: EncoderBatch) -> States:
         assert batch.text is not None

@@ -185,6 +185,9 @@ sys.exit(check.run(parser.parse_args()))
     assert [output.splitlines()[-1] for output in outputs] == [
         "No problems found.",
         "No problems found.",
+        "No problems found.",
+        "No problems found.",
+        "No problems found.",  # Labels.
         "has problems",
         "2 who wrote Faust? pairs.jsonl:1",
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +129,44 @@ def test_untyped_rows(root: Path) -> None:
     assert parse({"query": "q", "positive": "p", "score": "0.5"}, untyped=True).scores == (0.5,)
 
 
-@pytest.mark.parametrize(("label", "read"), [("cat", "cat"), (3, "3"), (3.0, "3"), ("3", "3")])
+@pytest.mark.parametrize(
+    ("label", "read"),
+    [
+        ("cat", "cat"),
+        (3, "3"),
+        (3.0, "3"),
+        ("3", "3"),
+        (Decimal("3.00"), "3"),
+        ("03", "03"),
+        ("3.0", "3.0"),  # A string in a file that tells strings from numbers.
+        (True, "True"),
+    ],
+)
 def test_labels(label: object, read: str) -> None:
     assert parse({"query": "q", "label": label}).label == read
+
+
+@pytest.mark.parametrize(
+    ("label", "read"),
+    [
+        ("1", "1"),
+        ("1.0", "1"),
+        ("0.0", "0"),
+        ("-7.0", "-7"),
+        ("12.00", "12"),
+        ("01", "01"),
+        ("01.0", "01.0"),
+        ("1.5", "1.5"),
+        ("1.0.0", "1.0.0"),
+        ("True", "True"),
+    ],
+)
+def test_integers_that_a_table_wrote_as_floats_are_the_same_labels(label: str, read: str) -> None:
+    assert parse({"query": "q", "label": label}, untyped=True).label == read
+
+
+def test_a_gap_of_a_column_of_floats_is_no_label() -> None:
+    assert parse({**PAIR, "label": math.nan}).label is None
 
 
 @pytest.mark.parametrize(
@@ -168,7 +205,8 @@ PAIR = {"query": "q", "positive": "p"}
         ({"text": "q", "positive": "p"}, "has no query. Its columns are 'text', 'positive'"),
         ({"query": "q"}, "has no positive and no label"),
         ({"query": "q", "positive": None}, "'positive' is empty, and there is no image and no label either"),
-        ({"query": "q", "positive": ["a", "b"]}, "'positive' must be one value, but is a list of 2; write one row"),
+        ({"query": ["q", "r"], "positive": "p"}, "'query' must be one value, but is a list of 2; write one row"),
+        ({"query": "q", "positive": ["a", "b"]}, "the row has 2 positives, but one is expected here"),
         ({"query": "q", "positive": []}, "'positive' is an empty list"),
         ({"query": "q", "positive": {"text": "p", "img": "x"}}, "'positive' has the key 'img'; known are text, image"),
         ({**PAIR, "negatives": ["a", ""]}, "'negatives' is an empty text"),
@@ -179,8 +217,8 @@ PAIR = {"query": "q", "positive": "p"}
         ({**PAIR, "anchor": "a"}, "'anchor' means the same as 'query'"),
         ({**PAIR, "negtives": ["a"]}, "'negtives' is no field. Did you mean 'negatives'"),
         ({**PAIR, "query_id": 1, "positive_id": 2, "title": 3}, None),
-        ({**PAIR, "label": True}, "'label' must be a string or an integer, but is True"),
-        ({**PAIR, "label": 1.5}, "'label' must be a string or an integer, but is 1.5"),
+        ({**PAIR, "label": ["a"]}, "'label' must be a string, an integer or a boolean, but is of type list"),
+        ({**PAIR, "label": 1.5}, "'label' must be a string, an integer or a boolean, but is 1.5"),
         ({**PAIR, "label": ""}, "'label' is an empty text"),
         ({**PAIR, "scores": [1, 2]}, "'scores' must have 1 entries"),
         ({**PAIR, "score": "1"}, "'score' must hold finite numbers, but holds '1'"),
@@ -190,7 +228,8 @@ PAIR = {"query": "q", "positive": "p"}
         ({**PAIR, "instruction": 5}, "'instruction' must be a text, but is 5"),
         ({**PAIR, "query_image": ""}, "'query_image' must be the path of an image"),
         ({**PAIR, "query_image": ["images/a.png", None]}, "'query_image' must be the path of an image.*but is None"),
-        ({**PAIR, "query_image": {"bytes": None, "path": None}}, "'query_image' must be the path"),
+        ({**PAIR, "query_image": [{"bytes": None, "path": None}]}, "'query_image' must be the path.*but is None"),
+        ({**PAIR, "query_image": {"bytes": b"", "path": ""}}, "'query_image' must be the path.*but is empty"),
         ({**PAIR, "query_image": "images/c.png"}, "'query_image' is images/c.png, but there is no file"),
         ({**PAIR, "query_image": "images"}, "'query_image' is images, but there is no file"),
         ({**PAIR, "query_image": "../x.png"}, "'query_image' is ../x.png, which lies outside of the image folder"),

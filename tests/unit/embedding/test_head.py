@@ -264,3 +264,11 @@ def test_heads_of_images_by_their_old_names() -> None:
         torch.testing.assert_close(ImageHead(config, 2)(seqs, pooled=pooled), expected, rtol=0, atol=0)
         assert image_head_output_dim(config, 4, 3) == expected.size(-1)
     assert ImageHeadConfig().pooling == "cls"
+
+
+@pytest.mark.parametrize(("value", "expected"), [(True, True), (False, False), (None, True)])
+def test_a_model_may_assign_what_a_configuration_says(value: bool | None, expected: bool) -> None:
+    """Also the `None` of a configuration that does not say whether embeddings are normalised."""
+    model = OldBag(HeadConfig(normalize=value))
+    assert model.normalize is expected
+    assert model.has_normalization is (value is True)

@@ -225,10 +225,10 @@ def test_weights_that_may_not_be_read_are_not_said_to_be_missing(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("openai_clip_vit_base_patch23", r"nor the name of a card\. Did you mean openai_clip_vit_base_patch32"),
+        ("openai_clip_vit_base_patch23", r"nor the name of a card\. Did you mean 'openai_clip_vit_base_patch32"),
         ("nothing like it", r"neither a folder nor the name of a card\.$"),
         ("some/where", "some/where does not exist"),
-        (Path("nowhere"), "nowhere does not exist"),
+        (Path("nowhere"), r"nowhere is neither a folder nor the name of a card\.$"),
         (__file__, "is not a folder"),
     ],
 )  # fmt: skip
@@ -298,7 +298,7 @@ def test_a_card_of_a_local_folder_is_enough(tiny: Path, tmp_path: Path) -> None:
     assert "my_bad_arch" in lines[1]
     assert "no_such_arch" in lines[1]
     assert lines[2] == "Card my_data does not describe a model: it has no `model_family`."
-    assert "Did you mean my_model" in lines[3]
+    assert "Did you mean 'my_model" in lines[3]
     assert "no_such_base" in lines[4]
 
 
@@ -395,7 +395,12 @@ def test_clip_folders_of_sentence_transformers_are_read(tmp_path: Path) -> None:
         "type": "sentence_transformers.models.CLIPModel",
     }
     root.joinpath("modules.json").write_text(json.dumps([module]))
-    assert torch.equal(vectors(root), vectors(root / "0_CLIPModel"))
+    plain = vectors(root / "0_CLIPModel")
+    assert torch.allclose(torch.nn.functional.normalize(vectors(root)), plain, atol=1e-6)  # Without a normalisation.
+
+    normalize = {"idx": 1, "name": "1", "path": "1_Normalize", "type": "sentence_transformers.models.Normalize"}
+    root.joinpath("modules.json").write_text(json.dumps([module, normalize]))
+    assert torch.equal(vectors(root), plain)
     dense = {"idx": 1, "name": "1", "path": "1_Dense", "type": "sentence_transformers.models.Dense"}
     root.joinpath("modules.json").write_text(json.dumps([module, dense]))
     with pytest.raises(ModelLoadError, match="after CLIPModel is not supported"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import resource
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import quantize_embeddings
 
 from vembed_fs2 import Embedder
 from vembed_fs2.demo.images import write_model_folder
@@ -97,29 +97,21 @@ def test_one_input_gives_one_vector_and_none_give_none(minilm: Embedder, expecte
     assert_close(minilm.encode(TEXTS[0]), expected[0])
     assert minilm.encode([]).shape == (0, 384)
     assert minilm.encode([], truncate_dim=7, convert_to_tensor=True).shape == (0, 7)
+    ranges = np.array([[-1.0] * 384, [1.0] * 384])
     for precision, width in (("int8", 384), ("uint8", 384), ("binary", 48), ("ubinary", 48)):
-        assert minilm.encode([], precision=precision).shape == (0, width)
-        assert minilm.encode("one", precision=precision).shape == (width,)
+        options: Any = {"precision": precision, "ranges": ranges if width == 384 else None}
+        assert minilm.encode([], **options).shape == (0, width)
+        assert minilm.encode("one", **options).shape == (width,)
     assert minilm.encode(np.array(TEXTS[:2])).shape == (2, 384)
     assert minilm.encode(tuple(TEXTS[:2])).shape == (2, 384)
 
 
-@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
-def test_quantized_embeddings_equal_sentence_transformers(minilm: Embedder, precision: Any) -> None:
-    vectors = minilm.encode(TEXTS)
-    quantized = minilm.encode(TEXTS, precision=precision)
-    reference = quantize_embeddings(vectors, precision=precision)
-    assert quantized.dtype == reference.dtype
-    assert np.array_equal(quantized, reference)
-    tensor = minilm.encode(TEXTS, precision=precision, convert_to_tensor=True)
-    assert isinstance(tensor, torch.Tensor)
-    assert np.array_equal(tensor.numpy(), quantized)
-
-
 def test_truncated_embeddings_equal_sentence_transformers(minilm: Embedder, theirs: SentenceTransformer) -> None:
-    reference = theirs.encode(TEXTS[:5], truncate_dim=64, normalize_embeddings=True)
-    assert_close(minilm.encode(TEXTS[:5], truncate_dim=64), reference)
-    raw = minilm.encode(TEXTS[:5], normalize_embeddings=False)
+    """What is truncated has unit length no longer, unless the caller asks for that."""
+    for normalize in (None, False, True):
+        reference = theirs.encode(TEXTS[:5], truncate_dim=64, normalize_embeddings=bool(normalize))
+        assert_close(minilm.encode(TEXTS[:5], truncate_dim=64, normalize_embeddings=normalize), reference)
+    raw = minilm.encode(TEXTS[:5], raw=True)
     assert np.abs(np.linalg.norm(raw, axis=1) - 1).max() > 0.1
     assert_close(raw / np.linalg.norm(raw, axis=1, keepdims=True), minilm.encode(TEXTS[:5]))
 
@@ -145,7 +137,7 @@ def test_prompts_equal_sentence_transformers(theirs: SentenceTransformer) -> Non
 
 
 def test_similarities_equal_sentence_transformers(minilm: Embedder, theirs: SentenceTransformer) -> None:
-    a, b = minilm.encode(TEXTS[:3], normalize_embeddings=False), minilm.encode(TEXTS[3:6])
+    a, b = minilm.encode(TEXTS[:3], raw=True), minilm.encode(TEXTS[3:6])
     assert_close(minilm.similarity(a, b), theirs.similarity(a, b).numpy())
     assert_close(minilm.similarity_pairwise(a, b), theirs.similarity_pairwise(a, b).numpy())
     assert isinstance(minilm.similarity(torch.from_numpy(a), b), torch.Tensor)
@@ -257,12 +249,6 @@ def test_a_full_disk_is_an_error_that_names_the_folder(minilm: Embedder, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stream_cannot_know_the_range_of_its_values(minilm: Embedder) -> None:
-    with pytest.raises(VembedError, match="must not be 'int8' in a stream"):
-        next(minilm.encode_stream(["a"], precision="int8"))
-    assert next(minilm.encode_stream(["a"], precision="ubinary")).shape == (48,)
-
-
 def test_a_stream_is_prepared_while_it_is_encoded(
     minilm: Embedder, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,22 +288,25 @@ def test_the_role_reaches_the_processor(minilm: Embedder, monkeypatch: pytest.Mo
 
 
 def test_vectors_of_a_stream_equal_those_of_a_list(minilm: Embedder) -> None:
-    for options in ({"truncate_dim": 9}, {"precision": "binary"}, {"normalize_embeddings": False}):
+    for options in ({"truncate_dim": 9}, {"precision": "binary"}, {"raw": True}):
         listed: Any = minilm.encode(TEXTS[:5], **options)  # type: ignore[arg-type]
         streamed = np.stack(list(minilm.encode_stream(TEXTS[:5], **options)))  # type: ignore[arg-type]
         assert streamed.dtype == listed.dtype
         assert_close(streamed.astype(np.float32), listed.astype(np.float32), 1e-6)
-    (tensor,) = minilm.encode_stream(TEXTS[:1], convert_to_tensor=True, normalize_embeddings=False)
+    (tensor,) = minilm.encode_stream(TEXTS[:1], convert_to_tensor=True, raw=True)
     assert isinstance(tensor, torch.Tensor)
     assert not tensor.is_inference()
 
 
 def test_progress_is_shown_if_it_is_asked_for(minilm: Embedder, capsys: pytest.CaptureFixture[str]) -> None:
     assert minilm.encode(TEXTS[:3], show_progress_bar=True).shape == (3, 384)
-    assert len(list(minilm.encode_stream(TEXTS[:3], show_progress_bar=True))) == 3
-    assert "encode" in capsys.readouterr().out
+    assert len(list(minilm.encode_stream(TEXTS[:3], show_progress_bar=True, role="document"))) == 3
+    printed = capsys.readouterr()
+    assert re.sub(r"[\d.]+ rows/s", "R rows/s", printed.err) == (
+        "Encoding: 3/3 rows, R rows/s\nDocuments: 3 rows, R rows/s\n"
+    )
     minilm.encode(TEXTS[:3])
-    assert capsys.readouterr().out == ""
+    assert printed.out + "".join(capsys.readouterr()) == ""
 
 
 def test_a_layout_is_saved_by_its_name(minilm: Embedder, expected: Any, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_encoders_that_do_not_fit_are_refused() -> None:
     )
     assert errors == [
         "`text`: `trained_layers` must be at most 2, but is 3 instead.",
-        "`image`: `frozen_params`: 'text' matches no parameter of the encoder; the first one is 'logit_scale'.",
+        "`image`: `frozen_params`: 'text' matches no parameter; the first one is 'logit_scale'.",
     ]
 
 
@@ -283,7 +283,7 @@ def test_encoders_that_cannot_be_found_are_all_named() -> None:
         resolve_towers(ComposedConfig(), {"text": {"path": "/no/such/folder"}, "image": {"name": "openai_klip"}})
     assert [e.partition(":")[0] for e in caught.value.errors] == ["`text`", "`image`"]
     assert "/no/such/folder does not exist" in str(caught.value)
-    assert "openai_klip is neither a folder nor the name of a card. Did you mean openai_clip" in str(caught.value)
+    assert "openai_klip is neither a folder nor the name of a card. Did you mean 'openai_clip" in str(caught.value)
     for own, error in (
         ({"name": "google_bert_base_uncased", "family": "vembed_clip"}, "is of family vembed_bert"),
         ({"name": "google_bert_base_uncased", "arch": "tiny"}, "`arch` is for random weights"),

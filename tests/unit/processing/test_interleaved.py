@@ -83,6 +83,16 @@ def test_wrong_parts_name_row_key_and_entry(root: Path, query: object, row: dict
         parse(query, root, **row)
 
 
+def test_one_sentence_refuses_an_order() -> None:
+    item = Item(parts=[Text("a"), Image(b"x"), Text("b")])
+    assert item.order_error("the teacher") == (
+        "the teacher encodes texts and images apart, so it cannot read them in the order text, image, text."
+        " Give one text, before or after the images."
+    )
+    texts = Item(parts=[Text("a"), Text("b")])
+    assert texts.order_error("The model") == "The model reads one text per input, but an input has 2."
+
+
 def test_the_order_tells_rows_apart() -> None:
     one, other = [Text("a"), Text("b")], [Text("b"), Text("a")]
     assert content_id(Item(parts=one)) != content_id(Item(parts=other))

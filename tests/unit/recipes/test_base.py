@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -156,6 +157,28 @@ def test_a_mistake_is_an_error_before_anything_is_written(
 
     assert "there is one engine only" in capsys.readouterr().err
     assert not tmp_path.joinpath("out").exists()
+
+
+def test_a_recipe_that_shows_nothing_itself_shows_its_log(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def run(recipe: ToyRecipe, config: ToyConfig, args: argparse.Namespace) -> int:
+        seen.append((args.verbose, recipe.screen.shown))
+        return 0
+
+    monkeypatch.setattr("vembed_fs2.recipes.launch._run_fairseq2", run)
+    monkeypatch.setattr("vembed_fs2.recipes.launch.redact_logs", lambda environment: None)
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    monkeypatch.chdir(tmp_path)
+
+    run_recipe(package, parse())
+    run_recipe(package, parse("--quiet"))
+    monkeypatch.setattr(ToyRecipe, "show_end", lambda self, output_dir: None)
+    run_recipe(package, parse())
+
+    assert seen == [(True, False), (False, False), (False, True)]
 
 
 def test_the_task_gets_what_was_prepared(tmp_path: Path) -> None:

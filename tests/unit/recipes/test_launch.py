@@ -24,6 +24,7 @@ from vembed_fs2.recipes.launch import (
     load_config,
     run_recipe,
 )
+from vembed_fs2.recipes.presets import presets_of
 from vembed_fs2.recipes.secrets import redact_logs, redactor
 from vembed_fs2.recipes.train.recipe import create_recipe
 
@@ -70,9 +71,19 @@ def test_later_layers_win(tmp_path: Path) -> None:
 
 
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """With what the first line of each says."""
     assert run_recipe(TRAIN, parse("--preset", "list")) == 0
 
-    assert "demo_text" in capsys.readouterr().out.split()
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert listed["demo_text"] == "Fine-tunes a text model on pairs, one epoch."
+    assert listed.keys() == presets_of(TRAIN).keys()
+
+
+def test_the_nearest_preset_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'text_retreival' is not a preset\. Did you mean 'text_retrieval'\?"):
+        load("--preset", "text_retreival")
+    with pytest.raises(ConfigError, match=r"'xyz' is not a preset\. Presets: composed_model, "):
+        load("--preset", "xyz")
 
 
 def test_command_line_mistakes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 from vembed_fs2.errors import ConfigError
-from vembed_fs2.recipes.layers import load_yaml, merge_layers, parse_overrides, structure
+from vembed_fs2.recipes.layers import load_yaml, merge_layers, nest, parse_overrides, structure
 from vembed_fs2.recipes.train.config import DatasetSection
 
 
@@ -55,6 +55,13 @@ def components(section: str, name: str) -> type[object]:
         return {"sgd": Sgd, "adam": Adam}[name]
     except KeyError:
         raise ConfigError(f"no optimizer {name}") from None
+
+
+def test_dotted_keys_become_nested_ones() -> None:
+    values = {"a.b": 1, "a": {"c": 2, "d.e": 3}, "a.d": {"f": 4}, "g": {}}
+    assert nest(values) == {"a": {"b": 1, "c": 2, "d": {"e": 3, "f": 4}}, "g": {}}
+    with pytest.raises(ConfigError, match="3 must be a text, because it is a key"):
+        nest({"a": {3: 4}})
 
 
 def errors_of(**values: object) -> list[str]:
@@ -203,6 +210,7 @@ def test_a_file_knows_its_folder(tmp_path: Path) -> None:
     [
         (b"a: [", "not valid YAML"),
         (b"a: \xff", "not valid YAML: 'utf-8' codec"),
+        (b"a: 1\na: 2", 'not valid YAML: found duplicate key "a" .* in line 2, column 1$'),
         (b"- 1", "keys and values"),
         (None, "cannot be read"),
     ],

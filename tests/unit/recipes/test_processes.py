@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from vembed_fs2.recipes.launch import _advice, _run_fairseq2
-from vembed_fs2.recipes.processes import RESUME, run_processes
+from vembed_fs2.console import Screen
+from vembed_fs2.recipes.launch import _run_fairseq2, advice_of
+from vembed_fs2.recipes.processes import RESUME, Outcome, call_processes, run_processes
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_what_to_do_is_the_recipes_to_say(capfd: pytest.CaptureFixture[str]) -> 
     assert printed.out == ""
     assert "from a library" in printed.err
     assert printed.err.splitlines()[-1] == ("error: the process of rank 0 was killed by SIGKILL. Was the memory full?")
-    assert [_advice(f"vembed_fs2.recipes.{name}") for name in ("train", "evaluate")] == [RESUME, ""]
+    assert [advice_of(f"vembed_fs2.recipes.{name}") for name in ("train", "evaluate")] == [RESUME, ""]
 
 
 def test_processes_end_with_a_killed_launcher(tmp_path: Path) -> None:
@@ -139,14 +140,74 @@ def test_only_a_lost_connection_is_left_to_the_launcher(
     monkeypatch.setattr(import_module("fairseq2.recipe.run"), "run", fail)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(logging.getLogger("fairseq2"), "propagate", True)
-    arguments: Any = SimpleNamespace(output_dir=tmp_path, checkpoint_dir=None, no_rich=True, traceback=False)
+    arguments: Any = SimpleNamespace(
+        output_dir=tmp_path, checkpoint_dir=None, no_rich=True, verbose=False, traceback=False
+    )
+    recipe: Any = SimpleNamespace(screen=Screen(shown=False))
     monkeypatch.setenv("RANK", "0")
     for launcher in (False, True):
         if launcher:
             monkeypatch.setenv("VEMBED_ERROR_CLAIM", str(tmp_path / "error"))
         with pytest.raises(SystemExit):
-            _run_fairseq2(None, None, arguments)
+            _run_fairseq2(recipe, None, arguments)
         assert logging.getLogger("fairseq2").propagate is not (is_lost and launcher)
 
     deferred = [file.read_text() for file in tmp_path.glob("error.rank_0")]
     assert deferred == ([f"the process of rank 0 cannot communicate with the others: {error}."] if is_lost else [])
+
+
+CALLS = (
+    "import json, os, sys, time\n"
+    "from vembed_fs2.recipes.processes import claim_error\n"
+    "print('gr\\u00fc\\u00df', os.environ.get('RANK'), flush=True); print('to stderr', file=sys.stderr, flush=True)\n"
+)
+
+
+def call(code: str, count: int | None = None) -> tuple[Outcome, str]:
+    printed: list[str] = []
+    outcome = call_processes([sys.executable, "-c", CALLS + code], count, advice="Try again.", echo=printed.append)
+    return outcome, "".join(printed)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("", Outcome(0)),
+        ("if claim_error(2, 'a report'): print('error')\nsys.exit(2)", Outcome(2, "a report")),
+        ("sys.exit(1)", Outcome(1)),
+        (
+            "os.kill(os.getpid(), 9)",
+            Outcome(137, "", "the process of rank 0 was killed by SIGKILL. Was the memory full? Try again."),
+        ),
+    ],
+)
+def test_a_caller_in_python_gets_what_happened(
+    code: str, expected: Outcome, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the processes print, in its own thread, whatever thread that is."""
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
+    results = []
+    thread = threading.Thread(target=lambda: results.append(call(code)))
+    thread.start()
+    thread.join()
+
+    assert results == [(expected, "grüß None\nto stderr\n")]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_last_that_is_printed_is_not_lost() -> None:
+    outcome, printed = call("os.close(0); print('x' * 300_000)", 2)
+    assert outcome == Outcome(0)
+    assert printed.count("x") == 600_000
+    assert {"grüß 0", "grüß 1"} <= set(printed.replace("x", "").split("\n"))
+
+
+def test_a_caller_passes_signals_on_and_has_its_own_handlers_back() -> None:
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    code = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+    code += "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)"
+
+    outcome, _ = call(code)
+
+    assert outcome == Outcome(143, signum=signal.SIGTERM)
+    assert {s: signal.getsignal(s) for s in before} == before

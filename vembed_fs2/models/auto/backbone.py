@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from vembed_fs2.embedding.model import Modality
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.checkpoint import HOW_TO_TRUST, NeedsCodeError
+from vembed_fs2.models.auto.rope import create_config, require_read
 
 _TEXT: Final[frozenset[Modality]] = frozenset({"text"})
 _IMAGE: Final[frozenset[Modality]] = frozenset({"image"})
@@ -47,6 +48,9 @@ COUNT_FROM_PADDING: Final = frozenset(
     }
 )
 """RoBERTa and what comes of it: models whose positions are counted from the one after the padding's."""
+
+_WITH_SOFT_CAP: Final = ("gemma2", "t5gemma", "vaultgemma")
+"""Models whose attention scores have a limit, `attn_logit_softcapping`."""
 
 _PROBE_VALUES: Final = 2**22
 """How many values of a matrix are not zero in a probe: over 1000 rows of a table, which hold the probes' inputs."""
@@ -117,6 +121,12 @@ class Backbone:
         offset = (self.text_config.pad_token_id or 0) + 1 if self._counts_from_padding else 0
 
         return length - offset
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The number of rows of the token embedding table; ``None`` if it is not known, or there is none."""
+        size = getattr(self.text_config, "vocab_size", None) if "text" in self.modalities else None
+        return size if isinstance(size, int) and size > 0 else None
 
     @property
     def _counts_from_padding(self) -> bool:
@@ -249,8 +259,15 @@ def find_backbone(hf_config: Mapping[str, Any], *, pooler: bool | None = None, c
         raise ModelLoadError("config.json: `quantization_config` is set, but quantised models are not supported.")
 
     config_kls, kls = _find_code(hf_config, code)
-    config = _create_config(config_kls or _config_class(hf_config), hf_config)
+    config_kls = config_kls or _config_class(hf_config)
+    config, rope = create_config(hf_config, config_kls)
+    config.dtype = None  # Weights come in the type that the user asks for.
+
     kls = kls or _model_class(config)
+    require_read(hf_config, rope, config_kls, kls)
+    if config.model_type in _WITH_SOFT_CAP and config.attn_logit_softcapping is not None:
+        # torch's own attention would leave it out, without a word.
+        config._attn_implementation = "eager"
 
     if getattr(config, "attention_type", None) == "block_sparse":
         raise ModelLoadError(
@@ -329,28 +346,21 @@ def _config_class(hf_config: Mapping[str, Any]) -> Any:
     return transformers.CONFIG_MAPPING[model_type]
 
 
-def _create_config(kls: Any, hf_config: Mapping[str, Any]) -> Any:
-    try:
-        config = kls.from_dict(deepcopy(dict(hf_config)))
-    except (TypeError, ValueError, AttributeError, LookupError) as ex:
-        raise ModelLoadError(f"config.json is not a valid {kls.__name__}: {ex}") from None
-
-    # Weights come in the type that the user asks for.
-    config.dtype = None
-    return config
-
-
 def _model_class(config: Any) -> Any:
     kls = transformers.MODEL_MAPPING.get(type(config), None)
     if isinstance(kls, (list, tuple)):
         named = [k for k in kls if k.__name__ in (config.architectures or ())]
         kls = (named or list(kls))[0]
 
+    # transformers has some encoders alone, for example T5's, which Sentence-T5 and GTR use. A folder of such a one says
+    # that it is no encoder-decoder, but its base model has both.
+    encoder = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    has_encoder = encoder is not None and encoder is not kls
     if getattr(config, "is_encoder_decoder", False):
-        # transformers has some encoders alone, for example T5's, which Sentence-T5 and GTR use.
-        encoder = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
-        if encoder is None or encoder is kls:
+        if not has_encoder:
             raise unfit(kls, "it is an encoder-decoder")
+        kls = encoder
+    elif has_encoder and kls is not None and "decoder_input_ids" in _arguments(kls.forward):
         kls = encoder
 
     if kls is None:

@@ -39,6 +39,7 @@ class AutoModelConfig(EmbeddingModelConfig):
     """
     What follows the states of images. ``None`` is the default: the model's own
     pooler, if it has one, else the class token, if it has one, else the mean.
+    Dual encoders, texts included, have their own projections for ``pooler``.
     """
 
     trust_remote_code: bool = False
@@ -69,7 +70,8 @@ class AutoModelConfig(EmbeddingModelConfig):
         name = backbone.kls.__name__
         if self.head is not None and backbone.modalities != {"text"}:
             result.add_error(f"`head` must be null: transformers' {name} has no states of texts to pool.")
-        if self.image_head is not None and backbone.modalities != {"image"}:
+        is_pooler_of_dual = self.image_head is not None and self.image_head.is_pooler_alone and backbone.is_dual
+        if self.image_head is not None and backbone.modalities != {"image"} and not is_pooler_of_dual:
             result.add_error(f"`image_head` must be null: transformers' {name} has no states of images to pool.")
 
         return result

@@ -95,7 +95,7 @@ def wrap_model(
 
     if "text" in backbone.modalities:
         trace = trace_text(backbone, probe)
-        _add_head(model, config.head or default_head(backbone), "head", trace)
+        _add_head(model, config.head or config.image_head or default_head(backbone), "head", trace)
         used["text"] = trace.used_parameters(model.head.config)
         calls += trace.calls
 
@@ -155,7 +155,7 @@ def _add_head(model: AutoEmbeddingModel, config: HeadConfig, field: str, trace: 
         if hasattr(model, "head") and model.embedding_dim != size:
             raise unfit(backbone.kls, f"its embeddings have {model.embedding_dim} values per text and {size} per image")
 
-        model.head = Head(HeadConfig(pooling="pooler"), size)
+        model.head = Head(HeadConfig(pooling="pooler", normalize=config.normalize), size)
         return
 
     if states is None and config.reads_states:

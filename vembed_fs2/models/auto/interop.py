@@ -20,13 +20,13 @@ from typing_extensions import override
 
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
-from vembed_fs2.files import write_json
 from vembed_fs2.formats.checkpoint import declare_hf_config
 from vembed_fs2.formats.folder import ModelFolder
 from vembed_fs2.models.auto.backbone import Backbone, find_backbone
 from vembed_fs2.models.auto.config import AUTO_FAMILY, AutoModelConfig
 from vembed_fs2.models.auto.factory import create_auto_model, default_head, default_image_head
 from vembed_fs2.models.auto.model import OWN_PARAMETERS, AutoEmbeddingModel
+from vembed_fs2.models.auto.rope import create_config
 from vembed_fs2.models.auto.trace import trace_image
 from vembed_fs2.models.family import CheckpointFormat
 
@@ -99,6 +99,7 @@ class AutoCheckpointFormat(CheckpointFormat):
         own = {k: v for k, v in state_dict.items() if _HEAD_KEY.fullmatch(k) and config.head is not None}
 
         tensors = {k: v for k, v in state_dict.items() if k not in own}
+        tensors = _with_prefix(tensors, backbone)
         try:
             wrapped, info = backbone.load(tensors, _common_dtype(tensors.values()))
         except (RuntimeError, ValueError) as ex:
@@ -139,12 +140,19 @@ class AutoCheckpointFormat(CheckpointFormat):
         return tensors
 
     @override
-    def write_config(self, folder: Path, config: object) -> None:
-        """Write ``config.json`` as it was."""
+    def find_extra_fields(self, hf_config: Mapping[str, Any], config: object) -> dict[str, object]:
+        return {}  # The configuration holds them all.
+
+    @override
+    def describe_config(self, config: object) -> dict[str, Any]:
+        """Return the content of ``config.json`` as it was."""
         config = cast_config_type(config, AutoModelConfig)
         values = {k: v for k, v in config.hf_config.items() if k not in _LOADING_FIELDS}
-        values |= {"architectures": [config.backbone().kls.__name__], "transformers_version": transformers.__version__}
-        write_json(folder / "config.json", values)
+        values |= create_config(config.hf_config, type(config.backbone().config))[1]  # Both versions read it.
+        return values | {
+            "architectures": [config.backbone().kls.__name__],
+            "transformers_version": transformers.__version__,
+        }
 
     @override
     def write_files(self, folder: Path, config: object) -> None:
@@ -162,6 +170,15 @@ def _has_pooler(config: AutoModelConfig, keys: frozenset[str]) -> bool | None:
 
     names = [name for name in backbone.create_empty().state_dict() if name.startswith("pooler.")]
     return all(any(key.endswith(name) for key in keys) for name in names) if names else None
+
+
+def _with_prefix(tensors: dict[str, object], backbone: Backbone) -> dict[str, object]:
+    """Add what all names of a class start with: version 5 of transformers writes CLIP's towers without it."""
+    known = backbone.create_empty().state_dict().keys()
+    prefix = next(iter(known), "").partition(".")[0] + "."
+    if not all(name.startswith(prefix) for name in known) or any(name.startswith(prefix) for name in tensors):
+        return tensors
+    return {prefix + name if prefix + name in known else name: tensor for name, tensor in tensors.items()}
 
 
 def _common_dtype(tensors: Iterable[object]) -> torch.dtype:

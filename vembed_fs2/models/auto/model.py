@@ -41,6 +41,7 @@ class AutoEmbeddingModel(EmbeddingModel):
         super().__init__()
         self.modalities = backbone.modalities
         self.max_text_length = backbone.max_text_length
+        self.vocab_size = backbone.vocab_size
         self.backbone = backbone
         _fix_statistics(wrapped)
         _reshape_scalars(wrapped)

@@ -33,6 +33,7 @@ class BertFactory(ModelFactory[BertConfig]):
         model = BertModel(frontend, self.create_encoder(), self.create_pooler(), self.create_relative_positions())
         model.set_head(config.head, config.model_dim)
         model.max_text_length = frontend.max_length
+        model.vocab_size = config.vocab_size
 
         return model
 

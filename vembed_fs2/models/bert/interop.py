@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.formats.extra_fields import with_extra_fields
 from vembed_fs2.formats.hf_config import read_field, refuse_other_values, resolve_hf_config, validate_hf_config
 from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Rule
 from vembed_fs2.models.bert.config import BERT_FAMILY, BertConfig
@@ -86,7 +87,8 @@ class BertCheckpointFormat(BackboneCheckpointFormat):
         config = cast_config_type(config, BertConfig)
         variant = VARIANTS[config.model_type]
         data: dict[str, object] = {name: getattr(config, ours) for name, (ours, _) in variant.fields.items()}
-        return HuggingFaceConfig(data, kls_name=f"{variant.name}Config", arch=f"{variant.name}Model")
+        exported = HuggingFaceConfig(data, kls_name=f"{variant.name}Config", arch=f"{variant.name}Model")
+        return with_extra_fields(exported, config)
 
 
 get_bert_model_hub = ModelHubAccessor(BERT_FAMILY, kls=BertModel, config_kls=BertConfig)

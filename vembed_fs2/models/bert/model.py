@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from vembed_fs2.embedding.model import EncoderBatch
 from vembed_fs2.errors import DataError
-from vembed_fs2.models.bert.relative import RelativeLayout, RelativePositions
+from vembed_fs2.models.bert.relative import PackedRelativeLayout, RelativeLayout, RelativePositions
 from vembed_fs2.models.common.attention import PackedLayout, PaddedLayout, default_needs_packing, should_pack
 from vembed_fs2.models.common.dropout import Dropout
 from vembed_fs2.models.common.text_model import TextBackboneModel
@@ -54,14 +54,14 @@ class BertModel(TextBackboneModel):
 
         mask = batch.text.attention_mask
         seqs = self.frontend(batch.text.input_ids, mask, batch.text.token_type_ids)
-        if self.relative_positions is not None:
-            return self.encoder(seqs, RelativeLayout(seqs, mask, self.relative_positions(seqs.size(1))))
+        bias = None if self.relative_positions is None else self.relative_positions(seqs.size(1))
 
-        if mask is not None and should_pack(mask, needed=self.needs_packing):
-            layout = PackedLayout(mask)
+        # Attention with a bias is always our own, which takes padding.
+        if mask is not None and should_pack(mask, needed=self.needs_packing and bias is None):
+            layout = PackedLayout(mask) if bias is None else PackedRelativeLayout(seqs, mask, bias)
             return layout.pad(self.encoder(layout.pack(seqs), layout))
 
-        return self.encoder(seqs, PaddedLayout(seqs, mask))
+        return self.encoder(seqs, PaddedLayout(seqs, mask) if bias is None else RelativeLayout(seqs, mask, bias))
 
     @override
     def pool_tokens(self, seqs: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import override
 
-from vembed_fs2.models.common.attention import EncoderSDPA, PaddedLayout, attend
+from vembed_fs2.models.common.attention import EncoderSDPA, PackedLayout, PaddedLayout, attend
 
 NUM_BUCKETS: Final = 32
 """The buckets that transformers' MPNet puts distances in, whatever its configuration says."""
@@ -78,7 +78,7 @@ class RelativeLayout(PaddedLayout):  # type: ignore[misc]  # final in fairseq2
     """A layout that carries the attention bias of all layers."""
 
     bias: Tensor
-    """What to add to the attention weights, minus infinity for padding. *Shape:* ``[T or 1, H, L, L]``."""
+    """What to add to the attention weights, a very low number for padding. *Shape:* ``[T or 1, H, L, L]``."""
 
     def __init__(self, seqs: Tensor, mask: Tensor | None, bias: Tensor) -> None:
         """
@@ -90,8 +90,26 @@ class RelativeLayout(PaddedLayout):  # type: ignore[misc]  # final in fairseq2
 
         self.bias = bias.unsqueeze(0)
         if self.mask is not None:
-            padding = bias.new_zeros(self.mask.shape).masked_fill_(~self.mask, -torch.inf)
+            # Not infinity: the softmax of a text without any token would be no number.
+            padding = bias.new_zeros(self.mask.shape).masked_fill_(~self.mask, torch.finfo(bias.dtype).min)
             self.bias = self.bias + padding[:, None, None, :]
+
+
+class PackedRelativeLayout(PackedLayout):  # type: ignore[misc]  # final in fairseq2
+    """A packed layout whose attention, which takes padded sequences, has a bias."""
+
+    def __init__(self, seqs: Tensor, mask: Tensor, bias: Tensor) -> None:
+        """
+        :param seqs: *Shape:* ``[T, L, M]``.
+        :param mask: True for tokens, which precede the padding. *Shape:* ``[T, L]``.
+        :param bias: *Shape:* ``[H, L, L]``.
+        """
+        super().__init__(mask)
+        self._relative = RelativeLayout(seqs, mask, bias)
+
+    @override
+    def padded_layout(self, seqs: Tensor) -> PaddedLayout:
+        return self._relative
 
 
 @final

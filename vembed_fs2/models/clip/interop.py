@@ -13,6 +13,7 @@ from typing_extensions import override
 from vembed_fs2.embedding.learned import LOGIT_SCALE
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import VembedError
+from vembed_fs2.formats.extra_fields import with_extra_fields
 from vembed_fs2.formats.hf_config import (
     create_dual_rules,
     read_fields,
@@ -86,6 +87,10 @@ class ClipCheckpointFormat(DualCheckpointFormat):
 
     sentence_module = "CLIPModel"
 
+    text_fields = _TEXT_FIELDS
+
+    vision_fields = _VISION_FIELDS
+
     @override
     def from_hf_config(
         self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
@@ -134,7 +139,7 @@ class ClipCheckpointFormat(DualCheckpointFormat):
             "text_config": CLIPTextConfig(**write_fields(config.text, _TEXT_FIELDS)),
             "vision_config": CLIPVisionConfig(**vision),
         }
-        return HuggingFaceConfig(data, kls_name="CLIPConfig", arch="CLIPModel")
+        return with_extra_fields(HuggingFaceConfig(data, kls_name="CLIPConfig", arch="CLIPModel"), config)
 
 
 def _find_inexpressible(config: ClipConfig) -> list[str]:

@@ -266,6 +266,7 @@ class ClipModel(EmbeddingModel):
         self.towers = {"text": ["text"], "image": ["vision"]}
         self.head = Head(head or HeadConfig(pooling="pooler"), text.proj.output_dim)
         self.max_text_length = text.frontend.pos_embed.num_embeddings
+        self.vocab_size = text.frontend.embed.num_embeddings
         self.add_learned_parts([LearnedPart(name=LOGIT_SCALE, mean=logit_scale_init, is_trained=train_logit_scale)])
 
     @override

@@ -28,6 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from typing_extensions import override
 
 from vembed_fs2.fairseq2_seams import OpenBatchLayout
+from vembed_fs2.models.common.bfloat16_attention import attend_in_bfloat16, can_attend_in_bfloat16
 from vembed_fs2.models.common.dropout import Masks, has_fast_masks
 from vembed_fs2.models.common.dropout_attention import attend_with_dropout
 
@@ -136,6 +137,10 @@ class PackedLayout(OpenBatchLayout):  # type: ignore[misc]  # its base is final
         padded = seqs.new_zeros((self.mask.numel(), *seqs.shape[1:])).index_copy(0, self.indices, seqs)
         return padded.view(*self.mask.shape, *seqs.shape[1:])
 
+    def padded_layout(self, seqs: Tensor) -> PaddedLayout:
+        """Return the layout of ``seqs`` that :meth:`pad` padded, for attention that takes no packed ones."""
+        return PaddedLayout(seqs, self.mask)
+
 
 def default_needs_packing() -> bool:
     """Whether the attention that the user set as the default in fairseq2 takes no padding."""
@@ -191,7 +196,7 @@ class EncoderSDPA(SDPA):
             return self.attend(q, k, v, k_layout, dropout_p), None
 
         q, k, v = (k_layout.pad(x) for x in (q, k, v))
-        attns = self.attend(q, k, v, PaddedLayout(q, k_layout.mask), dropout_p)
+        attns = self.attend(q, k, v, k_layout.padded_layout(q), dropout_p)
 
         return k_layout.pack(attns), None
 
@@ -254,6 +259,9 @@ def attend(
     :param causal: if ``True``, the keys after a query do not count.
     :returns: *Shape:* ``[N, S, H, K]``.
     """
+    if dropout_p == 0.0 and can_attend_in_bfloat16(q, k, causal=causal):
+        return attend_in_bfloat16(q, k, v, bias, causal=causal)
+
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.to(q.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Final
+from typing import Any, Final
 
 from typing_extensions import override
 
@@ -57,9 +57,39 @@ class BackboneCheckpointFormat(CheckpointFormat):
 class DualCheckpointFormat(CheckpointFormat):
     """Base of the formats of dual encoders, which transformers makes of a ``text_model`` and a ``vision_model``."""
 
+    text_fields: Mapping[str, str]
+    """The fields of ``text_config`` that have a counterpart here."""
+
+    vision_fields: Mapping[str, str]
+    """The fields of ``vision_config`` that have a counterpart here."""
+
+    @override
+    def config_fields(self, config: object) -> Mapping[str, object]:
+        fields = dict(super().config_fields(config))
+        if "text_config" in fields:
+            fields |= {"text_config": self.text_fields, "vision_config": self.vision_fields}
+            # Older folders have a second copy of both, which would come before the first one.
+            fields |= dict.fromkeys(("text_config_dict", "vision_config_dict"))
+        return fields
+
+    @override
+    def find_extra_fields(self, hf_config: Mapping[str, Any], config: Any) -> dict[str, object]:
+        content = dict(hf_config)
+        for name in ("text_config", "vision_config"):
+            content[name] = {**(content.get(name) or {}), **(content.get(f"{name}_dict") or {})}
+
+        written = self.describe_config(config)
+        for name in ("text_config", "vision_config"):
+            if name not in written:
+                # One Transformer alone, whose fields stand in no configuration of their own.
+                part = content.pop(name)
+                content |= part if written["model_type"] == f"{content['model_type']}_{name[:-7]}_model" else {}
+
+        return super().find_extra_fields(content, config)
+
     @override
     def has_our_names(self, keys: Collection[str], config: object) -> bool:
-        return not any(key.startswith(("text_model.", "vision_model.")) for key in keys)
+        return any(key.startswith(("text.", "vision.")) for key in keys)
 
 
 def refuse_dense_layers(head: HeadConfig | None, kind: str) -> None:

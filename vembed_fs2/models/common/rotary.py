@@ -97,10 +97,15 @@ class RotaryPositions(PositionEncoder):
         if rotations is None:
             raise NotSupportedError(f"`{RotaryPositions}` needs a `{RotaryLayout}`.")
 
-        cos, sin = rotations[self.kind].to(seqs.dtype)
-        left, right = seqs.chunk(2, dim=-1)
+        rotation = rotations[self.kind]
+        # In float32, whatever the states are: half precision would round the angles of distant tokens.
+        cos, sin = rotation
+        left, right = seqs.to(torch.promote_types(seqs.dtype, rotation.dtype)).chunk(2, dim=-1)
 
-        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+        turned_left = (left * cos).addcmul_(right, sin, value=-1.0)
+        turned_right = (right * cos).addcmul_(left, sin)
+
+        return torch.cat((turned_left.type_as(seqs), turned_right.type_as(seqs)), dim=-1)
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -12,12 +12,14 @@ from typing import Literal, final
 
 import torch
 import torch.nn as nn
+from fairseq2.device import CPU
 from fairseq2.nn import BatchLayout, IncrementalStateBag, PositionEncoder, ResidualConnect
 from torch import Tensor
 from torch.nn import Conv2d, Module, Parameter
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, linear
 from typing_extensions import override
 
+from vembed_fs2.dtypes import has_bfloat16_products
 from vembed_fs2.models.common.attention import PaddedLayout
 
 
@@ -57,7 +59,27 @@ class PatchProjection(Conv2d):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Project ``[P, C, H, W]`` of any data type. *Returns:* ``[P, M, h, w]``."""
-        return super().forward(input.to(self.weight.dtype))
+        input = input.to(self.weight.dtype)
+
+        return self._multiply(input) if self._is_slow(input) else super().forward(input)
+
+    def _is_slow(self, x: Tensor) -> bool:
+        """Whether the convolution takes twice as long as the matrix product that it is."""
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or x.device != CPU:
+            return False
+        # Images that are smaller than a patch are left to the convolution, which says what is wrong with them.
+        fits = x.ndim == 4 and x.size(2) >= self.kernel_size[0] and x.size(3) >= self.kernel_size[1]
+        return fits and x.dtype == torch.bfloat16 and has_bfloat16_products()
+
+    def _multiply(self, x_PCHW: Tensor) -> Tensor:
+        rows, columns = self.kernel_size
+        height, width = x_PCHW.size(2) // rows, x_PCHW.size(3) // columns
+
+        x_PCHW = x_PCHW[:, :, : height * rows, : width * columns]
+        patches = x_PCHW.reshape(*x_PCHW.shape[:2], height, rows, width, columns).permute(0, 2, 4, 1, 3, 5)
+
+        # [P, h, w, M] of [P, h, w, C * rows * columns].
+        return linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class PatchLayout(PaddedLayout):  # type: ignore[misc]  # final in fairseq2

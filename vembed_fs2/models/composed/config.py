@@ -135,8 +135,9 @@ class TowerConfig:
         if family is None:
             yield unknown_family("family", self.family)
         elif self.config is None:
-            known = ", ".join(sorted(family.get_archs()))
-            yield f"`arch` '{self.arch}' is not known. Known: {known}."
+            archs = sorted(family.get_archs())
+            hint = did_you_mean(str(self.arch), archs) or f" Known: {', '.join(archs)}."
+            yield f"`arch` '{self.arch}' is not known.{hint}"
         elif not isinstance(self.config, family.config_kls):
             yield f"`config` must be of type `{family.config_kls.__name__}`, but is {self.config!r} instead."
         elif getattr(self.config, "trust_remote_code", False):
@@ -175,8 +176,8 @@ class ComposedConfig(EmbeddingModelConfig):
     embedding_dim: int = 512
     """The size of embeddings."""
 
-    normalize: bool = True
-    """If ``True``, embeddings are of unit length (applied by ``Embedder`` and the objectives, not by the model)."""
+    normalize: bool | None = None
+    """Whether the model ends with a normalisation; see :class:`~vembed_fs2.embedding.head.HeadConfig`."""
 
     def validate(self) -> ValidationResult:
         return to_result(check_positive(self, "embedding_dim"))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Literal
 
 from torch.nn import Module, ModuleList
 
+from vembed_fs2.embedding.freezing import find_matches
 from vembed_fs2.errors import ConfigError
-
-_WRAPPER: Final = "_checkpoint_wrapped_module."
-"""What activation checkpointing puts into the names of parameters."""
 
 
 def find_frozen(
@@ -42,14 +39,10 @@ def find_frozen(
         else:
             frozen.update(_before(names, layers, trained_layers))
 
-    for pattern in patterns:
-        matches = [name for name in names if re.match(pattern, name)]
-        frozen.update(matches)
-
-        if not matches:
-            errors.append(
-                f"`frozen_params`: '{pattern}' matches no parameter of the encoder; the first one is '{names[0]}'."
-            )
+    try:
+        frozen.update(find_matches(names, patterns))
+    except ConfigError as ex:
+        errors += [f"`frozen_params`: {error}" for error in ex.errors]
 
     if errors:
         raise ConfigError(errors)
@@ -74,18 +67,3 @@ def _before(names: Sequence[str], layers: Sequence[str], num_trained: int) -> li
     first, earlier = layers[-num_trained], tuple(layers[:-num_trained])
     start = next(idx for idx, name in enumerate(names) if name.startswith(first))
     return [name for idx, name in enumerate(names) if idx < start or name.startswith(earlier)]
-
-
-def stop_dropout(module: Module, frozen: frozenset[str], prefix: str = "") -> None:
-    """Put the parts whose parameters are all frozen into evaluation mode: they only compute features."""
-    names = {plain_name(name) for name, _ in module.named_parameters(prefix)}
-    if names and names <= frozen:
-        module.eval()
-        return
-    for name, child in module.named_children():
-        stop_dropout(child, frozen, f"{prefix}.{name}" if prefix else name)
-
-
-def plain_name(name: str) -> str:
-    """The name of a parameter or buffer as it is without activation checkpointing."""
-    return name.replace(_WRAPPER, "")

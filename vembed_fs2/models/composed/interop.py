@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, final
 
 from fairseq2.models import ModelHubAccessor
@@ -48,8 +47,12 @@ class ComposedCheckpointFormat(CheckpointFormat):
         return self._plain.to_hg_config(forget_sources(cast_config_type(config, ComposedConfig)))
 
     @override
-    def write_config(self, folder: Path, config: object) -> None:
-        self._plain.write_config(folder, forget_sources(cast_config_type(config, ComposedConfig)))
+    def config_fields(self, config: object) -> Mapping[str, object]:
+        return self._plain.config_fields(config)
+
+    @override
+    def describe_config(self, config: object) -> dict[str, Any]:
+        return self._plain.describe_config(forget_sources(cast_config_type(config, ComposedConfig)))
 
 
 def forget_sources(config: ComposedConfig) -> ComposedConfig:

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 from typing_extensions import Self, override
 
+from vembed_fs2.embedding.freezing import plain_name, stop_dropout
 from vembed_fs2.embedding.head import Head, States
 from vembed_fs2.embedding.inputs import ImageInputs
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch, Modality
 from vembed_fs2.models.common.dropout import Dropout
 from vembed_fs2.models.composed.backbone import TowerEncoder
-from vembed_fs2.models.composed.freezing import plain_name, stop_dropout
 
 MODALITIES: Final[tuple[Modality, ...]] = ("text", "image")
 
@@ -133,6 +133,7 @@ class ComposedModel(EmbeddingModel):
         self.towers = {"text": ["text"], "image": ["image"]}
         self.head = head
         self.max_text_length = text.backbone.max_text_length
+        self.vocab_size = text.backbone.vocab_size
         self.text_padding = text.backbone.text_padding
         self.tokens_per_image = image.backbone.tokens_per_image
         towers = {"text": text, "image": image}

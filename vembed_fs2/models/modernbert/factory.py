@@ -41,6 +41,7 @@ class ModernBertFactory(ModelFactory[ModernBertConfig]):
         )
         model.set_head(config.head, config.model_dim)
         model.max_text_length = config.max_seq_len
+        model.vocab_size = config.vocab_size
 
         return model
 

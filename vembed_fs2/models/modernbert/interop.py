@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.formats.extra_fields import with_extra_fields
 from vembed_fs2.formats.hf_config import read_field, refuse_other_values, resolve_hf_config, validate_hf_config
 from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Rule, Split
 from vembed_fs2.models.common.interop import TEXT_FIELDS, BackboneCheckpointFormat
@@ -58,6 +59,9 @@ _FIELDS: Final[dict[str, tuple[str, type]]] = {
 
 _OPTIONAL: Final = ("pad_token_id", "local_rope_theta", "initializer_cutoff_factor")
 
+# What version 5 of transformers writes in place of some of them.
+_OTHER_SPELLINGS: Final = ("head_dim", "layer_types", "rope_parameters", "rope_theta")
+
 # Fields that change what transformers' model computes, and the values at which they do not.
 _FIXED: Final[dict[str, tuple[object, ...]]] = {
     "position_embedding_type": ("absolute",),
@@ -102,7 +106,12 @@ class ModernBertCheckpointFormat(BackboneCheckpointFormat):
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
         config = cast_config_type(config, ModernBertConfig)
         data: dict[str, object] = {name: getattr(config, ours) for name, (ours, _) in _FIELDS.items()}
-        return HuggingFaceConfig(data, kls_name="ModernBertConfig", arch="ModernBertModel")
+        exported = HuggingFaceConfig(data, kls_name="ModernBertConfig", arch="ModernBertModel")
+        return with_extra_fields(exported, config)
+
+    @override
+    def config_fields(self, config: object) -> Mapping[str, object]:
+        return {**super().config_fields(config), **dict.fromkeys(_OTHER_SPELLINGS)}
 
 
 def _with_old_names(hf_config: Mapping[str, Any]) -> dict[str, Any]:

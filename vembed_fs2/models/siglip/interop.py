@@ -13,6 +13,7 @@ from typing_extensions import override
 from vembed_fs2.embedding.learned import LOGIT_BIAS, LOGIT_SCALE
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.formats.extra_fields import with_extra_fields
 from vembed_fs2.formats.hf_config import (
     create_dual_rules,
     read_fields,
@@ -68,9 +69,14 @@ _KEYS: Final = {
 }
 
 
-def _create_key_map(dropped: Drop) -> KeyMap:
+_TOWER_PARTS: Final = "(embeddings|encoder|final_layer_norm|post_layernorm|head)"
+
+
+def _create_key_map(dropped: Drop, tower: str | None = None) -> KeyMap:
     """
     :param dropped: what objectives learn and transformers' model has no place for.
+    :param tower: ``text`` or ``vision``, if the model has only that one. Version 5 of transformers writes its tensors
+        without the tower's name.
     """
     return KeyMap(
         # Buffers that old versions of transformers saved, and the head of `SiglipForImageClassification`.
@@ -84,6 +90,7 @@ def _create_key_map(dropped: Drop) -> KeyMap:
             for kind in ("weight", "bias")
         ),
         *create_dual_rules(_KEYS),
+        old_names={rf"^(?={_TOWER_PARTS}\.)": f"{tower}_model."} if tower is not None else None,
     )
 
 
@@ -100,6 +107,10 @@ class SiglipCheckpointFormat(DualCheckpointFormat):
         "siglip2_vision_model",
     )
 
+    text_fields = _TEXT_FIELDS
+
+    vision_fields = _IMAGE_FIELDS | _PATCH_FIELDS
+
     @override
     def from_hf_config(
         self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
@@ -109,7 +120,7 @@ class SiglipCheckpointFormat(DualCheckpointFormat):
         generation, _, part = str(hf_config.get("model_type", "siglip")).partition("_")
 
         text, vision = _resolve(hf_config, generation, part.removesuffix("_model"))
-        if keys and not any(key.startswith("text_model.") for key in keys):
+        if not part and keys and not any(key.startswith("text_model.") for key in keys):
             text = None  # `SiglipForImageClassification` has the configuration of both and the images' weights only.
 
         config = SiglipConfig(text=None, vision=None, naflex=generation == "siglip2")
@@ -138,7 +149,8 @@ class SiglipCheckpointFormat(DualCheckpointFormat):
         config = cast_config_type(config, SiglipConfig)
         # transformers' SigLIP has a temperature and a bias, but only with both Transformers.
         is_whole = config.text is not None and config.vision is not None
-        return _create_key_map(drop_learned(config, kept=(LOGIT_SCALE, LOGIT_BIAS) if is_whole else ()))
+        tower = None if is_whole else "vision" if config.text is None else "text"
+        return _create_key_map(drop_learned(config, kept=(LOGIT_SCALE, LOGIT_BIAS) if is_whole else ()), tower)
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
@@ -152,13 +164,14 @@ class SiglipCheckpointFormat(DualCheckpointFormat):
         vision = {} if config.vision is None else write_fields(config.vision, fields)
         if not text or not vision:
             name += "Text" if text else "Vision"
-            return HuggingFaceConfig(text or vision, kls_name=f"{name}Config", arch=f"{name}Model")
+            exported = HuggingFaceConfig(text or vision, kls_name=f"{name}Config", arch=f"{name}Model")
+            return with_extra_fields(exported, config)
 
         data: dict[str, object] = {
             "text_config": getattr(transformers, f"{name}TextConfig")(**text),
             "vision_config": getattr(transformers, f"{name}VisionConfig")(**vision),
         }
-        return HuggingFaceConfig(data, kls_name=f"{name}Config", arch=f"{name}Model")
+        return with_extra_fields(HuggingFaceConfig(data, kls_name=f"{name}Config", arch=f"{name}Model"), config)
 
 
 def _resolve(

@@ -255,6 +255,7 @@ class SiglipModel(EmbeddingModel):
         if text is not None:
             embedding_dim = text.proj.output_dim
             self.max_text_length = text.frontend.pos_embed.num_embeddings
+            self.vocab_size = text.frontend.embed.num_embeddings
             modalities.add("text")
 
         self.modalities = frozenset(modalities)

@@ -15,6 +15,7 @@ from typing_extensions import override
 from vembed_fs2.embedding.head import ImageHeadConfig
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
+from vembed_fs2.formats.extra_fields import with_extra_fields
 from vembed_fs2.formats.hf_config import read_field, resolve_hf_config, validate_hf_config
 from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Reshape, Rule, Split, leading_dims
 from vembed_fs2.models.common.interop import PIXEL_FIELDS, BackboneCheckpointFormat
@@ -218,9 +219,12 @@ class VitCheckpointFormat(BackboneCheckpointFormat):
         data |= {hf_name: getattr(config, name) for hf_name, name in fmt.fields.items()}
         if config.model_type == "vit":
             data["pooler_output_size"] = config.pooler_dim or config.model_dim
+        if config.mlp_ratio is not None and config.mlp_ratio.is_integer():
+            data["mlp_ratio"] = int(config.mlp_ratio)  # Version 5 of transformers takes nothing else.
 
         data |= config.kept
-        return HuggingFaceConfig(data, kls_name=f"{fmt.name}Config", arch=f"{fmt.name}Model")
+        exported = HuggingFaceConfig(data, kls_name=f"{fmt.name}Config", arch=f"{fmt.name}Model")
+        return with_extra_fields(exported, config)
 
     @override
     def to_hg_state_dict(self, state_dict: dict[str, object], config: object) -> dict[str, object]:

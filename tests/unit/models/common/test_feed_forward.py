@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from unittest.mock import patch
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from vembed_fs2.dtypes import has_bfloat16_products
 from vembed_fs2.embedding.activations import create_activation
 from vembed_fs2.models.common.feed_forward import FusedFeedForwardNetwork
 
@@ -79,6 +81,47 @@ def test_types_and_empty_batches_that_it_is_not_for() -> None:
         assert (y.dtype, fused) == (torch.bfloat16, False)
         assert not compute(network.double(), torch.randn(3, 24, dtype=torch.float64))[1]
         assert not compute(create_network("gelu", dropout_p=0.5), torch.randn(3, 24))[1]
+
+
+needs_products = pytest.mark.skipif(not has_bfloat16_products(), reason="the processor multiplies no bfloat16")
+
+
+@needs_products
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "quick_gelu", "relu"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_equal_in_bfloat16(activation: str, bias: bool, shape: tuple[int, ...]) -> None:
+    network, x = create_network(activation, bias=bias), torch.randn(shape) * 3
+    half = copy.deepcopy(network).bfloat16()
+    with torch.inference_mode():
+        expected = network(x)
+        got, fused = compute(half, x.bfloat16())
+    assert fused
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, rtol=2e-2, atol=3e-2)
+
+
+@needs_products
+def test_projections_of_another_type_or_that_someone_watches_are_called() -> None:
+    network, x = create_network("gelu").bfloat16(), torch.randn(3, 24).bfloat16()
+    seen: list[Tensor] = []
+    handle = network.output_proj.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.inference_mode():
+        y = network(x)
+    handle.remove()
+    assert torch.equal(seen[0], y)
+    network.inner_proj.float()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="dtype"):  # torch's own error, no wrong numbers
+        network(x)
+
+
+def test_without_products_of_bfloat16() -> None:
+    network, x = create_network("gelu").bfloat16(), torch.randn(3, 24).bfloat16()
+    with (
+        torch.inference_mode(),
+        patch("vembed_fs2.models.common.feed_forward.has_bfloat16_products", lambda: False),
+    ):
+        assert not compute(network, x)[1]
 
 
 def test_without_onednn() -> None:
