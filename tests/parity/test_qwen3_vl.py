@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers.models.qwen3_vl import Qwen3VLModel as HFModel
 
 from vembed_fs2 import Embedder
 from vembed_fs2.embedding.inputs import ImageInputs, Kind, TextInputs
-from vembed_fs2.embedding.model import EncoderBatch
+from vembed_fs2.embedding.model import EncoderBatch, HeadConfig
 from vembed_fs2.errors import ConfigError, DataError, ModelLoadError
 from vembed_fs2.models.family import find_family
 from vembed_fs2.models.qwen3_vl import Qwen3VLCheckpointFormat, Qwen3VLConfig, VisionConfig, create_qwen3_vl_model
@@ -169,6 +170,19 @@ def test_equals_transformers(config: dict[str, Any], counts: list[int], seed: in
     assert max_diff(states[mask], expected[mask]) <= 1e-5
     last = torch.stack([row[m][-1] for row, m in zip(expected, mask)])
     assert max_diff(embeds, last) <= 1e-5
+
+
+def test_rope_parameters_of_version_5() -> None:
+    text = {name: value for name, value in TEXT.items() if not name.startswith("rope_")}
+    parameters = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    new = {"text_config": text | {"rope_parameters": parameters}, "vision_config": VISION, **TOKENS}
+    config = FORMAT.from_hf_config(new)
+    assert (config.rope_theta, config.mrope_section) == (100.0, [2, 1, 1])
+    assert config == FORMAT.from_hf_config({"text_config": TEXT, "vision_config": VISION, **TOKENS})
+
+    parameters |= {"rope_type": "yarn", "factor": 2.0}
+    with pytest.raises(ModelLoadError, match=r"rope_scaling` is .*yarn"):
+        FORMAT.from_hf_config(new)
 
 
 @settings(max_examples=30, suppress_health_check=list(HealthCheck))
@@ -427,9 +441,50 @@ def test_saved_folders_give_the_same_vectors(folder: Path, tmp_path: Path) -> No
     assert all(torch.equal(value, published[key]) for key, value in hf.state_dict().items())
 
 
-def test_names_without_prefix_and_head(folder: Path, tmp_path: Path) -> None:
-    import shutil
+@pytest.mark.parametrize(
+    ("normalize", "unit", "unit_if_refused"), [(None, True, False), (True, True, True), (False, False, False)]
+)
+def test_what_a_head_says_of_the_length_is_obeyed(
+    folder: Path, normalize: bool | None, unit: bool, unit_if_refused: bool
+) -> None:
+    embedder = Embedder.load(folder, device="cpu")
+    assert embedder.source.config.head.normalize is None
+    embedder.model.set_head(HeadConfig(pooling="last", normalize=normalize), 24)  # type: ignore[operator]
+    inputs = ["a man is eating food", [photographs()[1], "the quick brown fox"]]
+    for options, expected in (({}, unit), ({"normalize_embeddings": False}, unit_if_refused)):
+        lengths = np.linalg.norm(embedder.encode(inputs, **options), axis=1)
+        assert bool((abs(lengths - 1.0) < 1e-6).all()) is expected
 
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    size = len(tokenizer) + 3
+    tokenizer.add_tokens([f"added{i}" for i in range(4)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelLoadError, match=rf"table of {size + 1} rows \(for 'added3'\), but the model's has {size}"):
+        Embedder.load(tmp_path / "model", device="cpu")
+
+
+def test_placeholders_beyond_the_table_are_read_as_texts(folder: Path, tmp_path: Path) -> None:
+    """Such as those of sound in a model that has none."""
+    shutil.copytree(folder, tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    size = len(tokenizer) + 3
+    tokenizer.add_tokens([f"<|pad{i}|>" for i in range(3)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    extra = {"audio_token": "<|audio|>"}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model", extra_special_tokens=extra)
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert tokenizer.convert_tokens_to_ids("<|audio|>") == size
+
+    embedder = Embedder.load(tmp_path / "model", device="cpu")
+    text = "listen to <|audio|> again"
+    assert max(embedder.processor.text.encode(text)) < size
+    assert np.isfinite(embedder.encode([text])).all()
+
+
+def test_names_without_prefix_and_head(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "bare")
     file = tmp_path / "bare" / "model.safetensors"
     tensors = {key.removeprefix("model."): value for key, value in load_file(file).items() if "lm_head" not in key}

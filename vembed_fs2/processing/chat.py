@@ -231,6 +231,7 @@ def load_chat_processor(
     *,
     max_length: int | None,
     model_max_length: int | None,
+    vocab_size: int | None,
     placeholders: tuple[int, int, int],
     default_instruction: str,
     default_template: str,
@@ -240,13 +241,19 @@ def load_chat_processor(
     :param create_image_processor: makes an image processor of transformers of the content of its file.
     :param max_length: overrides the folder's longest input, in tokens.
     :param model_max_length: the longest input that the model can take at all.
+    :param vocab_size: the number of tokens that the model has embeddings of.
     :param placeholders: the ids of the token of an image, and of those before and after an image.
     :param default_template: the chat template, if the folder has none.
     :raises ModelLoadError: a file is missing or broken.
     """
     from vembed_fs2.processing.image import read_image_config
 
-    text = TextProcessor.load(folder, max_length=max_length or settings.max_length, model_max_length=model_max_length)
+    text = TextProcessor.load(
+        folder,
+        max_length=max_length or settings.max_length,
+        model_max_length=model_max_length,
+        vocab_size=vocab_size,
+    )
     settings.max_length = text.max_length
 
     tokenizer = text.tokenizer

@@ -93,7 +93,7 @@ class TextProcessor:
 
         # transformers' own call sets truncation and padding each time, which other threads see. So this is a copy
         # whose settings never change.
-        self._backend = _copy_backend(tokenizer)
+        self._backend = _copy_backend(tokenizer.backend_tokenizer, tokenizer.split_special_tokens)
         self._open_clip = open_clip or OpenClipTexts()
         self._open_clip.change_backend(self._backend)
         if vocab_size is not None:
@@ -176,9 +176,7 @@ class TextProcessor:
     @cached_property
     def _uncut(self) -> Tokenizer:
         """The tokenizer, without a limit. Few models need it, and a large vocabulary takes its time."""
-        backend = _copy_backend(self._tokenizer)
-        self._open_clip.change_backend(backend)
-        return backend
+        return _copy_backend(self._backend, self._backend.encode_special_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text that is not cut, special tokens included."""
@@ -281,12 +279,12 @@ def _add_lowercase(backend: Tokenizer) -> None:
         backend.normalizer = normalizers.Sequence(steps)
 
 
-def _copy_backend(tokenizer: Any) -> Tokenizer:
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+def _copy_backend(backend: Tokenizer, encode_special_tokens: bool) -> Tokenizer:
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.encode_special_tokens = encode_special_tokens
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def _mask(lengths: Tensor, width: int) -> Tensor:

@@ -11,7 +11,7 @@ from fairseq2.utils.validation import ValidationResult
 
 from vembed_fs2.models.common.checks import check_activation, check_heads, check_not_negative, check_positive, to_result
 from vembed_fs2.models.common.config import TransformerSizes
-from vembed_fs2.models.qwen3.config import Qwen3Config
+from vembed_fs2.models.common.decoder_config import DecoderConfig
 
 QWEN3_VL_FAMILY: Final = "vembed_qwen3_vl"
 
@@ -79,7 +79,7 @@ class VisionConfig(TransformerSizes):
 
 
 @dataclass(kw_only=True)
-class Qwen3VLConfig(Qwen3Config):
+class Qwen3VLConfig(DecoderConfig):
     """The configuration of a Qwen3-VL model. The defaults describe Qwen3-VL-Embedding-2B."""
 
     model_dim: int = 2048
@@ -116,19 +116,15 @@ class Qwen3VLConfig(Qwen3Config):
     """The token after an image or frame."""
 
     def validate(self) -> ValidationResult:
-        return to_result(self._backbone_errors(), self._value_errors(), self._window_errors(), self._vision_errors())
+        return to_result(self._decoder_errors(), self._vision_errors())
 
     def _vision_errors(self) -> Iterator[str]:
-        if self.variant != "qwen3":
-            yield f"`variant` must be 'qwen3', but is '{self.variant}' instead."
         if len(self.mrope_section) != 3 or any(size < 0 for size in self.mrope_section):
             yield f"`mrope_section` must be three sizes, but is {list(self.mrope_section)} instead."
         elif 3 * max(self.mrope_section[1:]) > self.attn_head_dim // 2:
             yield f"`mrope_section` needs larger heads than {self.attn_head_dim}: it is {list(self.mrope_section)}."
         if len(self.vision.deepstack_layers) > self.num_layers:
             yield "`vision.deepstack_layers` are more than the decoder has layers."
-        if self.windowed_layers:
-            yield "`windowed_layers` is not supported for models of texts and images."
         for name in ("image_idx", "video_idx"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 yield f"`{name}` must be less than `vocab_size` ({self.vocab_size}), but is {getattr(self, name)}."

@@ -6,27 +6,26 @@ from fairseq2.models.transformer import StandardMultiheadAttention, StandardTran
 from fairseq2.nn import ColumnShardedLinear, Linear, RowShardedLinear, StandardLayerNorm
 
 from vembed_fs2.models.common.checks import require_valid
+from vembed_fs2.models.common.decoder import DecoderFactory
 from vembed_fs2.models.common.factory import ModelFactory, create_embedding, normal_init
 from vembed_fs2.models.common.layers import create_ffn, create_layer
 from vembed_fs2.models.common.rotary import RotaryPositions
-from vembed_fs2.models.qwen3.factory import Qwen3Factory
 from vembed_fs2.models.qwen3_vl.config import Qwen3VLConfig, VisionConfig
 from vembed_fs2.models.qwen3_vl.model import DeepStackDecoder, Qwen3VLModel
 from vembed_fs2.models.qwen3_vl.vision import PatchMerger, VisionTower, create_patch_sdpa
 
 
-class Qwen3VLFactory(ModelFactory[Qwen3VLConfig]):
+class Qwen3VLFactory(DecoderFactory[Qwen3VLConfig]):
     """Creates the modules of a Qwen3-VL model."""
 
     def create_model(self) -> Qwen3VLModel:
         config = self._config
-        text = Qwen3Factory(config)
 
-        layers = [text.create_decoder_layer(idx) for idx in range(config.num_layers)]
+        layers = [self.create_decoder_layer(idx) for idx in range(config.num_layers)]
         model = Qwen3VLModel(
-            text.create_frontend(),
+            self.create_frontend(),
             VisionFactory(config.vision, config.model_dim).create_tower(),
-            DeepStackDecoder(layers, text.create_layer_norm()),
+            DeepStackDecoder(layers, self.create_layer_norm()),
             head_dim=config.attn_head_dim,
             rope_theta=config.rope_theta,
             mrope_section=config.mrope_section,
@@ -36,6 +35,7 @@ class Qwen3VLFactory(ModelFactory[Qwen3VLConfig]):
         )
         model.set_head(config.head, config.model_dim)
         model.max_text_length = config.max_seq_len
+        model.vocab_size = config.vocab_size
 
         return model
 

@@ -13,6 +13,7 @@ from typing_extensions import override
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.checkpoint import CheckpointFormat
+from vembed_fs2.formats.extra_fields import with_extra_fields
 from vembed_fs2.formats.hf_config import (
     read_fields,
     refuse_other_values,
@@ -21,8 +22,9 @@ from vembed_fs2.formats.hf_config import (
     write_fields,
 )
 from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Reshape, Rule, Shape, Split
+from vembed_fs2.formats.rope import ROPE_PARAMETERS, create_config
+from vembed_fs2.models.common.interop import DECODER_RULES
 from vembed_fs2.models.family import drop_learned
-from vembed_fs2.models.qwen3.interop import DECODER_RULES
 from vembed_fs2.models.qwen3_vl.config import QWEN3_VL_FAMILY, Qwen3VLConfig, VisionConfig
 from vembed_fs2.models.qwen3_vl.model import Qwen3VLModel
 
@@ -96,6 +98,12 @@ class Qwen3VLCheckpointFormat(CheckpointFormat):
         return any(key.startswith("frontend.") for key in keys)
 
     @override
+    def config_fields(self, config: object) -> Mapping[str, object]:
+        text = dict.fromkeys((*_TEXT_FIELDS, "pad_token_id", "rope_scaling", ROPE_PARAMETERS))
+        vision = dict.fromkeys((*_VISION_FIELDS, "out_hidden_size", "deepstack_visual_indexes"))
+        return {**super().config_fields(config), "text_config": text, "vision_config": vision}
+
+    @override
     def from_hf_config(
         self, hf_config: Mapping[str, Any], *, head: HeadConfig | None = None, keys: frozenset[str] = frozenset()
     ) -> Qwen3VLConfig:
@@ -167,20 +175,19 @@ class Qwen3VLCheckpointFormat(CheckpointFormat):
         if not config.is_causal:
             data["is_causal"] = False
 
-        return HuggingFaceConfig(data, kls_name="Qwen3VLConfig", arch="Qwen3VLModel")
+        exported = HuggingFaceConfig(data, kls_name="Qwen3VLConfig", arch="Qwen3VLModel")
+        return with_extra_fields(exported, config)
 
 
 def _with_old_names(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """Replace what version 5 of transformers writes in another way."""
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
+
     values = dict(hf_config)
-    text = dict(values.get("text_config") or {})
-    parameters = text.pop("rope_parameters", None)
-    if isinstance(parameters, Mapping):
-        text["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        if "rope_theta" in parameters:
-            text["rope_theta"] = parameters["rope_theta"]
-    if text:
-        values["text_config"] = text
+    text = values.get("text_config")
+    if isinstance(text, Mapping) and ROPE_PARAMETERS in text:
+        fields = create_config(text, Qwen3VLTextConfig)[1]
+        values["text_config"] = {name: value for name, value in text.items() if name != ROPE_PARAMETERS} | fields
 
     return values
 

@@ -20,8 +20,8 @@ from vembed_fs2.embedding.inputs import ImageInputs, Kind, TextInputs
 from vembed_fs2.embedding.model import EmbeddingModel, EncoderBatch
 from vembed_fs2.errors import DataError
 from vembed_fs2.models.common.attention import default_needs_packing, should_pack
+from vembed_fs2.models.common.decoder import DecoderFrontend
 from vembed_fs2.models.common.rotary import PackedRotaryLayout, RotaryLayout, create_frequencies, create_rotation
-from vembed_fs2.models.qwen3.model import DecoderFrontend
 from vembed_fs2.models.qwen3_vl.positions import number_tokens, rotate_interleaved
 from vembed_fs2.models.qwen3_vl.vision import VisionTower
 

@@ -46,6 +46,7 @@ def load_qwen3_vl_processor(model: EmbeddingModel, folder: Path, max_length: int
         lambda values: _create_image_processor(values, model),
         max_length=max_length or settings.max_length or longest,
         model_max_length=model.max_text_length,
+        vocab_size=model.vocab_size,
         placeholders=(model.visual_ids[0], *model.frame_ids),
         default_instruction=INSTRUCTION,
         default_template=TEMPLATE,
