@@ -32,7 +32,7 @@ def arguments(bert_folder: Path, texts: Path) -> Arguments:
 
 def expected(folder: Path, model: Path, data: Path, *, batch: str = "16 rows", device: str = "cpu, 1 process") -> str:
     """All lines, with ``N`` for what is measured."""
-    valid = "MRR N, Recall@1 N, Recall@5 N, Recall@10 N, nDCG@10 N"
+    valid = "MRR N, Recall@1 N, Recall@5 N, Recall@10 N, nDCG@10 N, Hit@1 N"
     return f"""\
 Training
   model       {model}: 19,872 parameters, 18,816 trained

@@ -93,7 +93,7 @@ def test_best_checkpoint_is_kept_and_loaded(digits: Path, clip_folder: Path, tmp
     start = tmp_path / "start"
     run(
         "train", start, "--no-rich", "--config", f"model.path={clip_folder}",
-        f"dataset.paths=[{digits}/train.jsonl]", "dataset.batch_size=32", "regime.num_steps=30",
+        f"dataset.paths=[{digits}/train.jsonl]", "dataset.batch_size=32", "regime.num_steps=150",
         "optimizer.config.lr=0.003",
     ).expect(0)  # fmt: skip
     # A learning rate that rises until it ruins the model: the best checkpoint is an early one.
@@ -103,7 +103,7 @@ def test_best_checkpoint_is_kept_and_loaded(digits: Path, clip_folder: Path, tmp
         "dataset.batch_size=32", "regime.num_steps=8", "regime.publish_metrics_every_n_steps=2",
         "regime.validate_every_n_steps=2", "regime.checkpoint_every_n_steps=2", "regime.score_metric=mrr",
         "regime.keep_best_n_checkpoints=1", "regime.keep_last_n_checkpoints=1", "regime.validate_at_start=true",
-        "optimizer.config.lr=0.1", "common.metric_recorders.wandb.enabled=true",
+        "optimizer.config.lr=1.0", "common.metric_recorders.wandb.enabled=true",
         "common.metric_recorders.wandb.project=test", WANDB_MODE="offline", **secrets,
     ).expect(0)  # fmt: skip
 
