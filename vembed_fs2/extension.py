@@ -13,6 +13,7 @@ from vembed_fs2.models.composed import register_composed
 from vembed_fs2.models.eva import register_eva
 from vembed_fs2.models.modernbert import register_modernbert
 from vembed_fs2.models.qwen3 import register_qwen3
+from vembed_fs2.models.qwen3_vl import register_qwen3_vl
 from vembed_fs2.models.siglip import register_siglip
 from vembed_fs2.models.vit import register_vit
 from vembed_fs2.recipes.metrics import register_metrics
@@ -31,6 +32,7 @@ def setup_vembed(container: DependencyContainer) -> None:
     register_siglip(container)
     register_modernbert(container)
     register_qwen3(container)
+    register_qwen3_vl(container)
     register_composed(container)
     register_eva(container)
     register_auto(container)

@@ -70,6 +70,12 @@ class ProcessorSection:
     max_length: int | None = None
     """The longest text in tokens."""
 
+    min_pixels: int | None = None
+    """Smaller images are enlarged to so many pixels, by models that take images of any size."""
+
+    max_pixels: int | None = None
+    """Larger images are made smaller, to so many pixels, by models that take images of any size."""
+
     query_prompt: str | None = None
     """A text put before queries. It becomes part of the model."""
 
@@ -83,6 +89,10 @@ class ProcessorSection:
         result = ValidationResult()
         if self.max_length is not None and self.max_length < 3:
             result.add_error(f"`max_length` must be greater than or equal to 3, but is {self.max_length} instead.")
+        for name in ("min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                result.add_error(f"`{name}` must be positive, but is {value} instead.")
         if self.instruction_template is not None and "{instruction}" not in self.instruction_template:
             result.add_error("`instruction_template` must contain '{instruction}'.")
         return result

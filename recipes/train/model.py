@@ -204,6 +204,13 @@ def create_processor(
     if section.instruction_template is not None:
         settings.instruction_template = section.instruction_template
 
+    for name in ("min_pixels", "max_pixels"):
+        value = getattr(section, name)
+        if value is not None and not model.is_interleaved:
+            raise ConfigError(f"`{name}` is for models that take images of any size.", where="`processor`")
+        if value is not None:
+            setattr(settings, name, value)
+
     processor.image_root = None  # The rows' paths were checked against the section's root when they were read.
     processor.allow_urls = config.dataset.allow_urls or config.valid.allow_urls  # Checked with the paths.
     return processor

@@ -20,7 +20,8 @@ from fairseq2.gang import Gangs, ProcessGroupGang, create_fake_gangs, create_par
 from torch import Tensor
 
 from vembed_fs2.distributed import RowGather
-from vembed_fs2.embedding.model import EmbeddingModel, Embeddings, EncoderBatch, HeadConfig
+from vembed_fs2.embedding.inputs import Kind
+from vembed_fs2.embedding.model import EmbeddingModel, EmbeddingModelConfig, Embeddings, EncoderBatch, HeadConfig
 from vembed_fs2.gradcache import GradCache, plan_chunks
 from vembed_fs2.gradcache.planner import match_counts
 from vembed_fs2.gradcache.replay import SavedBytes
@@ -29,6 +30,7 @@ from vembed_fs2.losses.matryoshka import Matryoshka
 from vembed_fs2.models.bert import BertConfig
 from vembed_fs2.recipes.train.sides import complete_queries
 
+from . import mixed
 from .objectives import OBJECTIVES
 from .spawn import run_ranks
 from .steps import CPU, create_model, full_gradients, open_gangs, texts, wrap
@@ -103,8 +105,10 @@ def full() -> list[Case]:
     return [Case(*values) for values in product(*LEVELS.values()) if is_possible(values)]
 
 
-def model_config(case: Case) -> BertConfig:
+def model_config(case: Case) -> EmbeddingModelConfig:
     options = OBJECTIVES[case.objective]
+    if options.mixed:
+        return replace(mixed.CONFIG, attn_dropout_p=case.dropout)
     return BertConfig(
         model_dim=DIM, max_seq_len=32, vocab_size=50, num_layers=2, num_attn_heads=2, ffn_inner_dim=24,
         dropout_p=case.dropout, attn_dropout_p=case.dropout, logit_scale_init=2.0, logit_bias_init=-1.0,
@@ -131,7 +135,8 @@ def rank_rows(case: Case, rank: int, number: int) -> tuple[EncoderBatch | None, 
     """
     rows, base = num_rows(case, rank), 1000 * number + 10 * rank
     g = torch.Generator().manual_seed(base)
-    query, document = texts(rows, base), EncoderBatch.concat([texts(rows, base + 1), texts(rows, base + 2)])
+    query, *documents = (encoder_batch(case, rank, base + i) for i in range(3))
+    document = EncoderBatch.concat(documents)
     info = RowInfo.distinct(rows, 2 * rows)
     offset = 10_000 * (rank + 1)
     document_ids = info.document_ids + offset
@@ -158,6 +163,14 @@ def rank_rows(case: Case, rank: int, number: int) -> tuple[EncoderBatch | None, 
     info.teacher_document = None
     pairs = [i for i in range(rows) if not alone[i]]
     return query.select(pairs) if pairs else None, document, info
+
+
+def encoder_batch(case: Case, rank: int, seed: int) -> EncoderBatch:
+    rows = num_rows(case, rank)
+    if OBJECTIVES[case.objective].mixed:
+        # If ranks differ, the second one has no images at all.
+        return mixed.rows(rows, seed, has_images=rank == 0 or not case.uneven)
+    return texts(rows, seed)
 
 
 def together(query: EncoderBatch | None, document: EncoderBatch) -> EncoderBatch:
@@ -269,13 +282,17 @@ def reference(case: Case, world_size: int) -> dict[str, Tensor]:
 def plan_all(case: Case, batches: Sequence[EncoderBatch]) -> list[Any]:
     plans = [plan_chunks(b.profile(), CHUNK_TOKENS) for b in batches]
     if case.parallel == "FSDP2 x2":  # All ranks run the same number of chunks.
-        counts = {kind: max(len(plan) for plan in plans) for kind in {plans[0][0].kind}}
+        kinds = {chunk.kind for plan in plans for chunk in plan}
+        counts = {kind: max(sum(chunk.kind == kind for chunk in plan) for plan in plans) for kind in kinds}
         plans = [match_counts(plan, counts, b.profile()) for plan, b in zip(plans, batches)]
     return plans
 
 
 def encode_all(model: EmbeddingModel, batch: EncoderBatch, chunks: Sequence[Any]) -> Embeddings:
-    outputs = [model(batch.select(chunk.rows)) for chunk in chunks]
+    # As the cache does: the first chunk of each kind comes before all others, and one without rows has a blank row.
+    firsts = list({chunk.kind: chunk for chunk in reversed(chunks)}.values())[::-1]
+    chunks = firsts + [chunk for chunk in chunks if not any(chunk is first for first in firsts)]
+    outputs = [model(batch.select(c.rows) if c.rows else model.blank(Kind(c.kind))) for c in chunks]
     real = [(c, o) for c, o in zip(chunks, outputs) if not c.dummy]
     order = torch.argsort(torch.tensor([r for c, _ in real for r in c.rows]))
     width = max(o.values.size(1) for _, o in real)

@@ -28,7 +28,7 @@ def models(name: str) -> tuple[EmbeddingModel, EmbeddingModel]:
 
 def encode(model: EmbeddingModel, batch: EncoderBatch, *, chunk_tokens: int | None = None) -> list[Tensor]:
     """The vectors of each row, as users get them. *Shape:* ``[L, D]`` each, where L is 1 unless there are several."""
-    finish = VectorOptions.of(model, None, "float32", None, False).finish
+    finish = VectorOptions.of(model, precision="float32").finish
     rows: dict[int, Tensor] = {}
     for positions, embeddings in Encoder(model, chunk_tokens=chunk_tokens).encode_batch(batch):
         values, mask = finish(embeddings)[:2]

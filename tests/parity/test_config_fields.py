@@ -39,6 +39,17 @@ IMAGE: dict[str, Any] = {
     "patch_size": 4,
 }  # fmt: skip
 
+DECODER = TEXT | {"num_key_value_heads": 1, "head_dim": 8}
+
+VISION_TOWER: dict[str, Any] = {
+    "depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "patch_size": 4, "spatial_merge_size": 2,
+    "temporal_patch_size": 2, "num_position_embeddings": 16, "out_hidden_size": 16, "deepstack_visual_indexes": [0],
+}  # fmt: skip
+
+VL_TOKENS = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+
+MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+
 PATCHES = {k: v for k, v in IMAGE.items() if k != "image_size"} | {"num_patches": 9}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,6 +70,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip2": ("Siglip2", {"text_config": TEXT, "vision_config": PATCHES}),
     "siglip_text_model": ("SiglipText", TEXT),
     "siglip2_vision_model": ("Siglip2Vision", PATCHES),
+    "qwen3": ("Qwen3", DECODER),
+    "qwen3 with windows": (
+        "Qwen3",
+        DECODER | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen2": ("Qwen2", DECODER | {"num_key_value_heads": 2}),
+    "mistral": ("Mistral", DECODER),
+    "llama": ("Llama", DECODER),
+    "qwen3_vl": (
+        "Qwen3VL",
+        {"text_config": DECODER | {"rope_scaling": MROPE}, "vision_config": VISION_TOWER, **VL_TOKENS},
+    ),
     "electra": ("Electra", TEXT | {"embedding_size": 8}),
 }
 
@@ -78,6 +101,7 @@ FIXED = {
         "pos_embed_shift",
         "local_attention",
         "hidden_activation",
+        "pretraining_tp",
     ),
 }
 
@@ -126,7 +150,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str
 
     draw = Draw(request.param)
     content = json.loads(config.to_json_string(use_diff=False))
-    shapes = {*sizes, *TEXT, *IMAGE, *PATCHES} | SHAPES
+    shapes = {*sizes, *TEXT, *IMAGE, *PATCHES, *DECODER, *VISION_TOWER} | SHAPES
     content = {
         k: randomize(v, shapes, draw) if k in ("text_config", "vision_config") else v for k, v in content.items()
     }
@@ -190,6 +214,8 @@ def test_what_is_changed_here_is_written_as_it_is_now(case: tuple[Path, dict[str
     part, name = {
         "vembed_bert": ("", "attn_dropout_p"),
         "vembed_modernbert": ("", "attn_dropout_p"),
+        "vembed_qwen3": ("", "attn_dropout_p"),
+        "vembed_qwen3_vl": ("", "attn_dropout_p"),
         "vembed_vit": ("", "layer_norm_eps"),
         "vembed_clip": ("text", "attn_dropout_p"),
         "vembed_siglip": ("text" if getattr(source.config, "text", None) else "vision", "attn_dropout_p"),

@@ -18,6 +18,7 @@ from torch import Tensor
 from vembed_fs2 import Embedder
 from vembed_fs2.embedding.model import EncoderBatch, HeadConfig, Pooling
 from vembed_fs2.errors import ConfigError, ModelLoadError, VembedError
+from vembed_fs2.files import read_json
 from vembed_fs2.models.family import find_family
 from vembed_fs2.models.qwen3 import Qwen3CheckpointFormat, Qwen3Config, create_qwen3_model
 
@@ -181,6 +182,27 @@ def test_bidirectional_models_are_written_as_version_5_reads_them() -> None:
     assert "is_causal" not in FORMAT.to_hg_config(FORMAT.from_hf_config({**TINY, "model_type": "qwen3"})).data
 
 
+def test_a_direction_that_was_changed_is_written(tmp_path: Path) -> None:
+    """Whatever spelling the folder had: it travels along with what else there was."""
+    content = {**TINY, "model_type": "llama", "use_bidirectional_attention": True}
+    config = FORMAT.from_hf_config(content)
+    config.extra_fields = {"config.json": FORMAT.find_extra_fields(content, config)}
+    for is_causal in (False, True):
+        config.is_causal = is_causal
+        FORMAT.write_config(tmp_path, config)
+        written = read_json(tmp_path / "config.json")
+        assert written["use_bidirectional_attention"] is True
+        assert FORMAT.from_hf_config(written).is_causal is is_causal
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(tmp_path: Path) -> None:
+    write_bpe(tmp_path, "PreTrainedTokenizerFast", ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    size = len(transformers.AutoTokenizer.from_pretrained(tmp_path)) - 1
+    make_hf("Qwen3", {**TINY, "vocab_size": size}).save_pretrained(tmp_path)
+    with pytest.raises(ModelLoadError, match=f"the model's has {size}"):
+        Embedder.load(tmp_path, device="cpu")
+
+
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(model=hf_configs())
 def test_round_trip_is_bitwise(model: tuple[str, dict[str, Any]]) -> None:
@@ -229,10 +251,45 @@ def test_defaults_are_those_of_transformers(name: str) -> None:
     assert find_family(name.lower()) == "vembed_qwen3"
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 4.0, 7.0]}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 6},
+        {"rope_scaling": {**LONGROPE, "factor": 8.0}, "max_position_embeddings": 6},
+        {
+            "rope_scaling": {**LONGROPE, "factor": 2.0, "attention_factor": 1.2},
+            "original_max_position_embeddings": 6,
+        },
+    ],
+)
+def test_positions_that_depend_on_the_length_of_a_text(name: str, options: dict[str, Any]) -> None:
+    """Of that text: what else is in the batch does not count."""
+    hf = make_hf(name, {**TINY, "rope_theta": 50.0, **options})
+    ours = load(FORMAT, create_qwen3_model, hf)
+    for lengths in ([3, 20, 6, 7], [20, 20], [6, 5, 4]):
+        ids, mask = make_inputs(60, lengths, 0)
+        with torch.no_grad():
+            states = ours.encode_tokens(EncoderBatch.of_text(ids, mask))
+            for row, length in enumerate(lengths):
+                hf(ids[:1, :1])  # It would keep the frequencies of a longer text before.
+                assert max_diff(states[row, :length], hf(ids[row : row + 1, :length])[0][0]) <= 1e-5
+
+    config = FORMAT.from_hf_config(hf.config.to_dict())
+    written = FORMAT.describe_config(config)
+    assert {name: written[name] for name in options} == options
+    assert FORMAT.from_hf_config(written) == config
+
+
+@pytest.mark.parametrize("scaling", [*SCALINGS, {"rope_type": "dynamic", "factor": 2.0}, LONGROPE])
 def test_rope_parameters_of_version_5(scaling: dict[str, Any] | None) -> None:
     old = {**TINY, "model_type": "llama", "rope_theta": 500.0, "rope_scaling": scaling}
     parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": 500.0}
+    if scaling is LONGROPE:
+        old["original_max_position_embeddings"] = parameters["original_max_position_embeddings"] = 16
     new = {**TINY, "model_type": "llama", "rope_parameters": parameters}
     assert FORMAT.from_hf_config(new) == FORMAT.from_hf_config(old)
 
@@ -240,7 +297,8 @@ def test_rope_parameters_of_version_5(scaling: dict[str, Any] | None) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("rope_scaling.rope_type", {"rope_type": "dynamic", "factor": 2.0}),
+        ("rope_scaling.rope_type", {"rope_type": "other", "factor": 2.0}),
+        ("rope_scaling.long_factor", {**LONGROPE, "factor": 2.0, "long_factor": [1.0]}),
         ("rope_scaling.mrope_section", {"rope_type": "linear", "factor": 2.0, "mrope_section": [1, 1, 1]}),
         ("partial_rotary_factor", 0.5),
         ("is_decoder", True),

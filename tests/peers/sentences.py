@@ -19,6 +19,9 @@ POOLINGS: Final = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean",
 
 PROMPTS: Final = {"query": "who is ", "document": "the man: "}
 
+_REFUSE_FIRST_TOKEN: Final = ("llama", "mistral", "qwen2", "qwen3")
+"""Causal decoders that we do not read with the pooling of a token that sees no other."""
+
 _ACTIVATIONS: Final = (torch.nn.Identity, torch.nn.Tanh, torch.nn.ReLU)
 
 
@@ -37,6 +40,8 @@ def write_sentence_model(case: Case, backbone: Path, folder: Path) -> None:
         if rng.random() < 0.7:
             transformer.max_seq_length = rng.choice((7, 11, 20))
         modes = rng.sample(POOLINGS, rng.choice((1, 1, 2)))
+        if modes == ["cls"] and case.family in _REFUSE_FIRST_TOKEN:
+            modes = ["lasttoken"]
         size = transformer.get_word_embedding_dimension()
         pooling = Pooling(size, pooling_mode=_mode(modes), include_prompt=rng.random() < 0.7)
         modules.append(pooling)

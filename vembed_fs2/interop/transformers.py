@@ -30,7 +30,9 @@ def save_hf(exported: Exportable, folder: Path) -> None:
         if has_modules:
             write_head(exported, out)
         elif head is not None:
-            name = IMAGE_HEAD_FILE if "image" in exported.model.modalities else HEAD_FILE
+            # A model that reads texts and images together has the head of its text decoder.
+            is_image_head = "image" in exported.model.modalities and not exported.model.is_interleaved
+            name = IMAGE_HEAD_FILE if is_image_head else HEAD_FILE
             write_json(out / name, asdict(head))
 
         finish_folder(exported, out, folder.name)

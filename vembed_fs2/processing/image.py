@@ -145,7 +145,7 @@ class ImageProcessor:
         if opened is not None and options is not None:
             file, config = opened.config_file, options
         else:
-            file, config = _read_config(folder)
+            file, config = read_image_config(folder)
 
         if "open_clip" in config:
             try:
@@ -203,7 +203,7 @@ def _sizes(size: object) -> dict[str, int]:
     return {name: value for name, value in size.items() if isinstance(value, int)}
 
 
-def _read_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+def read_image_config(folder: Path) -> tuple[Path, dict[str, Any]]:
     file = folder / _CONFIG_FILE
     if file.is_file():
         return file, read_json(file)

@@ -19,6 +19,12 @@ class ProcessorSettings:
     max_length: int | None = None
     """The longest text in tokens; longer ones are cut."""
 
+    min_pixels: int | None = None
+    """Smaller images are enlarged to so many pixels, by models that take images of any size; ``None`` for theirs."""
+
+    max_pixels: int | None = None
+    """Larger images are made smaller, to so many pixels; ``None`` for what the model's folder says."""
+
     prompts: dict[str, str] = field(default_factory=dict)
     """Texts put before an input, by name; ``query`` and ``document`` are used for these roles."""
 
@@ -70,9 +76,9 @@ def _check_types(settings: ProcessorSettings, file: Path) -> ProcessorSettings:
     default = ProcessorSettings()
     for f in fields(settings):
         value, example = getattr(settings, f.name), getattr(default, f.name)
-        kinds = {"max_length": (int, type(None)), "default_prompt_name": (str, type(None))}.get(
-            f.name, (type(example),)
-        )
+        kinds: tuple[type, ...] = (type(example),)
+        if example is None:
+            kinds = (str if f.name == "default_prompt_name" else int, type(None))
         if type(value) not in kinds:
             raise ModelLoadError(f"{file}: `{f.name}` must not be {value!r}.")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, final
 
@@ -92,7 +93,7 @@ class TextProcessor:
 
         # transformers' own call sets truncation and padding each time, which other threads see. So this is a copy
         # whose settings never change.
-        self._backend = _copy_backend(tokenizer)
+        self._backend = _copy_backend(tokenizer.backend_tokenizer, tokenizer.split_special_tokens)
         self._open_clip = open_clip or OpenClipTexts()
         self._open_clip.change_backend(self._backend)
         if vocab_size is not None:
@@ -171,6 +172,22 @@ class TextProcessor:
         """Whether a special token follows each text: the end token, for example."""
         ids = self._backend.encode("a").ids
         return bool(ids) and ids[-1] in self._tokenizer.all_special_ids
+
+    @cached_property
+    def _uncut(self) -> Tokenizer:
+        """The tokenizer, without a limit. Few models need it, and a large vocabulary takes its time."""
+        return _copy_backend(self._backend, self._backend.encode_special_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text that is not cut, special tokens included."""
+        ids: list[int] = self._uncut.encode(text).ids
+        return ids
+
+    def cut(self, text: str, count: int) -> str:
+        """Return a text without its last ``count`` tokens; empty if it has no more."""
+        encoding = self._uncut.encode(text, add_special_tokens=False)
+        kept = len(encoding) - count
+        return text[: encoding.offsets[kept - 1][1]] if kept > 0 else ""
 
     def __call__(
         self, texts: Sequence[str], *, prefixes: Sequence[str] | None = None, mask_prefixes: bool = False
@@ -262,12 +279,12 @@ def _add_lowercase(backend: Tokenizer) -> None:
         backend.normalizer = normalizers.Sequence(steps)
 
 
-def _copy_backend(tokenizer: Any) -> Tokenizer:
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+def _copy_backend(backend: Tokenizer, encode_special_tokens: bool) -> Tokenizer:
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.encode_special_tokens = encode_special_tokens
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def _mask(lengths: Tensor, width: int) -> Tensor:

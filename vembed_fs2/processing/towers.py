@@ -183,7 +183,7 @@ class TowerProcessor(Processor[PreparedItem]):
         :param text_padding: whether texts are padded to the longest of a batch, or all to the longest there can be.
         :raises ModelLoadError: a file is missing or broken, or the tokenizer does not fit the model.
         """
-        settings, folder = _find_settings(folder)
+        settings, folder = find_settings(folder)
         # Without a length of its own, a folder's tokenizer says it, as in sentence-transformers.
         wanted = max_length or settings.max_length
 
@@ -210,7 +210,7 @@ class TowerProcessor(Processor[PreparedItem]):
         return TowerProcessor(text, image, settings, tokens_per_image=tokens_per_image, text_padding=text_padding)
 
 
-def _find_settings(folder: Path) -> tuple[ProcessorSettings, Path]:
+def find_settings(folder: Path) -> tuple[ProcessorSettings, Path]:
     """Return the settings, and the folder with the tokenizer's and the image processor's files."""
     if (settings := read_settings(folder)) is not None:
         return settings, folder

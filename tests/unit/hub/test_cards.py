@@ -29,6 +29,8 @@ CARDS = {
     "qwen_qwen3_embedding_0_6b": (1024, 595_776_512),
     "qwen_qwen3_embedding_4b": (2560, 4_021_774_336),
     "qwen_qwen3_embedding_8b": (4096, 7_567_295_488),
+    "qwen_qwen3_vl_embedding_2b": (2048, 2_127_532_032),
+    "qwen_qwen3_vl_embedding_8b": (4096, 8_144_793_840),
     "alibaba_gte_qwen2_1_5b_instruct": (1536, 1_543_268_864),
     "alibaba_gte_qwen2_7b_instruct": (3584, 7_069_121_024),
     "intfloat_e5_mistral_7b_instruct": (4096, 7_110_660_096),

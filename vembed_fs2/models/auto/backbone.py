@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from vembed_fs2.embedding.model import Modality
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.checkpoint import HOW_TO_TRUST, NeedsCodeError
-from vembed_fs2.models.auto.rope import create_config, require_read
+from vembed_fs2.formats.rope import create_config, require_read
 
 _TEXT: Final[frozenset[Modality]] = frozenset({"text"})
 _IMAGE: Final[frozenset[Modality]] = frozenset({"image"})

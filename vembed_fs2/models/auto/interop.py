@@ -22,11 +22,11 @@ from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.checkpoint import declare_hf_config
 from vembed_fs2.formats.folder import ModelFolder
+from vembed_fs2.formats.rope import create_config
 from vembed_fs2.models.auto.backbone import Backbone, find_backbone
 from vembed_fs2.models.auto.config import AUTO_FAMILY, AutoModelConfig
 from vembed_fs2.models.auto.factory import create_auto_model, default_head, default_image_head
 from vembed_fs2.models.auto.model import OWN_PARAMETERS, AutoEmbeddingModel
-from vembed_fs2.models.auto.rope import create_config
 from vembed_fs2.models.auto.trace import trace_image
 from vembed_fs2.models.family import CheckpointFormat
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from typing_extensions import override
@@ -10,6 +10,7 @@ from typing_extensions import override
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError
 from vembed_fs2.formats.checkpoint import CheckpointFormat
+from vembed_fs2.formats.key_map import Rename
 
 TOWER_FIELDS: Final = {
     "hidden_size": "model_dim",
@@ -44,6 +45,22 @@ TEXT_FIELDS: Final[Mapping[str, tuple[str, type]]] = {
     "intermediate_size": ("ffn_inner_dim", int),
 }
 """The fields of a text Transformer, what they are called here, and their types."""
+
+_DECODER_LAYER: Final = "decoder.layers.*"
+
+DECODER_RULES: Final[Sequence[Rename]] = (
+    Rename("embed_tokens.", "frontend.embed."),
+    Rename("layers.*.input_layernorm.", f"{_DECODER_LAYER}.self_attn_layer_norm."),
+    *(Rename(f"layers.*.self_attn.{x}_proj.", f"{_DECODER_LAYER}.self_attn.{x}_proj.") for x in "qkv"),
+    *(Rename(f"layers.*.self_attn.{x}_norm.", f"{_DECODER_LAYER}.self_attn.{x}_norm.") for x in "qk"),
+    Rename("layers.*.self_attn.o_proj.", f"{_DECODER_LAYER}.self_attn.output_proj."),
+    Rename("layers.*.post_attention_layernorm.", f"{_DECODER_LAYER}.ffn_layer_norm."),
+    Rename("layers.*.mlp.gate_proj.", f"{_DECODER_LAYER}.ffn.gate_proj."),
+    Rename("layers.*.mlp.up_proj.", f"{_DECODER_LAYER}.ffn.inner_proj."),
+    Rename("layers.*.mlp.down_proj.", f"{_DECODER_LAYER}.ffn.output_proj."),
+    Rename("norm.", "decoder.layer_norm."),
+)
+"""The names of a decoder's tensors there and here."""
 
 
 class BackboneCheckpointFormat(CheckpointFormat):

@@ -22,7 +22,10 @@ class RotaryLayout(PaddedLayout):  # type: ignore[misc]  # final in fairseq2
     """A layout that carries the rotations of positions, which are the same in all layers of a kind."""
 
     rotations: Sequence[Tensor]
-    """Cosines and sines for each kind of layers. *Shape:* ``[2, S, 1, K / 2]`` each."""
+    """
+    Cosines and sines for each kind of layers. *Shape:* ``[2, S, 1, K / 2]`` each, or ``[2, N, S, 1, K / 2]`` if
+    sequences have positions of their own.
+    """
 
     def __init__(self, seqs: Tensor, mask: Tensor | None, rotations: Sequence[Tensor]) -> None:
         """
@@ -42,11 +45,15 @@ class PackedRotaryLayout(PackedLayout):  # type: ignore[misc]  # final in fairse
     def __init__(self, mask: Tensor, rotations: Sequence[Tensor]) -> None:
         """
         :param mask: True for tokens, which precede the padding. *Shape:* ``[N, S]``.
-        :param rotations: of positions. *Shape:* ``[2, S, 1, K / 2]`` each.
+        :param rotations: of positions, or of the tokens of each sequence. *Shape:* ``[2, S, 1, K / 2]`` or
+            ``[2, N, S, 1, K / 2]`` each.
         """
         super().__init__(mask)
         positions = self.indices % mask.size(1)
-        self.rotations = [r.index_select(1, positions) for r in rotations]
+        self.rotations = [
+            r.index_select(1, positions) if r.dim() == 4 else r.flatten(1, 2).index_select(1, self.indices)
+            for r in rotations
+        ]
 
 
 def create_frequencies(head_dim: int, theta: float, device: Device) -> Tensor:
@@ -86,10 +93,11 @@ class RotaryPositions(PositionEncoder):
         :param seqs: *Shape:* ``[N, S, H, K]``, or packed.
         :returns: *Shape:* the same.
         """
-        if not isinstance(seqs_layout, (RotaryLayout, PackedRotaryLayout)):
+        rotations: Sequence[Tensor] | None = getattr(seqs_layout, "rotations", None)
+        if rotations is None:
             raise NotSupportedError(f"`{RotaryPositions}` needs a `{RotaryLayout}`.")
 
-        rotation = seqs_layout.rotations[self.kind]
+        rotation = rotations[self.kind]
         # In float32, whatever the states are: half precision would round the angles of distant tokens.
         cos, sin = rotation
         left, right = seqs.to(torch.promote_types(seqs.dtype, rotation.dtype)).chunk(2, dim=-1)

@@ -1,31 +1,23 @@
-"""How the modules of decoders are put together."""
+"""How the modules of decoders of texts are put together."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
-from fairseq2.models.transformer import (
-    GLUFeedForwardNetwork,
-    StandardMultiheadAttention,
-    StandardTransformerEncoder,
-    StandardTransformerEncoderLayer,
-)
-from fairseq2.nn import LayerNorm, RMSNorm
+from fairseq2.models.transformer import SDPA, StandardTransformerEncoder
 from transformers import PretrainedConfig
+from typing_extensions import override
 
-from vembed_fs2.embedding.activations import create_activation
+from vembed_fs2.formats.rope import LENGTH
 from vembed_fs2.models.common.attention import create_sdpa
 from vembed_fs2.models.common.checks import require_valid
-from vembed_fs2.models.common.factory import ModelFactory, create_embedding, normal_init
-from vembed_fs2.models.common.head_norm import HeadRMSNorm
-from vembed_fs2.models.common.layers import create_layer
-from vembed_fs2.models.common.rotary import RotaryPositions
+from vembed_fs2.models.common.decoder import DecoderFactory
 from vembed_fs2.models.qwen3.config import Qwen3Config
-from vembed_fs2.models.qwen3.model import DecoderFrontend, Qwen3Model
+from vembed_fs2.models.qwen3.model import Qwen3Model
 
 
-class Qwen3Factory(ModelFactory[Qwen3Config]):
-    """Creates the modules of a decoder."""
+class Qwen3Factory(DecoderFactory[Qwen3Config]):
+    """Creates the modules of a decoder of texts."""
 
     def create_model(self) -> Qwen3Model:
         config = self._config
@@ -39,57 +31,19 @@ class Qwen3Factory(ModelFactory[Qwen3Config]):
         )
         model.set_head(config.head, config.model_dim)
         model.max_text_length = config.max_seq_len
+        model.vocab_size = config.vocab_size
 
         return model
-
-    def create_frontend(self) -> DecoderFrontend:
-        config = self._config
-        return DecoderFrontend(create_embedding(config.vocab_size, config.model_dim, config.init_std, config.pad_idx))
 
     def create_decoder(self) -> StandardTransformerEncoder:
         layers = [self.create_decoder_layer(idx) for idx in range(self._config.num_layers)]
         return StandardTransformerEncoder(layers, self.create_layer_norm())
 
-    def create_decoder_layer(self, idx: int) -> StandardTransformerEncoderLayer:
-        return create_layer(
-            self.create_self_attention(idx),
-            self.create_ffn(),
-            self.create_layer_norm,
-        )
-
-    def create_self_attention(self, idx: int) -> StandardMultiheadAttention:
+    @override
+    def create_sdpa(self, idx: int) -> SDPA:
         config = self._config
         window = config.attn_window if idx in config.windowed_layers else None
-        sdpa = create_sdpa(dropout_p=config.attn_dropout_p, causal=config.is_causal, window=window)
-
-        return StandardMultiheadAttention(
-            config.model_dim,
-            config.num_attn_heads,
-            sdpa,
-            head_dim=config.attn_head_dim,
-            num_key_value_heads=config.num_key_value_heads,
-            qkv_proj_init_fn=normal_init(config.init_std),
-            q_norm=HeadRMSNorm(config.attn_head_dim, eps=config.norm_eps) if config.qk_norm else None,
-            k_norm=HeadRMSNorm(config.attn_head_dim, eps=config.norm_eps) if config.qk_norm else None,
-            pos_encoder=RotaryPositions(config.attn_head_dim),
-            output_proj_init_fn=normal_init(config.init_std),
-            bias=config.qkv_bias,
-            output_proj_bias=config.output_bias,
-        )
-
-    def create_ffn(self) -> GLUFeedForwardNetwork:
-        config = self._config
-        return GLUFeedForwardNetwork(
-            config.model_dim,
-            config.ffn_inner_dim,
-            config.ffn_bias,
-            gate_activation=create_activation(config.activation, field="activation"),
-            inner_dim_scale=1.0,
-            proj_init_fn=normal_init(config.init_std),
-        )
-
-    def create_layer_norm(self) -> LayerNorm:
-        return RMSNorm(self._config.model_dim, bias=False, eps=self._config.norm_eps)
+        return create_sdpa(dropout_p=config.attn_dropout_p, causal=config.is_causal, window=window)
 
     def create_rope_scaling(self) -> PretrainedConfig | None:
         """What transformers' functions of stretched positions read; ``None`` if positions are not stretched."""
@@ -98,6 +52,9 @@ class Qwen3Factory(ModelFactory[Qwen3Config]):
             return None
 
         scaling = {key: value for key, value in asdict(config.rope_scaling).items() if value is not None}
+        # Where the function of this kind looks for it.
+        outside = {LENGTH: scaling.pop(LENGTH)} if scaling["rope_type"] == "longrope" and LENGTH in scaling else {}
+
         return PretrainedConfig(
             hidden_size=config.model_dim,
             num_attention_heads=config.num_attn_heads,
@@ -105,6 +62,7 @@ class Qwen3Factory(ModelFactory[Qwen3Config]):
             rope_theta=config.rope_theta,
             rope_scaling=scaling,
             max_position_embeddings=config.max_seq_len,
+            **outside,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, final
 
@@ -13,9 +13,12 @@ from typing_extensions import override
 
 from vembed_fs2.embedding.model import HeadConfig
 from vembed_fs2.errors import ModelLoadError, VembedError
-from vembed_fs2.formats.hf_config import read_field, refuse_other_values, resolve_hf_config, validate_hf_config
-from vembed_fs2.formats.key_map import Drop, KeyMap, Rename, Rule
-from vembed_fs2.models.common.interop import TEXT_FIELDS, BackboneCheckpointFormat
+from vembed_fs2.formats.checkpoint import CONFIG_FILE
+from vembed_fs2.formats.extra_fields import with_extra_fields
+from vembed_fs2.formats.hf_config import read_field, refuse_other_values, validate_hf_config
+from vembed_fs2.formats.key_map import Drop, KeyMap
+from vembed_fs2.formats.rope import LENGTH, ROPE_PARAMETERS, create_config
+from vembed_fs2.models.common.interop import DECODER_RULES, TEXT_FIELDS, BackboneCheckpointFormat
 from vembed_fs2.models.family import drop_learned
 from vembed_fs2.models.qwen3.config import QWEN3_FAMILY, Qwen3Config, RopeScaling, Variant
 from vembed_fs2.models.qwen3.model import Qwen3Model
@@ -69,6 +72,9 @@ _LAYOUTS: Final[Mapping[Variant, _Layout]] = {
 # Embedders that are one of these, with attention in both directions.
 _BIDIRECTIONAL_TYPES: Final[Mapping[str, Variant]] = {"llama_bidirec": "llama"}
 
+_BIDIRECTIONAL_FLAG: Final = "use_bidirectional_attention"
+"""What embedders of other types call it."""
+
 # The fields of config.json, what they are called here, and their types.
 _FIELDS: Final[dict[str, tuple[str, type]]] = {
     **TEXT_FIELDS,
@@ -91,22 +97,8 @@ _FIXED: Final[dict[str, tuple[object, ...]]] = {
     "quantization_config": (None,),
 }
 
-_LAYER: Final = "decoder.layers.*"
-
-_RULES: Final[Sequence[Rule]] = (
-    # Language-model and score heads, and a table of old versions.
-    Drop(theirs=r"(lm_head|score)\..*|(.*\.)?rotary_emb\.inv_freq"),
-    Rename("embed_tokens.", "frontend.embed."),
-    Rename("layers.*.input_layernorm.", f"{_LAYER}.self_attn_layer_norm."),
-    *(Rename(f"layers.*.self_attn.{x}_proj.", f"{_LAYER}.self_attn.{x}_proj.") for x in "qkv"),
-    *(Rename(f"layers.*.self_attn.{x}_norm.", f"{_LAYER}.self_attn.{x}_norm.") for x in "qk"),
-    Rename("layers.*.self_attn.o_proj.", f"{_LAYER}.self_attn.output_proj."),
-    Rename("layers.*.post_attention_layernorm.", f"{_LAYER}.ffn_layer_norm."),
-    Rename("layers.*.mlp.gate_proj.", f"{_LAYER}.ffn.gate_proj."),
-    Rename("layers.*.mlp.up_proj.", f"{_LAYER}.ffn.inner_proj."),
-    Rename("layers.*.mlp.down_proj.", f"{_LAYER}.ffn.output_proj."),
-    Rename("norm.", "decoder.layer_norm."),
-)
+# Language-model and score heads, and a table of old versions.
+_DROPPED: Final = Drop(theirs=r"(lm_head|score)\..*|(.*\.)?rotary_emb\.inv_freq")
 
 
 @final
@@ -121,7 +113,7 @@ class Qwen3CheckpointFormat(BackboneCheckpointFormat):
     ) -> Qwen3Config:
         variant = _read_variant(hf_config)
         layout = _LAYOUTS[variant]
-        resolved = resolve_hf_config(_with_old_names(hf_config), f"{layout.name}Config")
+        resolved = _resolve(hf_config, layout)
         refuse_other_values(resolved, _FIXED)
 
         values: dict[str, Any] = {"variant": variant, **layout.fixed}
@@ -131,7 +123,7 @@ class Qwen3CheckpointFormat(BackboneCheckpointFormat):
             values |= dict.fromkeys(flags, read_field(resolved, name, bool))
 
         values["head_dim"] = read_field({"head_dim": None, **resolved}, "head_dim", int, optional=True)
-        values["rope_scaling"] = _read_scaling(resolved.get("rope_scaling"))
+        values["rope_scaling"] = _read_scaling(resolved)
         values["is_causal"] = _is_causal(hf_config)
         values |= _read_windows(resolved, layout)
 
@@ -144,12 +136,13 @@ class Qwen3CheckpointFormat(BackboneCheckpointFormat):
     @override
     def key_map(self, config: object) -> KeyMap:
         # transformers' decoders have no place for what only objectives need.
-        return KeyMap(*_RULES, drop_learned(config), prefixes=["model."])
+        return KeyMap(_DROPPED, *DECODER_RULES, drop_learned(config), prefixes=["model."])
 
     @override
     def to_hg_config(self, config: object) -> HuggingFaceConfig:
         config = cast_config_type(config, Qwen3Config)
         layout = _LAYOUTS[config.variant]
+        extra = config.extra_fields.get(CONFIG_FILE, {})
 
         data: dict[str, object] = {name: getattr(config, ours) for name, (ours, _) in _FIELDS.items()}
         data["head_dim"] = config.head_dim
@@ -160,12 +153,16 @@ class Qwen3CheckpointFormat(BackboneCheckpointFormat):
 
         data |= _write_flags(config, layout)
         data |= _write_windows(config, layout)
-        if config.rope_scaling is not None or config.variant != "mistral":
-            data["rope_scaling"] = _write_scaling(config.rope_scaling)
-        if not config.is_causal:
-            data["is_causal"] = False  # Version 5 of transformers obeys it.
+        data |= _write_scaling(config)
+        if not config.is_causal or _BIDIRECTIONAL_FLAG in extra:
+            data["is_causal"] = config.is_causal  # Version 5 of transformers obeys it.
 
-        return HuggingFaceConfig(data, kls_name=f"{layout.name}Config", arch=f"{layout.name}Model")
+        exported = HuggingFaceConfig(data, kls_name=f"{layout.name}Config", arch=f"{layout.name}Model")
+        return with_extra_fields(exported, config)
+
+    @override
+    def config_fields(self, config: object) -> Mapping[str, object]:
+        return {**super().config_fields(config), ROPE_PARAMETERS: None}
 
 
 def _read_variant(hf_config: Mapping[str, Any]) -> Variant:
@@ -179,32 +176,25 @@ def _read_variant(hf_config: Mapping[str, Any]) -> Variant:
     raise ModelLoadError(f"config.json: `model_type` is {model_type!r}, which is not supported.")
 
 
-def _with_old_names(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace what version 5 of transformers writes in another way."""
-    values = dict(hf_config)
-    parameters = values.pop("rope_parameters", None)
-    if isinstance(parameters, Mapping):
-        scaling = {
-            key: value for key, value in parameters.items() if key not in ("rope_theta", "partial_rotary_factor")
-        }
-        values["rope_scaling"] = scaling
-        values |= {key: value for key, value in parameters.items() if key not in scaling}
+def _resolve(hf_config: Mapping[str, Any], layout: _Layout) -> dict[str, Any]:
+    """Return the content of ``config.json`` as transformers' class sees it, with its defaults.
 
-    # Positions that are not stretched.
-    stretch = values.get("rope_scaling")
-    if isinstance(stretch, Mapping) and stretch.get("rope_type", stretch.get("type")) == "default":
-        values["rope_scaling"] = None
+    :raises ModelLoadError: the class does not take the content.
+    """
+    import transformers
 
-    # The class of this name would be another one.
-    values.pop("model_type", None)
-    return values
+    # The class of this name may be another one.
+    values = {name: value for name, value in hf_config.items() if name != "model_type"}
+    resolved: dict[str, Any] = create_config(values, getattr(transformers, f"{layout.name}Config"))[0].to_dict()
+
+    return resolved
 
 
 def _is_causal(hf_config: Mapping[str, Any]) -> bool:
     """Whether tokens see only those before them, in every spelling that embedders use."""
     if hf_config.get("is_causal") is not None:
         return bool(hf_config["is_causal"])
-    if hf_config.get("use_bidirectional_attention") or hf_config.get("model_type") in _BIDIRECTIONAL_TYPES:
+    if hf_config.get(_BIDIRECTIONAL_FLAG) or hf_config.get("model_type") in _BIDIRECTIONAL_TYPES:
         return False
     return not any("bidirec" in name.lower() for name in hf_config.get("architectures") or ())
 
@@ -215,11 +205,13 @@ def _read_pooling(hf_config: Mapping[str, Any], is_causal: bool) -> Any:
     return names.get(str(hf_config.get("pooling")), "last" if is_causal else "mean")
 
 
-def _read_scaling(values: Any) -> RopeScaling | None:
+def _read_scaling(resolved: Mapping[str, Any]) -> RopeScaling | None:
     """
     :raises ModelLoadError: there is a field that is not known.
     """
-    if values is None:
+    values = resolved.get("rope_scaling")
+    # Positions that are not stretched are of a kind of their own.
+    if values is None or values.get("rope_type", values.get("type")) == "default":
         return None
 
     scaling = {key: value for key, value in values.items() if key != "type"}
@@ -227,11 +219,21 @@ def _read_scaling(values: Any) -> RopeScaling | None:
     if unknown := scaling.keys() - known:
         raise ModelLoadError(f"config.json: `rope_scaling.{min(unknown)}` is not supported.")
 
+    kind = scaling.setdefault("rope_type", values.get("type"))
+    if kind == "longrope" and resolved.get(LENGTH) is not None:
+        scaling[LENGTH] = resolved[LENGTH]
+
     return RopeScaling(**scaling)
 
 
-def _write_scaling(scaling: RopeScaling | None) -> dict[str, object] | None:
-    return None if scaling is None else {key: value for key, value in asdict(scaling).items() if value is not None}
+def _write_scaling(config: Qwen3Config) -> dict[str, object]:
+    if config.rope_scaling is None:
+        return {} if config.variant == "mistral" else {"rope_scaling": None}
+
+    scaling = {key: value for key, value in asdict(config.rope_scaling).items() if value is not None}
+    # transformers looks for this length outside.
+    outside = {LENGTH: scaling.pop(LENGTH)} if scaling["rope_type"] == "longrope" and LENGTH in scaling else {}
+    return {"rope_scaling": scaling, **outside}
 
 
 def _read_windows(resolved: Mapping[str, Any], layout: _Layout) -> dict[str, Any]:
@@ -254,7 +256,7 @@ def _write_windows(config: Qwen3Config, layout: _Layout) -> dict[str, object]:
 
     kinds = ["sliding_attention" if idx in layers else "full_attention" for idx in range(config.num_layers)]
     if not layers:
-        return {"layer_types": kinds, "use_sliding_window": False, "sliding_window": None}
+        return {"layer_types": kinds}
     return {
         "layer_types": kinds,
         "use_sliding_window": True,

@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from vembed_fs2.errors import ModelLoadError
 
-FIELD: Final = "rope_parameters"
+ROPE_PARAMETERS: Final = "rope_parameters"
+"""The field of version 5."""
 
 _ALIASES: Final[Mapping[str, Sequence[str]]] = {
     "rope_theta": ("rope_theta", "global_rope_theta", "rotary_emb_base"),
@@ -25,8 +26,11 @@ _ALIASES: Final[Mapping[str, Sequence[str]]] = {
 }
 """What classes of version 4 call a field, by the name that most of them have, or that is ours."""
 
-_LENGTH: Final = "original_max_position_embeddings"
-"""A field that functions of all models read."""
+LENGTH: Final = "original_max_position_embeddings"
+"""The longest text of the pretraining, a field that functions of all models read."""
+
+_SECTIONS: Final = "mrope_section"
+"""A field of positions that are not stretched, but are over time, height and width."""
 
 _STRETCHES_FULL_LAYERS: Final = ("olmo3",)
 """Model types whose layers have one base, and whose positions are stretched in layers without a window only."""
@@ -44,7 +48,7 @@ def create_config(hf_config: Mapping[str, Any], kls: Any) -> tuple[Any, dict[str
     """
     error: Exception | None = None
     for fields in _list_spellings(hf_config, kls):
-        values = {name: value for name, value in hf_config.items() if name != FIELD or not fields} | fields
+        values = {name: value for name, value in hf_config.items() if name != ROPE_PARAMETERS or not fields} | fields
         try:
             return kls.from_dict(deepcopy(values)), fields
         except (TypeError, ValueError, AttributeError, LookupError) as ex:
@@ -54,12 +58,12 @@ def create_config(hf_config: Mapping[str, Any], kls: Any) -> tuple[Any, dict[str
 
 
 def _list_spellings(hf_config: Mapping[str, Any], kls: Any) -> Iterator[dict[str, Any]]:
-    parameters = hf_config.get(FIELD)
-    if parameters is None or FIELD in inspect.signature(kls.__init__).parameters:
+    parameters = hf_config.get(ROPE_PARAMETERS)
+    if parameters is None or ROPE_PARAMETERS in inspect.signature(kls.__init__).parameters:
         yield {}
         return
     if not isinstance(parameters, Mapping):
-        raise ModelLoadError(f"config.json: `{FIELD}` must hold fields by name, but is {parameters!r}.")
+        raise ModelLoadError(f"config.json: `{ROPE_PARAMETERS}` must hold fields by name, but is {parameters!r}.")
 
     # Most classes call the kind of positions `rope_type`; older ones want `type` and nothing else.
     for kind in ("rope_type", "type"):
@@ -76,10 +80,10 @@ def require_read(hf_config: Mapping[str, Any], fields: Mapping[str, Any], config
     """
     known = inspect.signature(config_kls.__init__).parameters
     for name in fields:
-        if name not in (*known, _LENGTH) and name not in inspect.getsource(sys.modules[kls.__module__]):
+        if name not in (*known, LENGTH) and name not in inspect.getsource(sys.modules[kls.__module__]):
             raise ModelLoadError(
-                f"config.json: `{FIELD}` is {hf_config[FIELD]!r}, which is not supported: transformers' {kls.__name__}"
-                f" has no `{name}`."
+                f"config.json: `{ROPE_PARAMETERS}` is {hf_config[ROPE_PARAMETERS]!r}, which is not supported:"
+                f" transformers' {kls.__name__} has no `{name}`."
             )
 
 
@@ -112,7 +116,7 @@ def _to_version_4(values: Mapping[str, Any], parameters: Mapping[str, Any], kls:
 
     if rope_type == "longrope":
         fields |= _move_length(scaling, values)
-    if rope_type != "default":
+    if rope_type != "default" or _SECTIONS in scaling:
         fields["rope_scaling"] = {kind: rope_type, **scaling}
 
     return fields
@@ -143,14 +147,14 @@ def _choose_entries(
     if used[0] is not None and all(entry == used[0] for entry in used):
         return used[0], {}
 
-    raise ModelLoadError(f"config.json: `{FIELD}` is {dict(parameters)!r}, which is not supported.")
+    raise ModelLoadError(f"config.json: `{ROPE_PARAMETERS}` is {dict(parameters)!r}, which is not supported.")
 
 
 def _move_length(scaling: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Take the length of pretraining out of ``scaling``: version 4 wants it outside, and works the factor out by it."""
     limit = values.get("max_position_embeddings")
-    length = values.get(_LENGTH, scaling.get(_LENGTH, limit))
-    scaling.pop(_LENGTH, None)
+    length = values.get(LENGTH, scaling.get(LENGTH, limit))
+    scaling.pop(LENGTH, None)
     if length is None or limit is None:
         return {}
 
@@ -158,4 +162,4 @@ def _move_length(scaling: dict[str, Any], values: Mapping[str, Any]) -> dict[str
     if factor is not None and factor != limit / length and scaling.get("attention_factor") is None:
         scaling["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
 
-    return {_LENGTH: length}
+    return {LENGTH: length}
