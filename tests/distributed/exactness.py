@@ -290,7 +290,7 @@ def plan_all(case: Case, batches: Sequence[EncoderBatch]) -> list[Any]:
 
 def encode_all(model: EmbeddingModel, batch: EncoderBatch, chunks: Sequence[Any]) -> Embeddings:
     # As the cache does: the first chunk of each kind comes before all others, and one without rows has a blank row.
-    firsts = list({chunk.kind: chunk for chunk in reversed(chunks)}.values())[::-1]
+    firsts = [next(c for c in chunks if c.kind == kind) for kind in dict.fromkeys(chunk.kind for chunk in chunks)]
     chunks = firsts + [chunk for chunk in chunks if not any(chunk is first for first in firsts)]
     outputs = [model(batch.select(c.rows) if c.rows else model.blank(Kind(c.kind))) for c in chunks]
     real = [(c, o) for c, o in zip(chunks, outputs) if not c.dummy]

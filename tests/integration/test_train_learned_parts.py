@@ -30,7 +30,7 @@ def be_fairseq2_with_weighted(site: Path, command: list[str]) -> None:
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     """A folder with the guide's objective as a module."""
-    tmp_path.joinpath("weighted.py").write_text(guide_blocks("python")[2])
+    tmp_path.joinpath("weighted.py").write_text(next(b for b in guide_blocks("python") if "setup_weighted" in b))
     return tmp_path
 
 
