@@ -48,7 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Electra": {**SIZES, "embedding_size": 8},
     "GPT2": {"vocab_size": 10, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
     "Qwen2": DECODER,
-    "Qwen3": DECODER,
+    "Qwen3": {**DECODER, "is_causal": False},  # In a causal one the first token sees no other.
     "DebertaV2": {**SIZES, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4},
 }
 
