@@ -421,14 +421,23 @@ def load_valid_task(config: TrainConfig, readers: Mapping[str, Reads]) -> Retrie
                 )
         return task
 
-    examples = list(open_dataset(section, partial(check_readable, readers=readers)))
-    if section.on_error == "skip":
-        # All now: what is relevant to which query must not change during the training.
-        rows, examples = examples, []
-        for row, outcome in zip(rows, decode_images(rows, allow_urls=section.allow_urls)):
-            if isinstance(outcome, DataError):
-                log.warning("A held-out row is left out: %s", outcome)
-            else:
-                examples.append(row)
+    rows = list(open_dataset(section, partial(check_readable, readers=readers)))
+
+    # All now: a broken one would end the training at its first validation, and what is relevant to which query must not
+    # change during the training.
+    examples, broken = [], []
+    for row, outcome in zip(rows, decode_images(rows, allow_urls=section.allow_urls)):
+        if isinstance(outcome, DataError):
+            broken.append(str(outcome))
+        else:
+            examples.append(row)
+
+    if broken and section.on_error != "skip":
+        raise DataError(
+            f"{len(broken):,} of {len(rows):,} held-out rows have an image that cannot be used, such as: {broken[0]}"
+            " `data check --images all` lists them; `valid.on_error=skip` leaves them out."
+        )
+    for problem in broken:
+        log.warning("A held-out row is left out: %s", problem)
 
     return task_from_examples(examples)

@@ -244,7 +244,9 @@ def test_evaluate_says_what_is_wrong(tmp_path: Path, bert_folder: Path, texts: P
         assert "recall@" not in result.output, name
 
 
-def test_a_broken_held_out_image_costs_no_checkpoint(tmp_path: Path, clip_folder: Path, digits: Path) -> None:
+def test_a_broken_held_out_image_is_said_before_anything_is_trained(
+    tmp_path: Path, clip_folder: Path, digits: Path
+) -> None:
     data = tmp_path / "data"
     shutil.copytree(digits, data)
     rows = [json.loads(line) for line in data.joinpath("held_out.jsonl").read_text().splitlines()[:60]]
@@ -260,8 +262,8 @@ def test_a_broken_held_out_image_costs_no_checkpoint(tmp_path: Path, clip_folder
     failed, skipped = run_all([command(tmp_path / "out"), command(tmp_path / "skip", "valid.on_error=skip")])
 
     assert failed.status == 2, failed.output[-3000:]
-    assert f"error: {data}/held_out.jsonl:41: {image} is truncated" in failed.output
-    assert steps(tmp_path / "out") == [2]
+    assert f"such as: {data}/held_out.jsonl:41: {image} is truncated" in failed.output
+    assert not tmp_path.joinpath("out").exists()
     assert skipped.status == 0, skipped.output[-3000:]
     assert f"A held-out row is left out: {data}/held_out.jsonl:41: {image} is truncated" in skipped.output
 

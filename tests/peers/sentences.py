@@ -90,11 +90,9 @@ def _version() -> tuple[int, ...]:
 def run_sentence_model(case: Case, folder: Path, images: list[Image.Image]) -> Vectors:
     """What sentence-transformers makes of texts and images."""
     model = SentenceTransformer(str(folder), device="cpu", **_options(case))
-    # Whether vectors of both kinds are normalised is compared elsewhere.
-    unit = {"normalize_embeddings": True} if "image" in case.reads else {}
-    vectors: Vectors = {"text": np.stack([model.encode(text, **unit) for text in TEXTS])}
-    vectors["query"] = np.stack([model.encode_query(text, **unit) for text in TEXTS])
-    vectors["document"] = np.stack([model.encode_document(text, **unit) for text in TEXTS])
+    vectors: Vectors = {"text": np.stack([model.encode(text) for text in TEXTS])}
+    vectors["query"] = np.stack([model.encode_query(text) for text in TEXTS])
+    vectors["document"] = np.stack([model.encode_document(text) for text in TEXTS])
     if "image" in case.reads:
-        vectors["image"] = np.stack([model.encode(image, **unit) for image in images])
+        vectors["image"] = np.stack([model.encode(image) for image in images])
     return vectors

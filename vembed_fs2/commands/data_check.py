@@ -345,6 +345,9 @@ def render(report: Report) -> str:
 
 def _objective_lines(report: Report) -> Iterator[tuple[str, str]]:
     """The objectives that can be trained on all usable rows, and what the others lack."""
+    if not report.num_usable:
+        return
+
     by_problem: dict[str, list[str]] = {}
     for name, problems in report.objectives.items():
         by_problem.setdefault(problems[0] if problems else "", []).append(name)

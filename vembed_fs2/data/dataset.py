@@ -208,7 +208,7 @@ class ExampleDataset:
 
         summary = f"{problems.count:,} of {size:,} rows cannot be used:\n{problems}"
         if on_error == "raise":
-            raise DataError(f"{summary}\nRepair them. A training can leave them out, with on_error=skip.")
+            raise DataError(f"{summary}\nRepair them. A training can leave them out, with `dataset.on_error=skip`.")
         if not usable:
             raise DataError(f"The dataset is empty: {summary}")
 
