@@ -23,6 +23,7 @@ from vembed_fs2.console import Bar, Screen, format_rate, format_time, short_path
 from vembed_fs2.losses.nested import LossSpec
 from vembed_fs2.recipes.metrics import METRIC_NAMES, VALID_METRICS
 from vembed_fs2.recipes.train.config import EmbeddingModelSection, LossSection, TrainConfig
+from vembed_fs2.recipes.train.model import count_parameters
 
 _MAX_PATHS: Final = 3
 """Of more files than these, only the number is shown."""
@@ -75,7 +76,7 @@ class TrainDisplay(MetricRecorder):
         epochs = self._num_steps / steps_per_epoch
 
         shown = {
-            "model": f"{facts['model']}: {count_parameters(model)}",
+            "model": f"{facts['model']}: {describe_parameters(model)}",
             "data": facts["data"],
             "validation": facts.get("validation"),
             "batch": describe_batch(config, gangs),
@@ -221,10 +222,9 @@ def describe_data(paths: Sequence[Path], num_rows: int) -> str:
     return f"{num_rows:,} rows of {where}"
 
 
-def count_parameters(model: Module) -> str:
+def describe_parameters(model: Module) -> str:
     """Return how many parameters a model has, and how many of them are trained."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained, total = count_parameters(model)
     return f"{total:,} parameters, {'all' if trained == total else f'{trained:,}'} trained"
 
 

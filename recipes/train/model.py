@@ -12,6 +12,7 @@ from fairseq2.gang import Gangs
 from fairseq2.models import ModelFamily
 from fairseq2.utils.config import StandardConfigMerger
 from fairseq2.utils.structured import StandardValueConverter
+from torch.nn import Module
 
 from vembed_fs2.embedding.freezing import find_first_parameters, find_matches, plain_name
 from vembed_fs2.embedding.model import EmbeddingModel
@@ -144,7 +145,7 @@ def freeze_parameters(model: EmbeddingModel, section: FreezeSection) -> None:
         model.freeze(frozen - model.learned.keys())
 
 
-def count_parameters(model: EmbeddingModel) -> tuple[int, int]:
+def count_parameters(model: Module) -> tuple[int, int]:
     """Return the number of trained parameters, and of all."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)

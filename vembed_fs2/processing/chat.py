@@ -22,7 +22,7 @@ from vembed_fs2.embedding.inputs import ImageInputs, TextInputs
 from vembed_fs2.errors import DataError, ModelLoadError
 from vembed_fs2.processing.processor import Processor
 from vembed_fs2.processing.settings import ProcessorSettings, save_settings
-from vembed_fs2.processing.text import TextProcessor
+from vembed_fs2.processing.text import TextProcessor, mask_tokens, pad_ids
 
 NO_INPUT: Final = "NULL"
 """What an input without a text and an image says, as in Qwen3-VL-Embedding."""
@@ -95,8 +95,8 @@ class ChatProcessor(Processor[PreparedChat]):
 
             prepared = PreparedChat(item, tuple(patches), tuple(grids))
             if grids:
-                # Here, where only this input is lost if its images alone are too long.
-                self._tokenize(prepared, self.default_instruction)
+                # Here, where only this input is lost if its images alone are too long. Its texts can be cut.
+                self._tokenize(prepared, self.default_instruction, [""] * len(_texts_of(item)))
         except DataError as ex:
             raise DataError(f"{item.source}: {ex}" if item.source else str(ex)) from ex
 
@@ -121,14 +121,14 @@ class ChatProcessor(Processor[PreparedChat]):
         if prompt is None:
             prompt = self.prompt_for(role)
 
-        ids = [self._tokenize(p, p.item.instruction or prompt or self.default_instruction) for p in prepared]
+        ids = [
+            self._tokenize(p, p.item.instruction or prompt or self.default_instruction, _texts_of(p.item))
+            for p in prepared
+        ]
         width = max((len(row) for row in ids), default=0)
-        pad_id = self.text.tokenizer.pad_token_id or 0
-
-        input_ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in ids], dtype=torch.int64)
-        lengths = torch.tensor([len(row) for row in ids])
-        mask = torch.arange(width) < lengths.unsqueeze(1)
-        text = TextInputs(input_ids.view(len(ids), width), torch.arange(len(ids)), mask)
+        input_ids = pad_ids(ids, width, self.text.tokenizer.pad_token_id or 0)
+        mask = mask_tokens(torch.tensor([len(row) for row in ids], dtype=torch.int64), width)
+        text = TextInputs(input_ids, torch.arange(len(ids)), mask)
 
         return EncoderBatch(len(prepared), text, self._collate_images(prepared))
 
@@ -141,12 +141,12 @@ class ChatProcessor(Processor[PreparedChat]):
         grids = torch.tensor([grid for p in prepared for grid in p.grids])
         return ImageInputs(torch.cat(patches), rows, grids)
 
-    def _tokenize(self, prepared: PreparedChat, instruction: str) -> list[int]:
+    def _tokenize(self, prepared: PreparedChat, instruction: str, texts: list[str]) -> list[int]:
         """Return the token ids of an input, at most ``max_length``.
 
+        :param texts: the texts of the input; they are cut in place.
         :raises DataError: the template and the images alone are longer.
         """
-        texts = [part.value for part in prepared.item.parts if isinstance(part, Text)]
         limit = self.text.max_length
 
         while True:
@@ -215,6 +215,10 @@ class ChatProcessor(Processor[PreparedChat]):
                 shutil.copyfile(file, folder / name)
 
         save_settings(self.settings, folder)
+
+
+def _texts_of(item: Item) -> list[str]:
+    return [part.value for part in item.parts if isinstance(part, Text)]
 
 
 def with_full_stop(instruction: str) -> str:

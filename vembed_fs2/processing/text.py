@@ -208,21 +208,21 @@ class TextProcessor:
 
         # The model sees one padding token of a text without tokens, and poolings see none.
         width = self._width or max(map(len, encodings), default=0) or min(len(encodings), 1)
-        attention_mask = _mask(lengths.clamp(min=1), width) if self._is_masked else None
-        pooling_mask = _mask(lengths, width) if self._is_masked and bool((lengths == 0).any()) else None
+        attention_mask = mask_tokens(lengths.clamp(min=1), width) if self._is_masked else None
+        pooling_mask = mask_tokens(lengths, width) if self._is_masked and bool((lengths == 0).any()) else None
         if prefixes is not None and mask_prefixes:
-            pooling_mask = _mask(lengths, width)
+            pooling_mask = mask_tokens(lengths, width)
             for row, prefix in enumerate(prefixes):
                 pooling_mask[row, : self._prefix_length(prefix)] = False
 
-        input_ids = _pad([e.ids for e in encodings], width, self._pad_id, left=self._pads_left)
+        input_ids = pad_ids([e.ids for e in encodings], width, self._pad_id, left=self._pads_left)
         if self._open_clip.strip_sep_token:
             input_ids[input_ids == self._tokenizer.sep_token_id] = 0
 
         return TokenizedTexts(
             input_ids,
             attention_mask,
-            _pad([e.type_ids for e in encodings], width, self._pad_type_id, left=self._pads_left)
+            pad_ids([e.type_ids for e in encodings], width, self._pad_type_id, left=self._pads_left)
             if "token_type_ids" in self._names
             else None,
             pooling_mask,
@@ -287,12 +287,13 @@ def _copy_backend(backend: Tokenizer, encode_special_tokens: bool) -> Tokenizer:
     return copy
 
 
-def _mask(lengths: Tensor, width: int) -> Tensor:
+def mask_tokens(lengths: Tensor, width: int) -> Tensor:
     """True for the first tokens of each text. *Returns:* ``[T, L]``."""
     return torch.arange(width) < lengths.unsqueeze(1)
 
 
-def _pad(rows: Sequence[Sequence[int]], width: int, value: int, *, left: bool) -> Tensor:
+def pad_ids(rows: Sequence[Sequence[int]], width: int, value: int, *, left: bool = False) -> Tensor:
+    """Put rows of ids into one tensor. *Returns:* ``[T, L]``, int64."""
     padded = np.full((len(rows), width), value, dtype=np.int64)
     for row, ids in enumerate(rows):
         start = width - len(ids) if left else 0

@@ -30,7 +30,7 @@ from vembed_fs2.models.common.attention import EncoderSDPA, attend
 from vembed_fs2.models.common.rotary import create_frequencies
 
 
-class PatchLayout(OpenBatchLayout):  # type: ignore[misc]  # final in fairseq2
+class PackedPatchLayout(OpenBatchLayout):  # type: ignore[misc]  # final in fairseq2
     """The layout of images that stand one after the other. A patch attends to those of its own image, or frame."""
 
     rotations: Sequence[Tensor]
@@ -62,7 +62,7 @@ class PatchSDPA(EncoderSDPA):
 
     @override
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: BatchLayout, dropout_p: float) -> Tensor:
-        assert isinstance(layout, PatchLayout)
+        assert isinstance(layout, PackedPatchLayout)
 
         def attend_alike(length: int, tensors: Sequence[Tensor]) -> Tensor:
             # [n * S, H, D] -> [n, S, H, D]
@@ -133,7 +133,7 @@ class VisionTower(Module):
         states = self.patch_proj(patches.to(self.patch_proj.weight.dtype))
         states = states + self.embed_positions(grids).to(states.dtype)
 
-        layout = PatchLayout(grids, self.create_rotation(grids, states.device), states.device)
+        layout = PackedPatchLayout(grids, self.create_rotation(grids, states.device), states.device)
         bias_cache = AttentionBiasCache()
 
         added = []
